@@ -1,0 +1,1 @@
+"""tidegate: from permissive to strict mTLS, on evidence."""

@@ -1,0 +1,35 @@
+"""`tidegate agent run`: the daemon of one node."""
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from tidegate.cli.target import require_root
+from tidegate.node import log
+from tidegate.node.config import load_config
+from tidegate.node.daemon import run_agent
+
+DEFAULT_CONFIG = Path("/etc/tidegate/agent.yaml")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command group `agent`."""
+    group = subparsers.add_parser("agent", help="the daemon of one node")
+    commands = group.add_subparsers(dest="agent_command", required=True, metavar="COMMAND")
+    run_parser = commands.add_parser(
+        "run",
+        help="run in the foreground until SIGTERM",
+        description="Reconciles this node's workloads until SIGTERM. What it set up in the kernel, and the "
+        "sidecars, stay when it ends and are found again by the next run.",
+    )
+    run_parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE")
+    run_parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the agent until it is told to stop."""
+    require_root()
+    config = load_config(args.config)
+    log.set_up()
+    asyncio.run(run_agent(config))
+    return 0

@@ -1,0 +1,32 @@
+"""`tidegate server`: the small store of intent and catalog that agents share."""
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from tidegate.catalog.server import load_config, serve
+from tidegate.cli.target import require_root
+from tidegate.node import log
+
+DEFAULT_CONFIG = Path("/etc/tidegate/server.yaml")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command `server`."""
+    parser = subparsers.add_parser(
+        "server",
+        help="the small store of intent and catalog that agents share",
+        description="Speaks Consul's HTTP API for config entries and the catalog, and is the mesh's CA, "
+        "until SIGTERM.",
+    )
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the server until it is told to stop."""
+    require_root()
+    config = load_config(args.config)
+    log.set_up()
+    asyncio.run(serve(config))
+    return 0

@@ -1,0 +1,76 @@
+"""Which tidegate a command speaks to: a node's agent, the intent server, or a lab on this machine.
+
+Options win over environment variables, which win over what is found running. Where that leaves a choice,
+the error lists it.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from tidegate.errors import InputError, TidegateError
+from tidegate.lab import state
+
+AGENT_SOCKET = Path("/run/tidegate/agent.sock")
+SERVER_SOCKET = Path("/run/tidegate/server.sock")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose the target."""
+    group = parser.add_argument_group("where to ask (default: this node, or the lab that is up)")
+    group.add_argument("--lab", metavar="NAME", help="the lab of that name (TIDEGATE_LAB)")
+    group.add_argument("--socket", metavar="PATH", help="unix socket of an agent (TIDEGATE_SOCKET)")
+    group.add_argument(
+        "--http-addr",
+        "-http-addr",
+        metavar="ADDR",
+        help="intent server, unix:///path or http://host:port (TIDEGATE_HTTP_ADDR)",
+    )
+
+
+def require_root() -> None:
+    """Raises a TidegateError unless the effective user is root."""
+    if os.geteuid() != 0:
+        raise TidegateError("this needs root: it makes network namespaces and loads eBPF; try sudo")
+
+
+def chosen_lab(args: argparse.Namespace) -> str | None:
+    """The lab that the options or the environment name; None when they name none."""
+    name: str | None = args.lab or os.environ.get("TIDEGATE_LAB")
+    if name and not state.LabPaths(name).root.is_dir():
+        running = ", ".join(state.labs()) or "none"
+        raise InputError(f"no lab {name!r} is up (up: {running})", field="--lab")
+    return name
+
+
+def the_lab(args: argparse.Namespace) -> str:
+    """The lab to use: the named one, else the only one that is up."""
+    name = chosen_lab(args)
+    if name:
+        return name
+    running = state.labs()
+    if len(running) == 1:
+        return running[0]
+    if not running:
+        raise TidegateError("no lab is up; `tidegate lab up` starts one")
+    raise InputError(f"several labs are up: {', '.join(running)}", expected="--lab NAME")
+
+
+def server_address(args: argparse.Namespace) -> str:
+    """Address of the intent server, as CatalogClient takes it."""
+    address: str | None = args.http_addr or os.environ.get("TIDEGATE_HTTP_ADDR")
+    if address:
+        return address
+    if chosen_lab(args) is None and SERVER_SOCKET.exists():
+        return f"unix://{SERVER_SOCKET}"
+    return f"unix://{state.LabPaths(the_lab(args)).server_socket}"
+
+
+def agent_address(args: argparse.Namespace) -> str:
+    """Address of an agent that can answer for the whole mesh, as AgentClient takes it."""
+    path: str | None = args.socket or os.environ.get("TIDEGATE_SOCKET")
+    if path:
+        return f"unix://{path}"
+    if chosen_lab(args) is None and AGENT_SOCKET.exists():
+        return f"unix://{AGENT_SOCKET}"
+    return f"unix://{state.LabPaths(the_lab(args)).first_agent_socket()}"

@@ -1,0 +1,1 @@
+"""The daemon of one node: puts intent, enforcement and observation together."""
