@@ -1,0 +1,72 @@
+# Two targets do everything on a fresh Debian 12: `sudo make demo` and `sudo make test`.
+# Everything else is a step of those, and each step is quick when there is nothing to do.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+PYTHON := /usr/bin/python3
+
+# What the product needs from Debian: Python, the two libraries it speaks to the kernel with, and the
+# compiler for the eBPF programs. The lab's users also want something to send requests with.
+PACKAGES := python3 python3-venv libbpf1 libnftables1 \
+	clang llvm libbpf-dev linux-libc-dev libc6-dev \
+	ca-certificates curl iproute2 openssl
+
+# A virtual environment holds absolute paths: it is made again when the repository has moved.
+STAMP := $(VENV)/ready
+FINGERPRINT = $$(echo "$(CURDIR)" | cat - pyproject.toml | sha256sum | cut -d' ' -f1)
+
+.PHONY: help setup packages venv bpf demo test lint unit bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: packages venv bpf ## install what is needed, build the eBPF programs
+
+packages:
+	@missing=$$(for p in $(PACKAGES); do \
+	    dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	    [ "$$(id -u)" = 0 ] || { echo "setup needs root to install:" $$missing >&2; exit 1; }; \
+	    echo "installing from Debian:" $$missing; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    apt-get -qq update && apt-get -qq install -y --no-install-recommends $$missing >/dev/null; \
+	fi
+
+venv: packages
+	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(FINGERPRINT)" ]; then \
+	    echo "making the Python environment .venv"; \
+	    rm -rf $(VENV); $(PYTHON) -m venv $(VENV); \
+	    $(BIN)/pip install --quiet --upgrade pip setuptools wheel; \
+	    $(BIN)/pip install --quiet --editable '.[lab,trace,dev]'; \
+	    echo "$(FINGERPRINT)" > $(STAMP); \
+	fi
+
+bpf: packages
+	@$(MAKE) --no-print-directory -C bpf
+
+demo: setup ## the whole story in a lab of two nodes; leaves nothing behind
+	@$(BIN)/python -m tidegate.lab.demo
+
+test: setup lint ## every test (needs root for the kernel and lab tests)
+	@[ "$$(id -u)" = 0 ] || { echo "the tests make network namespaces: run sudo make test" >&2; exit 1; }
+	@$(BIN)/pytest -q tests
+
+unit: setup ## only the tests that need no root
+	@$(BIN)/pytest -q tests/unit
+
+lint: setup ## style and types
+	@$(BIN)/ruff check agent tests
+	@$(BIN)/ruff format --check agent tests
+	@$(BIN)/mypy
+
+bench: setup ## measurements, as ratios with medians
+	@$(BIN)/python -m tests.bench
+
+clean: ## remove what setup and the tests made in this checkout
+	@rm -rf .venv build agent/tidegate/bpf agent/tidegate.egg-info \
+	    .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find agent tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,211 @@
+"""`tidegate flows`, `ready` and `strict`: what the ledger saw, what follows from it, and acting on it."""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tidegate.cli import tables
+from tidegate.cli.durations import parse_duration
+from tidegate.cli.target import add_options, agent_address, require_root
+from tidegate.errors import TidegateError
+from tidegate.node.client import AgentClient
+
+REFRESH_S = 0.5
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the commands `flows`, `ready` and `strict`."""
+    flows = subparsers.add_parser(
+        "flows",
+        help="who talks to whom, and how",
+        description="The ledger's edges: caller, service, class of the connections, counts.",
+    )
+    add_options(flows)
+    flows.add_argument("--service", metavar="NAME", help="only flows to or from this service")
+    flows.add_argument("--window", type=parse_duration, metavar="TIME", help="only this last time")
+    flows.add_argument("--follow", action="store_true", help="keep showing until interrupted")
+    flows.add_argument(
+        "--for", dest="follow_for", type=parse_duration, metavar="TIME", help="follow this long"
+    )
+    flows.add_argument("--json", action="store_true", help="for programs")
+    flows.set_defaults(run=run_flows)
+
+    ready = subparsers.add_parser(
+        "ready",
+        help="can this service go strict?",
+        description="Says READY (exit 0), NOT READY (1) or UNKNOWN (2), with every reason, the caller "
+        "behind it and what to do next. Without SERVICE: every service, exit code of the worst.",
+    )
+    add_options(ready)
+    ready.add_argument("service", nargs="?", metavar="SERVICE")
+    ready.add_argument(
+        "--window",
+        type=parse_duration,
+        metavar="TIME",
+        help="observation window, such as 24h (default: the agent's)",
+    )
+    ready.add_argument(
+        "--wait",
+        type=parse_duration,
+        metavar="TIME",
+        help="wait up to this long for the verdict READY",
+    )
+    ready.add_argument("--json", action="store_true", help="for programs")
+    ready.set_defaults(run=run_ready)
+
+    strict = subparsers.add_parser(
+        "strict",
+        help="flip a service to strict mTLS, and guard the flip",
+        description="Refuses unless the service is READY. After the flip the guard watches for known "
+        "callers that are refused; on the first it puts the service back to its former mode and exits 1.",
+    )
+    add_options(strict)
+    strict.add_argument("service", metavar="SERVICE")
+    strict.add_argument(
+        "--guard",
+        type=parse_duration,
+        default=600.0,
+        metavar="TIME",
+        help="watch this long after the flip (default 10m)",
+    )
+    strict.add_argument("--force", action="store_true", help="flip even if it is not READY")
+    strict.add_argument("--json", action="store_true", help="one JSON event per line")
+    strict.set_defaults(run=run_strict)
+
+
+def run_flows(args: argparse.Namespace) -> int:
+    """Prints the ledger's edges once, or keeps them on the screen."""
+    require_root()
+    return asyncio.run(_flows(args))
+
+
+async def _flows(args: argparse.Namespace) -> int:
+    query = {"service": args.service or "", "window": str(args.window or "")}
+    async with AgentClient(agent_address(args)) as agent:
+
+        async def fetch() -> dict[str, Any]:
+            return dict(
+                await agent.get("/v1/flows", **{key: text for key, text in query.items() if text})
+            )
+
+        if args.json and not args.follow:
+            print(json.dumps(await fetch(), indent=2))
+        elif not args.follow and args.follow_for is None:
+            tables.console().print(tables.flows(await fetch(), time.time()))
+        else:
+            deadline = time.monotonic() + args.follow_for if args.follow_for else None
+            await _follow(fetch, deadline, json_lines=args.json)
+    return 0
+
+
+async def _follow(fetch: Callable[[], Any], deadline: float | None, *, json_lines: bool) -> None:
+    console = tables.console()
+
+    def over() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    if json_lines:
+        while not over():
+            print(json.dumps(await fetch()), flush=True)
+            await asyncio.sleep(REFRESH_S)
+    elif console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            while not over():
+                live.update(tables.flows(await fetch(), time.time()), refresh=True)
+                await asyncio.sleep(REFRESH_S)
+    else:
+        seen: dict[str, int] = {}
+        while not over():
+            for line, count in tables.flow_lines(await fetch()):
+                if seen.get(line) is None:
+                    console.print(f"{line}  ({count} so far)", soft_wrap=True)
+                seen[line] = count
+            await asyncio.sleep(REFRESH_S)
+
+
+def run_ready(args: argparse.Namespace) -> int:
+    """Prints the verdict of one service or of all; the exit code is the verdict."""
+    require_root()
+    return asyncio.run(_ready(args))
+
+
+async def _ready(args: argparse.Namespace) -> int:
+    async with AgentClient(agent_address(args)) as agent:
+        query = {"window": str(args.window)} if args.window else {}
+        path = f"/v1/ready/{args.service}" if args.service else "/v1/ready"
+        answer = dict(await agent.get(path, **query))
+        if args.wait:
+            answer = await _wait_ready(agent, path, query, args.wait, answer)
+    verdicts = answer["verdicts"]
+    if args.json:
+        shown = verdicts[0] if args.service else verdicts
+        print(json.dumps(shown, indent=2))
+    else:
+        console = tables.console()
+        for verdict in verdicts:
+            tables.print_verdict(console, verdict, time.time())
+    return max((tables.EXIT_CODES[verdict["verdict"]] for verdict in verdicts), default=2)
+
+
+async def _wait_ready(
+    agent: AgentClient, path: str, query: dict[str, str], wait_s: float, answer: dict[str, Any]
+) -> dict[str, Any]:
+    """Asks again until every verdict is READY or the time is over; shows a progress bar."""
+    deadline = time.monotonic() + wait_s
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} % of the window is clean"),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True, highlight=False)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("observing", total=1.0)
+        while True:
+            verdicts = answer["verdicts"]
+            if all(verdict["verdict"] == "READY" for verdict in verdicts):
+                return answer
+            if time.monotonic() >= deadline:
+                return answer
+            clean = min(
+                (tables.clean_share(verdict, time.time()) for verdict in verdicts), default=0
+            )
+            bar.update(task, completed=clean)
+            await asyncio.sleep(REFRESH_S)
+            answer = dict(await agent.get(path, **query))
+
+
+def run_strict(args: argparse.Namespace) -> int:
+    """Flips and guards; prints events as they come."""
+    require_root()
+    return asyncio.run(_strict(args))
+
+
+async def _strict(args: argparse.Namespace) -> int:
+    body = {"service": args.service, "guard_s": args.guard, "force": args.force}
+    console = tables.console()
+    exit_code: int | None = None
+    async with AgentClient(agent_address(args)) as agent:
+        async for event in agent.stream("/v1/strict", body):
+            if args.json:
+                print(json.dumps(event), flush=True)
+            else:
+                tables.print_event(console, event)
+            exit_code = event.get("exit_code", exit_code)
+    if exit_code is None:
+        raise TidegateError(
+            "the agent ended before the guard did; it takes the guard up again when it returns: "
+            f"see `tidegate ready {args.service}`"
+        )
+    sys.stdout.flush()
+    return exit_code

@@ -1,0 +1,132 @@
+"""How answers of the agent look to a person: tables on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tidegate.cli.durations import format_duration
+
+EXIT_CODES = {"READY": 0, "NOT READY": 1, "UNKNOWN": 2}
+VERDICT_STYLES = {"READY": "bold green", "NOT READY": "bold red", "UNKNOWN": "bold yellow"}
+CLASS_STYLES = {
+    "mesh": "green",
+    "tls": "yellow",
+    "plaintext": "red",
+    "server-first": "red",
+    "starttls": "yellow",
+    "unknown": "magenta",
+    "empty": "dim",
+}
+PLAIN_WIDTH = 160
+
+
+def console() -> Console:
+    """Standard output; wide where it is not a terminal, so that no line is broken for nobody."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def ago(then: float, now: float) -> str:
+    """A moment as a distance from now."""
+    seconds = max(now - then, 0.0)
+    return "now" if seconds < 1 else f"{format_duration(seconds)} ago"
+
+
+def _name(party: dict[str, Any]) -> str:
+    return str(party.get("workload") or party.get("address") or "?")
+
+
+def flows(answer: dict[str, Any], now: float) -> Table:
+    """The ledger's edges, busiest service first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("caller", "", "service", "port", "class", "path"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("connections", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("last seen", no_wrap=True)
+    for row in answer["flows"]:
+        table.add_row(
+            _name(row["caller"]),
+            "->",
+            _name(row["server"]),
+            str(row["port"]),
+            Text(row["class"], CLASS_STYLES.get(row["class"], "")),
+            row["path"],
+            str(row["connections"]),
+            str(row["bytes_to_server"] + row["bytes_to_client"]),
+            ago(row["last_seen"], now),
+        )
+    if not answer["flows"]:
+        table.add_row("no flows yet")
+    for problem in answer.get("problems", ()):
+        table.add_row(Text(problem, "yellow"))
+    return table
+
+
+def flow_lines(answer: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Each edge as one line, with its number of connections."""
+    for row in answer["flows"]:
+        line = (
+            f"{_name(row['caller'])} -> {_name(row['server'])}:{row['port']} "
+            f"{row['class']}, {row['path']}"
+        )
+        yield line, row["connections"]
+
+
+def clean_share(verdict: dict[str, Any], now: float) -> float:
+    """How much of the window, counted back from now, has neither a blocking flow nor a gap: 0 to 1."""
+    window_s = verdict["window_s"]
+    last = max((reason.get("last_seen") or 0.0 for reason in verdict["reasons"]), default=0.0)
+    since_block = (now - last) / window_s if last else 1.0
+    return float(max(0.0, min(since_block, verdict["coverage"]["share"], 1.0)))
+
+
+def print_verdict(out: Console, verdict: dict[str, Any], now: float) -> None:
+    """One service: the verdict, every reason with its next step, and what does not block."""
+    headline = Text.assemble(
+        (verdict["service"], "bold"),
+        ": ",
+        (verdict["verdict"], VERDICT_STYLES[verdict["verdict"]]),
+        f"   mode {verdict['mode']}, observed for {format_duration(verdict['window_s'])}",
+    )
+    out.print(headline)
+    for reason in verdict["reasons"]:
+        out.print(Text(f"  - {reason['message']}"))
+        if reason["next_step"]:
+            out.print(Text(f"    next: {reason['next_step']}", "cyan"), soft_wrap=True)
+    if verdict["callers"]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("  caller", "address", "class", "port"):
+            table.add_column(title, no_wrap=True)
+        table.add_column("connections", justify="right")
+        table.add_column("last seen", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for caller in verdict["callers"]:
+            table.add_row(
+                f"  {caller['caller']['workload'] or '-'}",
+                caller["caller"]["address"],
+                Text(caller["class"], CLASS_STYLES.get(caller["class"], "")),
+                str(caller["port"]),
+                str(caller["connections"]),
+                ago(caller["last_seen"], now),
+                caller.get("note", ""),
+            )
+        out.print(table)
+
+
+def print_event(out: Console, event: dict[str, Any]) -> None:
+    """One event of a flip; the guard's heartbeat only where it can be overwritten."""
+    if event["event"] == "guarding":
+        if out.is_terminal:
+            left = format_duration(event["remaining_s"])
+            out.print(f"  guarding: {event['message']}, {left} to go   ", end="\r")
+        return
+    style = {"kept": "bold green", "rolled-back": "bold red", "refused": "bold red"}
+    out.print(Text(event["message"], style.get(event["event"], "")), soft_wrap=True)
+    for reason in event.get("reasons", ()):
+        out.print(Text(f"  - {reason['message']}"))
+        if reason["next_step"]:
+            out.print(Text(f"    next: {reason['next_step']}", "cyan"), soft_wrap=True)
