@@ -1,6 +1,5 @@
 """Client of an agent's local API, for the command line and for the agents of other nodes."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
@@ -58,7 +57,7 @@ class AgentClient:
                 self._base + path, params=query, timeout=aiohttp.ClientTimeout(TIMEOUT_S)
             ) as response:
                 return await _answer(response)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._unreachable(error) from error
 
     async def stream(self, path: str, body: dict[str, object]) -> AsyncIterator[dict[str, Any]]:
@@ -73,7 +72,7 @@ class AgentClient:
                     await _answer(response)
                 async for line in response.content:
                     yield msgspec.json.decode(line)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> AgentUnreachable:

@@ -36,6 +36,12 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Name of the lab that this agent is part of, for the commands in its advice."""
 
 
+def _decode_path(kind: type[object], text: object) -> object:
+    if kind is Path and isinstance(text, str):
+        return Path(text)
+    raise TypeError(f"expected text, got {type(text).__name__}")
+
+
 def load_config(path: Path) -> AgentConfig:
     """Reads an agent's configuration; raises InputError with file and field."""
     try:
@@ -45,7 +51,7 @@ def load_config(path: Path) -> AgentConfig:
             f"cannot be read: {error.strerror}", source=str(path), expected="an agent configuration"
         ) from error
     try:
-        config = msgspec.yaml.decode(text, type=AgentConfig)
+        config = msgspec.yaml.decode(text, type=AgentConfig, dec_hook=_decode_path)
     except msgspec.DecodeError as error:
         raise InputError(str(error), source=str(path)) from error
     if config.window <= 0 or config.leaf_lifetime <= 0:

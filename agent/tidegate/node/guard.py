@@ -16,10 +16,11 @@ from typing import Protocol
 import msgspec
 
 from tidegate.errors import TidegateError
-from tidegate.intent.entries import Entry, ServiceDefaults
+from tidegate.intent.entries import Entry, Kind, ServiceDefaults
 from tidegate.model import Instance, MutualTLSMode
 from tidegate.node.log import Log
-from tidegate.verdict.readiness import Outcome, Reason, ReasonKind, Verdict
+from tidegate.verdict.evidence import CallerKind
+from tidegate.verdict.readiness import Answer, Reason, ReasonKind, Verdict
 
 POLL_S = 0.25
 ENFORCE_DEADLINE_S = 60.0
@@ -43,8 +44,8 @@ class Flip(msgspec.Struct, frozen=True, kw_only=True):
 
     service: str
     guard_s: float
-    former_entry_mode: str
-    """The MutualTLSMode that the service's own entry had: "", "permissive" or "strict"."""
+    former_entry_mode: MutualTLSMode | None
+    """The MutualTLSMode that the service's own entry had; None: it had none and inherited."""
     former_mode: MutualTLSMode
     """What that meant after inheritance."""
     enforced_at: float | None = None
@@ -56,7 +57,7 @@ class Mesh(Protocol):
 
     async def verdict(self, service: str, window_s: float | None) -> Verdict: ...
 
-    async def read_entry(self, kind: str, name: str) -> Entry | None: ...
+    async def read_entry(self, kind: Kind, name: str) -> Entry | None: ...
 
     async def write_entry(self, entry: Entry) -> int:
         """Writes and returns the index from which the entry holds."""
@@ -94,7 +95,7 @@ class Guard:
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     def strict(self, service: str, guard_s: float, *, force: bool) -> "asyncio.Queue[Event | None]":
-        """Starts a flip and returns the queue of its events, ended by None. It goes on if nobody reads."""
+        """Starts a flip; its events come through the queue, then None. It goes on if nobody reads."""
         if service in self._running:
             raise TidegateError(
                 f"a flip of {service} is under guard already; wait until it is over"
@@ -133,7 +134,7 @@ class Guard:
         if verdict.mode is MutualTLSMode.STRICT:
             yield _event("unchanged", service, f"{service} is strict already", exit_code=0)
             return
-        if verdict.verdict is not Outcome.READY and not force:
+        if verdict.verdict is not Answer.READY and not force:
             yield _event(
                 "refused",
                 service,
@@ -156,7 +157,7 @@ class Guard:
         """From the written file to the end of the guard; every step may be done a second time."""
         service = flip.service
         if flip.enforced_at is None:
-            index = await self._write_mode(service, "strict")
+            index = await self._write_mode(service, MutualTLSMode.STRICT)
             yield _event("written", service, f"{service}: MutualTLSMode is strict now")
             try:
                 async for event in self._enforced(service, index, MutualTLSMode.STRICT):
@@ -172,10 +173,10 @@ class Guard:
             yield event
 
     async def _defaults(self, service: str) -> ServiceDefaults:
-        entry = await self._mesh.read_entry("service-defaults", service)
+        entry = await self._mesh.read_entry(Kind.SERVICE_DEFAULTS, service)
         return entry if isinstance(entry, ServiceDefaults) else ServiceDefaults(name=service)
 
-    async def _write_mode(self, service: str, mode: str) -> int:
+    async def _write_mode(self, service: str, mode: MutualTLSMode | None) -> int:
         defaults = await self._defaults(service)
         return await self._mesh.write_entry(msgspec.structs.replace(defaults, mutual_tls_mode=mode))
 
@@ -198,8 +199,8 @@ class Guard:
                 return
             if time.monotonic() >= deadline:
                 raise TidegateError(
-                    f"after {ENFORCE_DEADLINE_S:.0f} s these sidecars of {service} do not run {mode} "
-                    f"mode: {', '.join(behind)}; see `tidegate status`"
+                    f"after {ENFORCE_DEADLINE_S:.0f} s these sidecars of {service} do not run {mode}"
+                    f" mode: {', '.join(behind)}; see `tidegate lab status`"
                 )
             await asyncio.sleep(POLL_S)
 
@@ -255,14 +256,14 @@ class Guard:
 
 
 def refused_callers(verdict: Verdict) -> tuple[Reason, ...]:
-    """The callers with a name whose connections, opened in the verdict's window, strict mode refuses."""
+    """The known callers that opened connections in the verdict's window which strict refuses."""
     return tuple(
         reason
         for reason in verdict.reasons
         if reason.kind is ReasonKind.BLOCKING_FLOW
         and reason.connections > 0
         and reason.caller is not None
-        and reason.caller.workload
+        and reason.caller.kind is CallerKind.WORKLOAD
     )
 
 

@@ -1,0 +1,1 @@
+"""Client and server of the intent and catalog API (Consul's HTTP), and the store behind the server."""

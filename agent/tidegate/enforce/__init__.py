@@ -1,0 +1,1 @@
+"""Intent to kernel and sidecar: redirect rules and Envoy configuration."""

@@ -1,0 +1,1 @@
+"""Who a workload is in the mesh: SPIFFE names, the mesh CA, leaf certificates."""

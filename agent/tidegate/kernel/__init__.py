@@ -1,0 +1,1 @@
+"""Thin, typed doors to the kernel: libbpf, libnftables, network namespaces. No policy."""

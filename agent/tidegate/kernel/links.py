@@ -1,0 +1,174 @@
+"""Interfaces, addresses, routes and settings of network namespaces, over rtnetlink.
+
+Each function names the namespace that it works in and enters it for one short netlink conversation.
+A veth pair is made where its ends belong: no third namespace ever sees it. Addresses are canonical
+text.
+"""
+
+import errno
+import ipaddress
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute, NetlinkError
+
+from tidegate.kernel import netns
+from tidegate.kernel.errors import KernelError
+
+# linux/rtnetlink.h, linux/if_addr.h
+_RT_SCOPE_UNIVERSE = 0
+_IFA_F_NODAD = 0x02
+_IFA_F_DADFAILED = 0x08
+
+_SYSCTL = re.compile(r"net(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
+
+
+def host_ifindex(netns_path: str, interface: str) -> int | None:
+    """Interface index, in the caller's namespace, of the other end of a veth in `netns_path`.
+
+    None when there is no such interface, when it is not a veth, or when its other end is in a third
+    namespace.
+    """
+    with netns.opened() as here:
+        return netns.run_in(netns_path, _peer_index, interface, here)
+
+
+def addresses(netns_path: str, interface: str) -> tuple[str, ...]:
+    """Global addresses of an interface, IPv4 first; () when there is no such interface."""
+    return netns.run_in(netns_path, _addresses, interface)
+
+
+def create_veth(netns_a: str, name_a: str, netns_b: str, name_b: str) -> None:
+    """Make a veth pair, one end in each namespace, both down. KernelError if a name is taken."""
+    with netns.opened(netns_b) as peer_netns:
+        netns.run_in(netns_a, _create_veth, name_a, name_b, peer_netns)
+
+
+def delete_link(netns_path: str, interface: str) -> None:
+    """Take an interface away, if it is there; the other end of a veth goes with it."""
+    netns.run_in(netns_path, _delete_link, interface)
+
+
+def set_up(netns_path: str, interface: str) -> None:
+    """Bring an interface up."""
+    netns.run_in(netns_path, _set_up, interface)
+
+
+def add_address(netns_path: str, interface: str, address: str) -> None:
+    """Give an interface an address with its prefix, such as 10.1.0.2/24 or fd00::2/64.
+
+    An IPv6 address is usable at once: its uniqueness is not probed (IFA_F_NODAD).
+    """
+    netns.run_in(netns_path, _add_address, interface, ipaddress.ip_interface(address))
+
+
+def add_route(
+    netns_path: str, destination: str, *, gateway: str | None = None, interface: str | None = None
+) -> None:
+    """Route a network, such as 10.2.0.0/16 or ::/0, to a gateway, an interface, or both."""
+    network = ipaddress.ip_network(destination)
+    netns.run_in(netns_path, _add_route, network, gateway, interface)
+
+
+def set_sysctl(netns_path: str, name: str, value: str) -> None:
+    """Write a setting of the namespace, such as net/ipv4/ip_forward.
+
+    Parts are divided by slashes, because an interface's name may contain dots.
+    """
+    if not _SYSCTL.fullmatch(name):
+        raise KernelError(f"{name!r} is not a setting of a network namespace", errno.EINVAL)
+    try:
+        netns.run_in(netns_path, Path("/proc/sys", name).write_text, value)
+    except OSError as error:
+        raise KernelError(
+            f"cannot set {name} to {value} in {netns_path}: {error.strerror}", error.errno or 0
+        ) from error
+
+
+@contextmanager
+def _rtnetlink(what: str) -> Iterator[Any]:
+    try:
+        with IPRoute() as socket:
+            yield socket
+    except NetlinkError as error:
+        raise KernelError(f"cannot {what}: {os.strerror(error.code)}", error.code) from error
+
+
+def _index(socket: Any, interface: str) -> int:
+    found = socket.link_lookup(ifname=interface)
+    if not found:
+        raise KernelError(f"there is no interface {interface}", errno.ENODEV)
+    return int(found[0])
+
+
+def _peer_index(interface: str, caller_netns: int) -> int | None:
+    with _rtnetlink(f"read interface {interface}") as socket:
+        for index in socket.link_lookup(ifname=interface):
+            (link,) = socket.get_links(index)
+            if link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") != "veth":
+                return None
+            netnsid = socket.get_netnsid(fd=caller_netns)["nsid"]
+            if link.get("IFLA_LINK_NETNSID") == netnsid:
+                return int(link.get("IFLA_LINK"))
+    return None
+
+
+def _addresses(interface: str) -> tuple[str, ...]:
+    with _rtnetlink(f"read the addresses of {interface}") as socket:
+        found = {
+            ipaddress.ip_address(message.get("IFA_ADDRESS"))
+            for index in socket.link_lookup(ifname=interface)
+            for message in socket.get_addr(index=index)
+            if message["scope"] == _RT_SCOPE_UNIVERSE
+            and not (message.get("IFA_FLAGS") or 0) & _IFA_F_DADFAILED
+        }
+    return tuple(str(address) for address in sorted(found, key=lambda a: (a.version, int(a))))
+
+
+def _create_veth(name: str, peer_name: str, peer_netns: int) -> None:
+    with _rtnetlink(f"make the veth pair {name} and {peer_name}") as socket:
+        peer = {"ifname": peer_name, "net_ns_fd": peer_netns}
+        socket.link("add", ifname=name, kind="veth", peer=peer)
+
+
+def _delete_link(interface: str) -> None:
+    with _rtnetlink(f"delete interface {interface}") as socket:
+        for index in socket.link_lookup(ifname=interface):
+            socket.link("del", index=index)
+
+
+def _set_up(interface: str) -> None:
+    with _rtnetlink(f"bring interface {interface} up") as socket:
+        socket.link("set", index=_index(socket, interface), state="up")
+
+
+def _add_address(
+    interface: str, address: ipaddress.IPv4Interface | ipaddress.IPv6Interface
+) -> None:
+    with _rtnetlink(f"give {interface} the address {address}") as socket:
+        flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
+        socket.addr(
+            "add",
+            index=_index(socket, interface),
+            address=str(address.ip),
+            prefixlen=address.network.prefixlen,
+            **flags,
+        )
+
+
+def _add_route(
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network,
+    gateway: str | None,
+    interface: str | None,
+) -> None:
+    with _rtnetlink(f"route {network} to {gateway or interface}") as socket:
+        via: dict[str, str | int] = {}
+        if gateway is not None:
+            via["gateway"] = gateway
+        if interface is not None:
+            via["oif"] = _index(socket, interface)
+        socket.route("add", dst=str(network), **via)

@@ -1,0 +1,222 @@
+"""Network namespaces: making and naming them, working in them, starting processes in them.
+
+The one way into another network namespace is `run_in`: it gives the work a thread of its own, which
+ends with the work, so that no thread is ever left in the wrong namespace. Names are bind mounts in
+/run/netns, as iproute2 makes them, so that `ip netns` sees them too. Nothing here knows what a
+namespace is for.
+"""
+
+import concurrent.futures
+import ctypes
+import errno
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple, ParamSpec, TypeVar
+
+from tidegate.kernel.errors import KernelError
+
+DIRECTORY = Path("/run/netns")
+"""Where iproute2 looks for named network namespaces (its NETNS_RUN_DIR)."""
+
+CURRENT = "/proc/thread-self/ns/net"
+"""Path of the network namespace of the thread that opens it."""
+
+# linux/sched.h
+_CLONE_NEWNET = 0x40000000
+# sys/mount.h
+_MS_BIND = 4096
+_MNT_DETACH = 2
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Identity(NamedTuple):
+    """What tells one namespace from all others alive on this machine; paths only name it."""
+
+    device: int
+    inode: int
+
+
+def path(name: str) -> str:
+    """Path of the namespace `name`, whether or not it exists. KernelError for what is no name."""
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise KernelError(f"{name!r} is not a name for a network namespace", errno.EINVAL)
+    return str(DIRECTORY / name)
+
+
+def names() -> tuple[str, ...]:
+    """Names of all named network namespaces of this machine, whoever made them, sorted."""
+    try:
+        return tuple(sorted(entry.name for entry in DIRECTORY.iterdir()))
+    except FileNotFoundError:
+        return ()
+
+
+def create(name: str) -> str:
+    """Make a new network namespace and return its path. KernelError when the name is taken."""
+    target = path(name)
+    DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        os.close(os.open(target, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
+    except FileExistsError as error:
+        raise KernelError(f"network namespace {name} already exists", errno.EEXIST) from error
+    try:
+        _in_fresh_thread(_unshare_and_bind, target)
+    except BaseException:
+        Path(target).unlink()
+        raise
+    return target
+
+
+def delete(name: str) -> None:
+    """Take the name away, if it is there; the namespace dies with its last process."""
+    target = path(name)
+    encoded = os.fsencode(target)
+    while _libc.umount2(encoded, _MNT_DETACH) == 0:
+        pass
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOENT):
+        raise _failure(f"cannot unmount network namespace {name}", number)
+    Path(target).unlink(missing_ok=True)
+
+
+def identity(netns_path: str) -> Identity:
+    """Which namespace lies at a path. KernelError when nothing does."""
+    try:
+        found = Path(netns_path).stat()
+    except OSError as error:
+        raise _failure(f"no network namespace at {netns_path}", error.errno or 0) from error
+    return Identity(found.st_dev, found.st_ino)
+
+
+@contextmanager
+def opened(netns_path: str = CURRENT) -> Iterator[int]:
+    """A descriptor of a namespace, open as long as the context. KernelError when there is none."""
+    try:
+        descriptor = os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _failure(f"no network namespace at {netns_path}", error.errno or 0) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def run_in(
+    netns_path: str, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+) -> _T:
+    """Call `function` inside the namespace and return what it returns; its exceptions come through.
+
+    The function runs in a thread of its own. Sockets that it opens stay in the namespace and may be
+    used from everywhere afterwards. KernelError when the namespace is gone or may not be entered.
+    Beware of /proc/net and /sys/class/net in there: the first follows the process's main thread
+    (/proc/thread-self/net does not), the second whoever mounted /sys. /proc/sys/net follows the
+    thread.
+    """
+
+    def enter_and_call() -> _T:
+        _enter(netns_path)
+        return function(*args, **kwargs)
+
+    return _in_fresh_thread(enter_and_call)
+
+
+def pids(netns_path: str) -> tuple[int, ...]:
+    """Processes whose main thread is in the namespace, sorted."""
+    wanted = identity(netns_path)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            stat = (entry / "ns" / "net").stat()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if (stat.st_dev, stat.st_ino) == wanted:
+            found.append(int(entry.name))
+    return tuple(sorted(found))
+
+
+def spawn(
+    netns_path: str,
+    argv: Sequence[str],
+    *,
+    user: int | None = None,
+    group: int | None = None,
+    stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+    stdout: int | IO[bytes] | None = None,
+    stderr: int | IO[bytes] | None = None,
+    cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    executable: str | None = None,
+    start_new_session: bool = False,
+) -> "subprocess.Popen[bytes]":
+    """Start a process in the namespace; the other arguments are subprocess.Popen's.
+
+    With a `user` or a `group` the process has no supplementary groups. KernelError when the
+    namespace is gone, OSError when the program cannot be started.
+    """
+
+    def start() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            list(argv),
+            user=user,
+            group=group,
+            extra_groups=None if user is None and group is None else (),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=cwd,
+            env=env,
+            pass_fds=pass_fds,
+            executable=executable,
+            start_new_session=start_new_session,
+        )
+
+    return run_in(netns_path, start)
+
+
+def run_in_new(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call `function` inside a new, nameless namespace that is gone when it returns."""
+
+    def unshare_and_call() -> _T:
+        _unshare()
+        return function(*args, **kwargs)
+
+    return _in_fresh_thread(unshare_and_call)
+
+
+def _in_fresh_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="netns") as thread:
+        return thread.submit(function, *args, **kwargs).result()
+
+
+def _unshare_and_bind(target: str) -> None:
+    _unshare()
+    if _libc.mount(CURRENT.encode(), os.fsencode(target), b"none", _MS_BIND, None) != 0:
+        raise _failure(f"cannot mount a network namespace at {target}", ctypes.get_errno())
+
+
+def _unshare() -> None:
+    if _libc.unshare(_CLONE_NEWNET) != 0:
+        raise _failure("cannot make a network namespace", ctypes.get_errno())
+
+
+def _enter(netns_path: str) -> None:
+    with opened(netns_path) as descriptor:
+        if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+            raise _failure(f"cannot enter network namespace {netns_path}", ctypes.get_errno())
+
+
+def _failure(what: str, number: int) -> KernelError:
+    return KernelError(f"{what}: {os.strerror(number)}", number)

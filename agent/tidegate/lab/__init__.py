@@ -1,0 +1,1 @@
+"""Pods on one machine: network namespaces, a routed network, real sidecars and real traffic."""

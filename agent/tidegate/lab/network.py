@@ -1,0 +1,367 @@
+"""The lab's network: a namespace per pod and node, and an outside that joins the nodes.
+
+        pod eth0 ---- tgp<n> node fab0 ---- tgn<n> outside tgn<m> ---- fab0 node ...
+
+Everything is routed, nothing is bridged, and both address families work at once (no duplicate
+address detection). Addresses follow from the lab's name and the numbers in the Layout. veth pairs
+are made inside the namespaces: the machine's own network is never touched. Knows no processes.
+"""
+
+import errno
+import hashlib
+import ipaddress
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from tidegate.kernel import netns
+from tidegate.kernel.errors import KernelError
+from tidegate.lab.spec import OUTSIDE, LabSpec
+
+POD_INTERFACE = "eth0"
+FABRIC_INTERFACE = "fab0"
+
+_GATEWAY4 = "169.254.1.1"
+_GATEWAY6 = "fe80::1"
+
+# linux/if_addr.h, linux/rtnetlink.h, linux/if.h
+_IFA_F_NODAD = 0x02
+_RTNH_F_ONLINK = 4
+_IFF_UP = 1
+
+_ROUTER_SYSCTLS = {
+    "ipv4/ip_forward": "1",
+    "ipv6/conf/all/forwarding": "1",
+}
+_SYSCTLS = {
+    "ipv4/conf/all/rp_filter": "0",
+    "ipv4/conf/default/rp_filter": "0",
+    "ipv6/conf/all/disable_ipv6": "0",
+    "ipv6/conf/default/disable_ipv6": "0",
+    "ipv6/conf/all/accept_dad": "0",
+    "ipv6/conf/default/accept_dad": "0",
+    "ipv6/conf/all/accept_ra": "0",
+    "ipv6/conf/default/accept_ra": "0",
+}
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """Which number each node and pod has. Numbers start at 1 and stay while their owner stays."""
+
+    lab: str
+    nodes: dict[str, int] = {}
+    pods: dict[str, int] = {}
+    places: dict[str, str] = {}
+    """Node of each pod."""
+
+    def node_addresses(self, node: str) -> tuple[str, ...]:
+        """The addresses of the node itself, IPv4 then IPv6."""
+        number = self.nodes[node]
+        return f"{self._prefix4}.0.{number}", self._ipv6(0, number)
+
+    def fabric_addresses(self, node: str) -> tuple[str, ...]:
+        """The node's addresses on its link to the outside."""
+        number = self.nodes[node]
+        return f"{self._prefix4}.255.{4 * number + 2}", self._ipv6(0xF00 + number, 2)
+
+    def gateway_addresses(self, node: str) -> tuple[str, ...]:
+        """The outside's addresses on the link to a node."""
+        number = self.nodes[node]
+        return f"{self._prefix4}.255.{4 * number + 1}", self._ipv6(0xF00 + number, 1)
+
+    def outside_addresses(self) -> tuple[str, ...]:
+        return f"{self._prefix4}.0.254", self._ipv6(0, 254)
+
+    def pod_addresses(self, pod: str) -> tuple[str, ...]:
+        """The addresses of a pod, IPv4 then IPv6."""
+        node, number = self.nodes[self.places[pod]], self.pods[pod]
+        return f"{self._prefix4}.{node}.{number}", self._ipv6(node, number)
+
+    def pod_networks(self, node: str) -> tuple[str, ...]:
+        """The networks that all pods of a node are in."""
+        number = self.nodes[node]
+        return f"{self._prefix4}.{number}.0/24", f"{self._ipv6(number, 0)}/64"
+
+    @property
+    def _digest(self) -> bytes:
+        return hashlib.sha256(self.lab.encode()).digest()
+
+    @property
+    def _prefix4(self) -> str:
+        return f"10.{self._digest[0]}"
+
+    def _ipv6(self, subnet: int, host: int) -> str:
+        """An address in the lab's unique local /48 (RFC 4193)."""
+        number = (0xFD << 120) | (int.from_bytes(self._digest[:5], "big") << 80)
+        return str(ipaddress.IPv6Address(number | (subnet << 64) | host))
+
+
+def plan(spec: LabSpec, previous: Layout | None) -> Layout:
+    """Number the nodes and pods of a lab; what `previous` has keeps its number."""
+    before = previous or Layout(lab=spec.name)
+    return Layout(
+        lab=spec.name,
+        nodes=_numbered(spec.nodes, before.nodes),
+        pods=_numbered((pod.name for pod in spec.pods), before.pods),
+        places={pod.name: pod.node for pod in spec.pods},
+    )
+
+
+def namespace(lab: str, name: str) -> str:
+    """Name of the network namespace of a node, a pod or the outside."""
+    return f"tg-{lab}-{name}"
+
+
+def namespaces(lab: str) -> tuple[str, ...]:
+    """Names of all network namespaces of a lab that exist right now."""
+    return tuple(name for name in netns.names() if name.startswith(f"tg-{lab}-"))
+
+
+def labs_with_namespaces() -> tuple[str, ...]:
+    """Names of the labs that have a network namespace, sorted."""
+    parts = (name.split("-", 2) for name in netns.names() if name.startswith("tg-"))
+    return tuple(sorted({part[1] for part in parts if len(part) == 3 and part[1]}))
+
+
+def stale(layout: Layout) -> tuple[str, ...]:
+    """Namespaces of the lab that no node or pod of the layout has, or has at these addresses."""
+    wanted = {namespace(layout.lab, name) for name in (OUTSIDE, *layout.nodes, *layout.pods)}
+    moved = (namespace(layout.lab, pod) for pod in layout.pods if _has_moved(layout, pod))
+    return tuple(sorted({name for name in namespaces(layout.lab) if name not in wanted} | {*moved}))
+
+
+def missing(layout: Layout) -> tuple[str, ...]:
+    """Nodes and pods of the layout that have no namespace yet."""
+    return tuple(
+        name
+        for name in (*layout.nodes, *layout.pods)
+        if not _is_namespace(namespace(layout.lab, name))
+    )
+
+
+def ensure(layout: Layout) -> None:
+    """Make the network be as the layout says; what is there and right stays as it is.
+
+    KernelError when the kernel refuses something.
+    """
+    for name in (OUTSIDE, *layout.nodes, *layout.pods):
+        _ensure_namespace(namespace(layout.lab, name))
+    try:
+        with _Door(namespace(layout.lab, OUTSIDE)) as outside:
+            _ensure_outside(layout, outside)
+            for node in layout.nodes:
+                _ensure_node(layout, node, outside)
+    except NetlinkError as error:
+        message = f"cannot build the network of lab {layout.lab}: {error}"
+        raise KernelError(message, error.code) from error
+
+
+def delete(name: str) -> None:
+    """Delete one namespace of a lab with its link. Its processes must be gone already."""
+    if _is_namespace(name):
+        with _Door(name) as door:
+            door.delete_link(POD_INTERFACE)
+            door.delete_link(FABRIC_INTERFACE)
+    netns.delete(name)
+
+
+def _numbered(names: Iterable[str], before: dict[str, int]) -> dict[str, int]:
+    wanted = tuple(names)
+    kept = {name: before[name] for name in wanted if name in before}
+    free = (
+        number for number in range(1, len(wanted) + len(kept) + 1) if number not in kept.values()
+    )
+    return {name: kept[name] if name in kept else next(free) for name in wanted}
+
+
+def _has_moved(layout: Layout, pod: str) -> bool:
+    name = namespace(layout.lab, pod)
+    if not _is_namespace(name):
+        return False
+    with _Door(name) as door:
+        found = door.global_addresses(POD_INTERFACE)
+    return bool(found) and found != {*layout.pod_addresses(pod)}
+
+
+def _ensure_namespace(name: str) -> None:
+    if not _is_namespace(name):
+        netns.delete(name)
+        netns.create(name)
+
+
+def _is_namespace(name: str) -> bool:
+    """Whether the name leads to a namespace: a crash may leave a name that leads nowhere."""
+    try:
+        netns.run_in(netns.path(name), os.getpid)
+    except KernelError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):
+            return False
+        raise
+    return True
+
+
+def _ensure_outside(layout: Layout, outside: "_Door") -> None:
+    outside.sysctls(_SYSCTLS | _ROUTER_SYSCTLS)
+    outside.up("lo")
+    outside.addresses("lo", layout.outside_addresses())
+
+
+def _ensure_node(layout: Layout, node: str, outside: "_Door") -> None:
+    gateways, addresses = layout.gateway_addresses(node), layout.node_addresses(node)
+    fabric = layout.fabric_addresses(node)
+    with _Door(namespace(layout.lab, node)) as door:
+        door.sysctls(_SYSCTLS | _ROUTER_SYSCTLS)
+        door.up("lo")
+        door.addresses("lo", addresses)
+        uplink = f"tgn{layout.nodes[node]}"
+        door.ensure_veth(FABRIC_INTERFACE, outside, uplink)
+        door.addresses(FABRIC_INTERFACE, fabric, lengths=(30, 64))
+        outside.addresses(uplink, gateways, lengths=(30, 64))
+        for gateway, address in zip(gateways, addresses, strict=True):
+            door.route("default", FABRIC_INTERFACE, via=gateway, source=address)
+        for networks, via, source in zip(
+            zip(layout.pod_networks(node), addresses, strict=True),
+            fabric,
+            layout.outside_addresses(),
+            strict=True,
+        ):
+            for network in networks:
+                outside.route(network, uplink, via=via, source=source)
+        for pod, place in layout.places.items():
+            if place == node:
+                _ensure_pod(layout, pod, door, addresses)
+
+
+def _ensure_pod(layout: Layout, pod: str, node: "_Door", node_addresses: tuple[str, ...]) -> None:
+    link = f"tgp{layout.pods[pod]}"
+    with _Door(namespace(layout.lab, pod)) as door:
+        door.sysctls(_SYSCTLS)
+        door.up("lo")
+        door.ensure_veth(POD_INTERFACE, node, link)
+        node.addresses(link, (_GATEWAY4, _GATEWAY6), lengths=(32, 64))
+        door.addresses(POD_INTERFACE, layout.pod_addresses(pod))
+        for address, source in zip(layout.pod_addresses(pod), node_addresses, strict=True):
+            node.route(address, link, source=source)
+        for gateway in (_GATEWAY4, _GATEWAY6):
+            door.route("default", POD_INTERFACE, via=gateway)
+
+
+class _Door:
+    """One network namespace, changed through one netlink socket. Every change may be repeated."""
+
+    def __init__(self, name: str) -> None:
+        self._path = netns.path(name)
+        self._netlink = IPRoute(netns=self._path)
+        self._indexes: dict[str, int] = {}
+
+    def __enter__(self) -> "_Door":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._netlink.close()
+
+    def sysctls(self, values: dict[str, str]) -> None:
+        def write() -> None:
+            for name, value in values.items():
+                Path("/proc/sys/net", name).write_text(value)
+
+        netns.run_in(self._path, write)
+
+    def up(self, name: str) -> None:
+        self._netlink.link("set", index=self._index(name), state="up")
+
+    def addresses(
+        self, name: str, addresses: Iterable[str], lengths: tuple[int, int] = (32, 128)
+    ) -> None:
+        """Give an interface addresses, with the prefix lengths for IPv4 and IPv6."""
+        for address in addresses:
+            self._netlink.addr(
+                "replace",
+                index=self._index(name),
+                address=address,
+                prefixlen=lengths[0] if "." in address else lengths[1],
+                flags=_IFA_F_NODAD if ":" in address else 0,
+            )
+
+    def route(self, to: str, name: str, *, via: str = "", source: str = "") -> None:
+        """Route a network, an address or "default" (in the family of `via`) over an interface."""
+        options: dict[str, Any] = {"dst": to, "oif": self._index(name)}
+        family = via or to
+        options["family"] = 10 if ":" in family else 2
+        if via:
+            options |= {"gateway": via}
+            if via == _GATEWAY4:
+                options |= {"flags": _RTNH_F_ONLINK}
+        if source:
+            options |= {"prefsrc": source}
+        self._netlink.route("replace", **options)
+
+    def ensure_veth(self, name: str, peer: "_Door", peer_name: str) -> None:
+        """Join two namespaces with a veth pair that is up; a pair that already does stays."""
+        mine, other = self._link(name), peer._link(peer_name)
+        joined = (
+            mine is not None
+            and other is not None
+            and mine.get_attr("IFLA_LINK") == other["index"]
+            and other.get_attr("IFLA_LINK") == mine["index"]
+        )
+        if not joined:
+            self.delete_link(name)
+            peer.delete_link(peer_name)
+            descriptor = os.open(peer._path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._netlink.link(
+                    "add",
+                    ifname=name,
+                    kind="veth",
+                    peer={"ifname": peer_name, "net_ns_fd": descriptor},
+                )
+            finally:
+                os.close(descriptor)
+        self.up(name)
+        peer.up(peer_name)
+
+    def delete_link(self, name: str) -> None:
+        """Delete an interface and its peer, if it is there."""
+        self._indexes.pop(name, None)
+        link = self._link(name)
+        if link is not None:
+            self._netlink.link("del", index=link["index"])
+
+    def global_addresses(self, name: str) -> set[str]:
+        """Addresses of an interface that are not link-local; none when it is not there."""
+        link = self._link(name)
+        if link is None:
+            return set()
+        found = (
+            entry.get_attr("IFA_ADDRESS") for entry in self._netlink.get_addr(index=link["index"])
+        )
+        return {text for text in found if not ipaddress.ip_address(text).is_link_local}
+
+    def _index(self, name: str) -> int:
+        if name not in self._indexes:
+            link = self._link(name)
+            if link is None:
+                raise KernelError(f"no interface {name} in {self._path}", errno.ENODEV)
+            self._indexes[name] = link["index"]
+        return self._indexes[name]
+
+    def _link(self, name: str) -> Any:
+        """The interface as netlink shows it, None when there is none."""
+        try:
+            return next(iter(self._netlink.link("get", ifname=name)), None)
+        except NetlinkError as error:
+            if error.code == errno.ENODEV:
+                return None
+            raise

@@ -1,0 +1,108 @@
+"""What should be, from the intent server; kept in a file so that an agent without a server goes on as before.
+
+An unreachable server changes nothing: the last answer stays in force, and how old it is shows as a problem.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tidegate.catalog.client import CatalogClient, Snapshot
+from tidegate.catalog.registration import NodeInfo
+from tidegate.errors import TidegateError
+from tidegate.intent.entries import from_consul, to_consul
+from tidegate.model import Instance
+from tidegate.node.files import write_atomically
+from tidegate.node.log import Log
+
+log = Log("intent")
+
+
+_NOTHING = Snapshot(index=0, entries=(), instances=(), nodes=(), default_allow=False)
+
+
+class _Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot as it is kept in a file: entries in Consul's JSON."""
+
+    at: float
+    index: int
+    entries: tuple[dict[str, Any], ...]
+    instances: tuple[Instance, ...]
+    nodes: tuple[NodeInfo, ...]
+    default_allow: bool
+
+
+class IntentSource:
+    """The latest snapshot of config entries and catalog."""
+
+    def __init__(self, catalog: CatalogClient, path: Path) -> None:
+        self._catalog = catalog
+        self._path = path
+        self._snapshot: Snapshot | None = None
+        self._answered_at = 0.0
+        self._problem = ""
+        self._recall()
+
+    def current(self) -> Snapshot:
+        """The latest snapshot; an empty one before the first answer."""
+        return self._snapshot or _NOTHING
+
+    @property
+    def known(self) -> bool:
+        """Whether any server ever said what should be."""
+        return self._snapshot is not None
+
+    def problems(self) -> tuple[str, ...]:
+        """Why the snapshot may be out of date."""
+        return (self._problem,) if self._problem else ()
+
+    async def refresh(self) -> Snapshot:
+        """Asks the server; the former snapshot where it does not answer."""
+        try:
+            snapshot = await self._catalog.snapshot()
+        except TidegateError as error:
+            if not self._problem:
+                log.warning("no answer from the intent server", reason=str(error))
+            age = time.time() - self._answered_at
+            old = f"; intent is {age:.0f} s old" if self.known else ""
+            self._problem = f"{error}{old}"
+            return self.current()
+        if self._problem:
+            log.info("the intent server answers again")
+            self._problem = ""
+        self._answered_at = time.time()
+        if snapshot != self._snapshot:
+            self._snapshot = snapshot
+            self._keep(snapshot)
+        return snapshot
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        kept = _Kept(
+            at=self._answered_at,
+            index=snapshot.index,
+            entries=tuple(to_consul(entry) for entry in snapshot.entries),
+            instances=snapshot.instances,
+            nodes=snapshot.nodes,
+            default_allow=snapshot.default_allow,
+        )
+        write_atomically(self._path, msgspec.json.encode(kept))
+
+    def _recall(self) -> None:
+        try:
+            kept = msgspec.json.decode(self._path.read_bytes(), type=_Kept)
+            entries = tuple(from_consul(entry, str(self._path)) for entry in kept.entries)
+        except FileNotFoundError:
+            return
+        except (msgspec.DecodeError, TidegateError) as error:
+            log.warning("kept intent is unreadable", file=str(self._path), reason=str(error))
+            return
+        self._answered_at = kept.at
+        self._snapshot = Snapshot(
+            index=kept.index,
+            entries=entries,
+            instances=kept.instances,
+            nodes=kept.nodes,
+            default_allow=kept.default_allow,
+        )

@@ -1,0 +1,257 @@
+"""This node's evidence: the classifier at every workload's interface, the ledger, and the sidecars as witnesses.
+
+Each round reads Envoy's counters first and the kernel's edges after; the witness depends on that order. The ledger
+belongs to one thread at a time: the daemon calls everything here from its one worker.
+"""
+
+import socket
+from collections.abc import Iterable, Mapping
+
+from tidegate.enforce.sidecar.envoy import Phase
+from tidegate.errors import TidegateError
+from tidegate.kernel import links, netns
+from tidegate.kernel.errors import KernelError
+from tidegate.model import Direction, Edge, Instance, MutualTLSMode, Workload
+from tidegate.node.config import AgentConfig
+from tidegate.node.flows import FlowRow, row
+from tidegate.node.keeper import Keeper, Redirection
+from tidegate.node.log import Log
+from tidegate.node.mesh import NodeEvidence, NodeFlows
+from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
+from tidegate.observe.labels import Labels
+from tidegate.observe.ledger import Ledger
+from tidegate.observe.witness import SidecarCounts, WitnessState, advance, count_chains
+from tidegate.verdict.evidence import EdgeEvidence, InstanceEvidence
+
+log = Log("observation")
+
+
+class Observation:
+    """Everything that this node sees."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._classifier = Classifier.open(config.bpffs)
+        self._classifier.set_profile(consul_profile(config.trust_domain))
+        self._ledger = Ledger.open(config.state_dir / "ledger.sqlite")
+        self._attachments: dict[int, Attachment] = {
+            each.workload_key: each for each in self._classifier.attachments()
+        }
+        self._witnesses: dict[int, WitnessState] = {}
+        self._problems: dict[int, str] = {}
+        self.labels = Labels()
+
+    def close(self) -> None:
+        """Ends this process's part; programs and maps stay and go on counting."""
+        self._classifier.close()
+        self._ledger.close()
+
+    def observed_since(self, workload: Workload) -> float | None:
+        """Since when a workload's interface has been observed without a break."""
+        attachment = self._attachments.get(workload.key)
+        return attachment.attached_at if attachment else None
+
+    def problem(self, workload: Workload) -> str:
+        """Why a workload is not observed; empty when it is."""
+        return self._problems.get(workload.key, "")
+
+    def problems(self) -> tuple[str, ...]:
+        """What costs evidence on this node."""
+        return (*self._problems.values(), *self._ledger.problems())
+
+    def attach(self, workload: Workload) -> None:
+        """Sees to it that a workload's interface is observed; a failure is kept as its problem."""
+        try:
+            attachment = self._attach(workload)
+        except (KernelError, TidegateError, OSError) as error:
+            problem = f"{workload.name} is not observed: {error}"
+            if self._problems.get(workload.key) != problem:
+                log.warning(problem, workload=workload.name)
+            self._problems[workload.key] = problem
+            self._attachments.pop(workload.key, None)
+            return
+        if self._attachments.get(workload.key) != attachment:
+            log.info("observing", workload=workload.name, since=attachment.attached_at)
+        self._problems.pop(workload.key, None)
+        self._attachments[workload.key] = attachment
+
+    def _attach(self, workload: Workload) -> Attachment:
+        ports = (workload.port,) if workload.port else ()
+        on_host = links.host_ifindex(workload.netns, workload.interface)
+        if on_host is not None:
+            return self._classifier.attach(workload.key, on_host, Side.HOST, ports)
+        inside = netns.run_in(workload.netns, socket.if_nametoindex, workload.interface)
+        return netns.run_in(
+            workload.netns, self._classifier.attach, workload.key, inside, Side.INSIDE, ports
+        )
+
+    def detach(self, workload_key: int) -> None:
+        """The workload is gone: its last counts go to the ledger, then it leaves the kernel."""
+        self._classifier.detach(workload_key)
+        self._classifier.forget_edges(workload_key)
+        self._ledger.forget(workload_key)
+        self._attachments.pop(workload_key, None)
+        self._witnesses.pop(workload_key, None)
+        self._problems.pop(workload_key, None)
+
+    def unclaimed(self, living: Iterable[Workload]) -> tuple[int, ...]:
+        """Keys of attachments that belong to no living workload."""
+        keys = {workload.key for workload in living}
+        return tuple(key for key in self._attachments if key not in keys)
+
+    def collect(self, now: float, keepers: Iterable[Keeper]) -> None:
+        """One round: sidecars' counters, then kernel edges, into ledger and witnesses."""
+        counted = [(keeper, self._sidecar_counts(keeper)) for keeper in keepers]
+        edges = self._classifier.edges()
+        losses = self._classifier.losses()
+        for keeper, _ in counted:
+            attachment = self._attachments.get(keeper.workload.key)
+            if attachment is not None:
+                self._ledger.extend(keeper.workload, attachment.attached_at, now)
+        self._ledger.record(now, self._classifier.generation, edges, losses.lost_by_name())
+        by_workload: dict[int, list[Edge]] = {}
+        for edge in edges:
+            by_workload.setdefault(edge.key.workload, []).append(edge)
+        for keeper, counts in counted:
+            key = keeper.workload.key
+            if counts is not None:
+                self._witnesses[key] = self._advance(keeper, now, counts, by_workload.get(key, []))
+
+    def _sidecar_counts(self, keeper: Keeper) -> SidecarCounts | None:
+        state = keeper.sidecar
+        if state.phase is not Phase.RUNNING or not keeper.in_mesh:
+            return None
+        try:
+            stats = keeper.admin.sidecar_stats()
+        except TidegateError:
+            # It runs and does not answer: the next round's state says so.
+            return None
+        return SidecarCounts(
+            permissive_total=stats.permissive_connections,
+            public_total=stats.public_connections,
+            permissive_active=stats.permissive_active,
+            public_active=stats.public_active,
+            epoch=f"{state.pid} {keeper.mode}",
+        )
+
+    def _advance(
+        self, keeper: Keeper, now: float, counts: SidecarCounts, edges: list[Edge]
+    ) -> WitnessState:
+        policy, workload = keeper.policy, keeper.workload
+        permissive = keeper.mode is MutualTLSMode.PERMISSIVE and workload.port
+        ledger = count_chains(
+            edges,
+            permissive_ports={workload.port} if permissive else set(),
+            excluded_ports=_excluded(keeper),
+            inbound_port=policy.inbound.port if policy else 0,
+        )
+        state = self._witnesses.get(workload.key, WitnessState())
+        return advance(state, now, counts, ledger)
+
+    def evidence(
+        self, service: str, since: float, until: float, keepers: Mapping[str, Keeper]
+    ) -> NodeEvidence:
+        """What this node knows of its instances of a service in [since, until]."""
+        own = {keeper.workload.key: keeper for keeper in keepers.values()}
+        losses = self._ledger.losses(since, until)
+        living = [
+            self._living(keeper, since, until, losses)
+            for keeper in own.values()
+            if keeper.workload.service == service
+        ]
+        departed = [
+            self._departed(workload, since, until, losses)
+            for workload in self._ledger.workloads(service)
+            if workload.key not in own
+        ]
+        return NodeEvidence(instances=tuple(living), departed=tuple(departed))
+
+    def _living(
+        self, keeper: Keeper, since: float, until: float, losses: dict[str, int]
+    ) -> InstanceEvidence:
+        workload = keeper.workload
+        policy = keeper.policy
+        state = self._witnesses.get(workload.key, WitnessState())
+        return InstanceEvidence(
+            instance=published(keeper, self._config),
+            created_at=workload.created_at,
+            inbound_redirected=keeper.in_mesh and policy is not None and policy.inbound.enabled,
+            excluded_inbound_ports=_excluded(keeper),
+            coverage=self._ledger.coverage(workload.key),
+            losses=losses,
+            edges=self._edges(workload, since, until),
+            witness=state.reading,
+            node_addresses=self._config.node_addresses,
+            sidecar_problem="; ".join(keeper.problems),
+        )
+
+    def _departed(
+        self, workload: Workload, since: float, until: float, losses: dict[str, int]
+    ) -> InstanceEvidence:
+        coverage = self._ledger.coverage(workload.key)
+        return InstanceEvidence(
+            instance=Instance(
+                id=workload.id,
+                name=workload.name,
+                service=workload.service,
+                node=workload.node,
+                namespace=workload.namespace,
+                addresses=workload.addresses,
+                port=workload.port,
+                seen_from=workload.created_at,
+                seen_until=coverage[-1].end if coverage else workload.created_at,
+            ),
+            created_at=workload.created_at,
+            inbound_redirected=workload.meshed,
+            coverage=coverage,
+            losses=losses,
+            edges=self._edges(workload, since, until),
+            node_addresses=self._config.node_addresses,
+        )
+
+    def _edges(self, workload: Workload, since: float, until: float) -> tuple[EdgeEvidence, ...]:
+        found = self._ledger.window([workload.key], Direction.INBOUND, since, until)
+        return tuple(EdgeEvidence.of(edge) for edge in found)
+
+    def flows(self, since: float, until: float, keepers: Mapping[str, Keeper]) -> NodeFlows:
+        """This node's edges in [since, until], named."""
+        own = {keeper.workload.key: keeper for keeper in keepers.values()}
+        rows: list[FlowRow] = []
+        for edge in self._ledger.window(list(own), None, since, until):
+            keeper = own[edge.key.workload]
+            rows.append(
+                row(edge, keeper.workload, keeper.policy if keeper.in_mesh else None, self.labels)
+            )
+        return NodeFlows(
+            observed=tuple(
+                keeper.workload.name for key, keeper in own.items() if key in self._attachments
+            ),
+            flows=tuple(rows),
+            problems=self.problems(),
+        )
+
+
+def published(keeper: Keeper, config: AgentConfig) -> Instance:
+    """A workload as other nodes may know it."""
+    workload = keeper.workload
+    return Instance(
+        id=workload.id,
+        name=workload.name,
+        service=workload.service,
+        node=config.node,
+        namespace=workload.namespace,
+        addresses=workload.addresses,
+        port=workload.port,
+        meshed=keeper.redirection is Redirection.APPLIED,
+        inbound_port=keeper.policy.inbound.port if keeper.policy else 0,
+        applied_index=keeper.applied_index,
+        mode=keeper.mode,
+        agent_api=f"unix://{config.socket}",
+        seen_from=workload.created_at,
+    )
+
+
+def _excluded(keeper: Keeper) -> tuple[tuple[int, int], ...]:
+    if keeper.policy is None:
+        return ()
+    return tuple((ports.first, ports.last) for ports in keeper.policy.inbound.exclude_ports)

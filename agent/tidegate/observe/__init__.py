@@ -1,0 +1,1 @@
+"""Kernel and sidecar to evidence: flow classes, sidecar counters, the ledger."""

@@ -1,0 +1,154 @@
+"""The classifier's maps as Python sees them: bpf/consts.h and bpf/structs.h, transcribed.
+
+One class per enum and per struct of the headers, same names without the prefix tg_, same order. A test compares
+them with what the compiler makes of the headers. No behaviour, no I/O.
+"""
+
+import ctypes
+import enum
+
+SERVICE_PORTS = 16
+NAMES = 8
+TEXT_BYTES = 128
+PREFIX_BYTES = 4096
+
+
+class Class(enum.IntEnum):
+    EMPTY = 0
+    PLAINTEXT = 1
+    TLS = 2
+    MESH = 3
+    SERVER_FIRST = 4
+    STARTTLS = 5
+    UNKNOWN = 6
+
+
+class Direction(enum.IntEnum):
+    INBOUND = 0
+    OUTBOUND = 1
+
+
+class Role(enum.IntEnum):
+    CLIENT = 0
+    SERVER = 1
+
+
+class FlowFlag(enum.IntFlag):
+    SYN_SEEN = 1 << 0
+    FIRST_BYTE_SEEN = 1 << 1
+    SERVER_FIRST = 1 << 2
+    CLOSED = 1 << 3
+    CLIENT_FIN = 1 << 4
+    SERVER_SEQ = 1 << 5
+    CLIENT_SEQ = 1 << 6
+    TLS_HEADERS = 1 << 7
+    PREFIX_STORED = 1 << 8
+    OVERFLOW = 1 << 9
+
+
+class Verdict(enum.IntFlag):
+    CLASS = 0xFF
+    SETTLED = 1 << 8
+
+
+class Counter(enum.IntEnum):
+    NOT_IP = 0
+    NOT_TCP = 1
+    JOINED_MIDSTREAM = 2
+    HELLO_TOO_LONG = 3
+    HELLO_MALFORMED = 4
+    BAD_HEADERS = 5
+    OUT_OF_WINDOW = 6
+    NO_WORKLOAD = 7
+    TCP_FRAGMENT = 8
+    TOO_MANY_HEADERS = 9
+    FLOW_NOT_STORED = 10
+    PREFIX_NOT_STORED = 11
+    PREFIX_EVICTED = 12
+    PREFIX_BUSY = 13
+    BYTES_MISSED = 14
+    RACE_LOST = 15
+
+
+COUNTER_LOSSES = Counter.NO_WORKLOAD
+"""The first counter that means that evidence was lost."""
+
+_u8, _u16, _u32, _u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
+_Address = ctypes.c_uint8 * 16
+
+
+class Interface(ctypes.Structure):
+    _fields_ = (("scope", _u32), ("ifindex", _u32))
+
+
+class Attachment(ctypes.Structure):
+    _fields_ = (
+        ("workload", _u64),
+        ("attached_at", _u64),
+        ("profile", _u32),
+        ("port_count", _u16),
+        ("side", _u8),
+        ("pad", _u8),
+        ("ports", _u16 * SERVICE_PORTS),
+    )
+
+
+class FlowKey(ctypes.Structure):
+    _fields_ = (
+        ("workload", _u64),
+        ("local", _Address),
+        ("peer", _Address),
+        ("local_port", _u16),
+        ("peer_port", _u16),
+        ("pad", _u32),
+    )
+
+
+class Flow(ctypes.Structure):
+    _fields_ = (
+        ("opened", _u64),
+        ("pending", _u64 * 2),
+        ("credited", _u64 * 2),
+        ("isn", _u32 * 2),
+        ("next", _u32 * 2),
+        ("contiguous", _u32),
+        ("fin", _u32),
+        ("verdict", _u32),
+        ("flags", _u32),
+        ("profile", _u32),
+        ("direction", _u8),
+        ("pad", _u8 * 3),
+    )
+
+
+class EdgeKey(ctypes.Structure):
+    _fields_ = (
+        ("workload", _u64),
+        ("peer", _Address),
+        ("port", _u16),
+        ("direction", _u8),
+        ("flow_class", _u8),
+        ("pad", _u32),
+    )
+
+
+class EdgeCount(ctypes.Structure):
+    _fields_ = (
+        ("connections", _u64),
+        ("bytes", _u64 * 2),
+        ("first_seen", _u64),
+        ("last_seen", _u64),
+    )
+
+
+class Text(ctypes.Structure):
+    _fields_ = (("length", _u32), ("bytes", _u8 * TEXT_BYTES))
+
+
+class Profile(ctypes.Structure):
+    _fields_ = (
+        ("suffix_count", _u32),
+        ("alpn_count", _u32),
+        ("suffixes", Text * NAMES),
+        ("alpns", Text * NAMES),
+    )

@@ -1,0 +1,524 @@
+"""The flow classifier of this node: attaches it to workloads' interfaces, reads what it counted.
+
+All state is in the kernel, pinned below one directory of a bpffs: an agent that dies leaves everything running,
+and the next one finds maps, programs, links and attachments again and takes them over. What the programs do is
+told in bpf/classifier.bpf.c. Failures are KernelErrors; names and ports that do not fit, InputErrors.
+"""
+
+import contextlib
+import enum
+import hashlib
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from tidegate.errors import InputError
+from tidegate.kernel.bpf import AttachType, Link, Map, Object, Program
+from tidegate.kernel.errors import KernelError
+from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass
+from tidegate.observe import abi
+
+PACKAGED_OBJECT = Path(__file__).parent.parent / "bpf" / "classifier.bpf.o"
+"""The compiled programs as the package ships them; `make -C bpf` makes them."""
+
+_DIRECTORY = "classifier"
+_SCRATCH = "scratch"
+_PROGRAMS = ("from_pod", "to_pod")
+_HOST_SCOPE = 0
+_PROFILE = 0
+"""The profile of all workloads, so far."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_OWN_NETNS = Path("/proc/thread-self/ns/net")
+
+_CLASSES: dict[int, FlowClass] = {
+    abi.Class.EMPTY: FlowClass.EMPTY,
+    abi.Class.PLAINTEXT: FlowClass.PLAINTEXT,
+    abi.Class.TLS: FlowClass.TLS,
+    abi.Class.MESH: FlowClass.MESH,
+    abi.Class.SERVER_FIRST: FlowClass.SERVER_FIRST,
+    abi.Class.STARTTLS: FlowClass.STARTTLS,
+    abi.Class.UNKNOWN: FlowClass.UNKNOWN,
+}
+_DIRECTIONS: dict[int, Direction] = {
+    abi.Direction.INBOUND: Direction.INBOUND,
+    abi.Direction.OUTBOUND: Direction.OUTBOUND,
+}
+
+
+class Side(enum.StrEnum):
+    """Which end of the workload's interface the programs are on."""
+
+    HOST = "host"
+    """The end of the veth in the node's namespace: what comes in there comes from the pod."""
+    INSIDE = "inside"
+    """The interface in the workload's own namespace, where there is no other end to be had."""
+
+
+_SIDES = (Side.HOST, Side.INSIDE)
+_WAYS: dict[Side, tuple[AttachType, AttachType]] = {
+    # Where packets from the pod pass, and where packets to the pod pass.
+    Side.HOST: (AttachType.TCX_INGRESS, AttachType.TCX_EGRESS),
+    Side.INSIDE: (AttachType.TCX_EGRESS, AttachType.TCX_INGRESS),
+}
+
+
+class MeshProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """How a ClientHello of the mesh's own mTLS is recognised: by either of the two."""
+
+    name: str
+    sni_suffixes: tuple[str, ...] = ()
+    """Ends of the server name, at a dot: ".internal.x" is the end of "a.internal.x", not of "b-internal.x"."""
+    alpn: tuple[str, ...] = ()
+    """Protocol names that nobody but the mesh offers."""
+
+
+def consul_profile(trust_domain: str) -> MeshProfile:
+    """Consul's: SNI of connect's ServiceSNI (consul agent/connect/sni.go), in any partition."""
+    return MeshProfile(
+        name="consul",
+        sni_suffixes=(f".internal.{trust_domain}", f".internal-v1.{trust_domain}"),
+    )
+
+
+ISTIO = MeshProfile(
+    name="istio",
+    alpn=("istio", "istio-peer-exchange", "istio-http/1.0", "istio-http/1.1", "istio-h2"),
+)
+"""Istio's: mtlsTCPWithMxcALPNs and mtlsHTTPALPNs of pilot/pkg/networking/core/listener.go."""
+
+KUMA = MeshProfile(name="kuma", alpn=("kuma",))
+"""Kuma's: KumaALPNProtocols of pkg/xds/envoy/tls."""
+
+
+class Attachment(msgspec.Struct, frozen=True, kw_only=True):
+    """One interface that is being observed."""
+
+    workload_key: int
+    ifindex: int
+    side: Side
+    attached_at: float
+    """Since when both ways are observed without a gap, seconds since the Unix epoch."""
+    scope: int = _HOST_SCOPE
+    """0 on the host side, the inode number of the workload's network namespace inside."""
+
+
+class Losses(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that the classifier did not look at, did not understand or could not hold, since it was loaded.
+
+    What each field means stands in bpf/consts.h, enum tg_counter.
+    """
+
+    not_ip: int = 0
+    not_tcp: int = 0
+    joined_midstream: int = 0
+    hello_too_long: int = 0
+    hello_malformed: int = 0
+    bad_headers: int = 0
+    out_of_window: int = 0
+    no_workload: int = 0
+    tcp_fragment: int = 0
+    too_many_headers: int = 0
+    flow_not_stored: int = 0
+    prefix_not_stored: int = 0
+    prefix_evicted: int = 0
+    prefix_busy: int = 0
+    bytes_missed: int = 0
+    race_lost: int = 0
+    overflow: dict[FlowClass, int] = {}
+    """Connections whose edge did not fit, by class; only classes that have any."""
+
+    def lost_by_name(self) -> dict[str, int]:
+        """Those by which evidence was lost, by name."""
+        counted = {
+            counter.name.lower(): getattr(self, counter.name.lower())
+            for counter in abi.Counter
+            if counter >= abi.COUNTER_LOSSES
+        }
+        return counted | {f"overflow_{each}": count for each, count in self.overflow.items()}
+
+    @property
+    def lost(self) -> int:
+        """The sum of those by which evidence was lost: more than 0 and the coverage has a hole."""
+        return sum(self.lost_by_name().values())
+
+
+class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One connection, as the flow map has it at the moment."""
+
+    workload: int
+    direction: Direction
+    local: str
+    local_port: int
+    peer: str
+    peer_port: int
+    flow_class: FlowClass
+    settled: bool
+    """Whether the class is final."""
+    flags: abi.FlowFlag
+    opened: float
+    """Seconds since the Unix epoch."""
+
+
+class _Clock:
+    """From the kernel's CLOCK_BOOTTIME to Unix time.
+
+    The same nanosecond always gives the same second, until somebody sets the clock of the machine.
+    """
+
+    STEP = 0.5
+
+    def __init__(self) -> None:
+        self._offset = self._difference()
+
+    @staticmethod
+    def _difference() -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def refresh(self) -> None:
+        difference = self._difference()
+        if abs(difference - self._offset) > self.STEP:
+            self._offset = difference
+
+    def unix(self, boottime_ns: int) -> float:
+        return boottime_ns / 1e9 + self._offset
+
+
+class Classifier:
+    """The classifier in the kernel; make one with `open`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        object_path: Path,
+        maps: dict[str, Map],
+        programs: tuple[Program, Program],
+    ) -> None:
+        self._directory = directory
+        self._object_path = object_path
+        self._maps = maps
+        self._programs = programs
+        self._clock = _Clock()
+
+    @classmethod
+    def open(cls, pin_dir: Path, object_path: Path = PACKAGED_OBJECT) -> "Classifier":
+        """Takes over what a former agent left below pin_dir, or loads and pins.
+
+        pin_dir has to be a directory on a bpffs. A KernelError says why the kernel refused the programs, or
+        that the maps which are there have another layout.
+        """
+        directory = pin_dir / _DIRECTORY
+        map_dir = directory / "maps"
+        map_dir.mkdir(parents=True, exist_ok=True)
+        (directory / "links").mkdir(exist_ok=True)
+        with contextlib.ExitStack() as undo, Object.open(object_path) as compiled:
+            names = [name for name in compiled.map_names() if name != _SCRATCH]
+            pinned = {
+                name: undo.enter_context(Map.open_pinned(map_dir / name))
+                for name in names
+                if (map_dir / name).exists()
+            }
+            for existing in pinned.values():
+                compiled.reuse(existing)
+            program_dir = directory / "programs" / _digest(object_path)
+            if len(pinned) == len(names) and all((program_dir / p).exists() for p in _PROGRAMS):
+                from_pod, to_pod = (Program.open_pinned(program_dir / p) for p in _PROGRAMS)
+            else:
+                compiled.set_constants(_u32(_HOST_SCOPE))
+                compiled.load()
+                for name in names:
+                    if name not in pinned:
+                        pinned[name] = undo.enter_context(compiled.map(name))
+                        pinned[name].pin(map_dir / name)
+                _remove_tree(directory / "programs")
+                program_dir.mkdir(parents=True)
+                from_pod, to_pod = (compiled.program(p) for p in _PROGRAMS)
+                for program in (from_pod, to_pod):
+                    program.pin(program_dir / program.name)
+            undo.pop_all()
+        classifier = cls(directory, object_path, pinned, (from_pod, to_pod))
+        classifier._forget_lost_interfaces()
+        return classifier
+
+    @property
+    def generation(self) -> str:
+        """Identity of the edge map: its counts began at 0 when this became what it is."""
+        return f"{_BOOT_ID.read_text().strip()} {self._maps['edges'].id}"
+
+    def set_profile(self, profile: MeshProfile) -> None:
+        """How the mesh is recognised from now on, by flows that are not decided yet."""
+        value = abi.Profile(suffix_count=len(profile.sni_suffixes), alpn_count=len(profile.alpn))
+        suffixes = ["." + suffix.lower().strip(".") for suffix in profile.sni_suffixes]
+        for texts, names, field in (
+            (value.suffixes, suffixes, "sni_suffixes"),
+            (value.alpns, list(profile.alpn), "alpn"),
+        ):
+            if len(names) > abi.NAMES:
+                raise InputError(
+                    f"{len(names)} names",
+                    source=f"profile {profile.name}",
+                    field=field,
+                    expected=f"at most {abi.NAMES}",
+                )
+            for text, name in zip(texts, names, strict=False):
+                _set_text(text, name, profile, field)
+        self._maps["profiles"].update(_u32(_PROFILE), bytes(value))
+
+    def attach(
+        self, workload_key: int, ifindex: int, side: Side, service_ports: tuple[int, ...]
+    ) -> Attachment:
+        """Observes an interface from now on, or goes on observing it: then only the ports change.
+
+        The calling thread has to be in the interface's network namespace. service_ports (at most 16) tell the
+        direction of connections that were open before.
+        """
+        if len(service_ports) > abi.SERVICE_PORTS:
+            raise InputError(
+                f"{len(service_ports)} service ports", expected=f"at most {abi.SERVICE_PORTS}"
+            )
+        interface = abi.Interface(
+            scope=_HOST_SCOPE if side is Side.HOST else _OWN_NETNS.stat().st_ino, ifindex=ifindex
+        )
+        known = self._attachment(interface)
+        entry = abi.Attachment(
+            workload=workload_key,
+            side=_SIDES.index(side),
+            port_count=len(service_ports),
+            ports=service_ports,
+        )
+        if (
+            known is not None
+            and known.workload == workload_key
+            and known.attached_at
+            and self._is_attached(interface)
+        ):
+            entry.attached_at = known.attached_at
+            self._maps["attachments"].update(bytes(interface), bytes(entry))
+            return self._record(interface, entry)
+        self._detach(interface)
+        # Attached from the moment that both programs are: until then the entry says 0, also after a crash.
+        self._maps["attachments"].update(bytes(interface), bytes(entry))
+        try:
+            self._link(interface, side)
+        except KernelError:
+            self._detach(interface)
+            raise
+        entry.attached_at = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._maps["attachments"].update(bytes(interface), bytes(entry))
+        return self._record(interface, entry)
+
+    def attachments(self) -> list[Attachment]:
+        """What is being observed: interfaces that are there and have both programs."""
+        self._clock.refresh()
+        return [
+            self._record(interface, entry)
+            for interface, entry in self._entries()
+            if entry.attached_at and self._is_attached(interface)
+        ]
+
+    def detach(self, workload_key: int) -> None:
+        """Stops observing every interface of a workload. Its edges stay until they are forgotten."""
+        for interface, entry in self._entries():
+            if entry.workload == workload_key:
+                self._detach(interface)
+
+    def forget_edges(self, workload_key: int) -> None:
+        """Removes what was counted for a workload, which should not be observed any more."""
+        for key, _ in list(self._maps["edges"].items()):
+            if abi.EdgeKey.from_buffer_copy(key).workload == workload_key:
+                self._maps["edges"].delete(key)
+
+    def edges(self) -> list[Edge]:
+        """All edges of all workloads that have connections or bytes.
+
+        A connection is on one edge at a time. It moves when its class becomes known, so the counts of class
+        empty, and of server-first and unknown, can go down again.
+        """
+        self._clock.refresh()
+        unix = self._clock.unix
+        edges = []
+        for keys, values, number in self._maps["edges"].batches():
+            pairs = zip(
+                (abi.EdgeKey * number).from_buffer_copy(keys),
+                (abi.EdgeCount * number).from_buffer_copy(values),
+                strict=True,
+            )
+            for key, count in pairs:
+                to_server, to_client = count.bytes
+                if not (count.connections or to_server or to_client):
+                    continue
+                edges.append(
+                    Edge(
+                        key=EdgeKey(
+                            workload=key.workload,
+                            direction=_DIRECTIONS[key.direction],
+                            peer=_address(bytes(key.peer)),
+                            port=key.port,
+                            flow_class=_CLASSES[key.flow_class],
+                        ),
+                        count=EdgeCount(
+                            connections=count.connections,
+                            bytes_to_server=to_server,
+                            bytes_to_client=to_client,
+                            first_seen=unix(count.first_seen),
+                            last_seen=unix(count.last_seen),
+                        ),
+                    )
+                )
+        return edges
+
+    def losses(self) -> Losses:
+        """The counters, summed over all processors, since the maps were made."""
+        counters = {}
+        for counter in abi.Counter:
+            raw = self._maps["counters"].lookup(_u32(counter)) or b""
+            counters[counter.name.lower()] = sum(memoryview(raw).cast("Q"))
+        overflow = {}
+        for number, flow_class in _CLASSES.items():
+            count = self._maps["overflow"].lookup(_u32(number))
+            if count and (connections := abi.EdgeCount.from_buffer_copy(count).connections):
+                overflow[flow_class] = connections
+        return Losses(overflow=overflow, **counters)
+
+    def flows(self) -> list[FlowRecord]:
+        """The connections that the flow map holds, open and closed, for looking at."""
+        self._clock.refresh()
+        records = []
+        for raw_key, raw in self._maps["flows"].items():
+            key, flow = abi.FlowKey.from_buffer_copy(raw_key), abi.Flow.from_buffer_copy(raw)
+            records.append(
+                FlowRecord(
+                    workload=key.workload,
+                    direction=_DIRECTIONS[flow.direction],
+                    local=_address(bytes(key.local)),
+                    local_port=key.local_port,
+                    peer=_address(bytes(key.peer)),
+                    peer_port=key.peer_port,
+                    flow_class=_CLASSES[flow.verdict & abi.Verdict.CLASS],
+                    settled=bool(flow.verdict & abi.Verdict.SETTLED),
+                    flags=abi.FlowFlag(flow.flags),
+                    opened=self._clock.unix(flow.opened),
+                )
+            )
+        return records
+
+    def close(self) -> None:
+        """Lets go of the kernel objects; everything pinned stays and goes on counting."""
+        for handle in (*self._maps.values(), *self._programs):
+            handle.close()
+
+    def remove(self) -> None:
+        """Takes everything out of the kernel: programs, links, maps and all that was counted."""
+        self.close()
+        # Links first: a program must not run on an interface that it has no entry for.
+        for name in ("links", "programs", "maps"):
+            _remove_tree(self._directory / name)
+        self._directory.rmdir()
+
+    def _link_dir(self, interface: abi.Interface) -> Path:
+        return self._directory / "links" / f"{interface.scope}-{interface.ifindex}"
+
+    def _link(self, interface: abi.Interface, side: Side) -> None:
+        """Attaches both programs and pins the links."""
+        directory = self._link_dir(interface)
+        directory.mkdir()
+        with self._programs_for(interface.scope) as programs:
+            for program, where in zip(programs, _WAYS[side], strict=True):
+                with Link.attach(program, interface.ifindex, where) as link:
+                    link.pin(directory / program.name)
+
+    @contextlib.contextmanager
+    def _programs_for(self, scope: int) -> Iterator[tuple[Program, ...]]:
+        """The programs that serve a scope: the pinned ones, or copies made for another namespace."""
+        if scope == _HOST_SCOPE:
+            yield self._programs
+            return
+        with contextlib.ExitStack() as handles, Object.open(self._object_path) as compiled:
+            for existing in self._maps.values():
+                compiled.reuse(existing)
+            compiled.set_constants(_u32(scope))
+            compiled.load()
+            yield tuple(handles.enter_context(compiled.program(name)) for name in _PROGRAMS)
+
+    def _is_attached(self, interface: abi.Interface) -> bool:
+        """Whether both links still are on the interface that they were made for."""
+        directory = self._link_dir(interface)
+        for name in _PROGRAMS:
+            if not (directory / name).exists():
+                return False
+            with Link.open_pinned(directory / name) as link:
+                if link.interface() != interface.ifindex:
+                    return False
+        return True
+
+    def _detach(self, interface: abi.Interface) -> None:
+        _remove_tree(self._link_dir(interface))
+        self._maps["attachments"].delete(bytes(interface))
+
+    def _attachment(self, interface: abi.Interface) -> abi.Attachment | None:
+        raw = self._maps["attachments"].lookup(bytes(interface))
+        return None if raw is None else abi.Attachment.from_buffer_copy(raw)
+
+    def _entries(self) -> list[tuple[abi.Interface, abi.Attachment]]:
+        return [
+            (abi.Interface.from_buffer_copy(key), abi.Attachment.from_buffer_copy(value))
+            for key, value in self._maps["attachments"].items()
+        ]
+
+    def _record(self, interface: abi.Interface, entry: abi.Attachment) -> Attachment:
+        return Attachment(
+            workload_key=entry.workload,
+            ifindex=interface.ifindex,
+            side=_SIDES[entry.side],
+            attached_at=self._clock.unix(entry.attached_at),
+            scope=interface.scope,
+        )
+
+    def _forget_lost_interfaces(self) -> None:
+        """Interfaces that went away while no agent looked."""
+        known = set()
+        for interface, _ in self._entries():
+            if self._is_attached(interface):
+                known.add(self._link_dir(interface))
+            else:
+                self._detach(interface)
+        for directory in (self._directory / "links").iterdir():
+            if directory not in known:
+                _remove_tree(directory)
+
+
+def _u32(number: int) -> bytes:
+    return number.to_bytes(4, sys.byteorder)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _remove_tree(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _address(raw: bytes) -> str:
+    """Canonical text of 16 bytes; IPv4-mapped as IPv4."""
+    if raw.startswith(b"\0" * 10 + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, raw[12:])
+    return socket.inet_ntop(socket.AF_INET6, raw)
+
+
+def _set_text(text: abi.Text, name: str, profile: MeshProfile, field: str) -> None:
+    encoded = name.encode()
+    if not 1 <= len(encoded) <= abi.TEXT_BYTES:
+        raise InputError(
+            f"{name!r} has {len(encoded)} bytes",
+            source=f"profile {profile.name}",
+            field=field,
+            expected=f"1 to {abi.TEXT_BYTES}",
+        )
+    text.length = len(encoded)
+    text.bytes[: len(encoded)] = encoded

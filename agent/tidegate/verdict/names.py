@@ -1,0 +1,60 @@
+"""Which workload had an address at a given time.
+
+Addresses are reused, so a name depends on the moment: the rule is here, once, for the verdict and
+for everything else that shows a flow to a person.
+"""
+
+import ipaddress
+from collections.abc import Iterable, Mapping, Sequence
+
+from tidegate.model import Instance
+
+SLACK_S = 5.0
+"""A workload calls before its agent has published it, and its last packets arrive after it has
+gone."""
+
+
+def canonical(address: str) -> str:
+    """Canonical text of an address, IPv4-mapped IPv6 as IPv4; text that is no address stays as
+    it is."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return str(mapped or parsed)
+
+
+def by_address(instances: Iterable[Instance]) -> dict[str, tuple[Instance, ...]]:
+    """Every instance that ever had an address, under the canonical text of it."""
+    index: dict[str, list[Instance]] = {}
+    for instance in instances:
+        for address in {canonical(each) for each in instance.addresses}:
+            index.setdefault(address, []).append(instance)
+    return {address: tuple(holders) for address, holders in index.items()}
+
+
+def holder_at(holders: Sequence[Instance], when: float) -> Instance | None:
+    """Who of the `holders` of one address had it at `when`: the one known nearest to that moment,
+    within SLACK_S.
+
+    Of several that are equally near, the one that got the address last.
+    """
+    candidates = [each for each in holders if _distance(each, when) <= SLACK_S]
+    return min(
+        candidates, key=lambda each: (_distance(each, when), -each.seen_from, each.id), default=None
+    )
+
+
+def name_at(index: Mapping[str, Sequence[Instance]], address: str, when: float) -> Instance | None:
+    """The workload that had `address` at `when`, or None where the catalog knows none."""
+    return holder_at(index.get(canonical(address), ()), when)
+
+
+def _distance(instance: Instance, when: float) -> float:
+    """Seconds between `when` and the time in which the instance was known; 0 within it."""
+    if when < instance.seen_from:
+        return instance.seen_from - when
+    if instance.seen_until and when > instance.seen_until:
+        return when - instance.seen_until
+    return 0.0

@@ -1,0 +1,628 @@
+"""Whether a service can go strict: intent and evidence in, READY, NOT READY or UNKNOWN out, with
+every reason.
+
+NOT READY as soon as something was seen that strict mode would break; otherwise UNKNOWN as long as
+anything is missing that could hide such a thing; otherwise READY. What a flow means for the flip is
+decided once, in `effect_of`. Pure: everything is a function of the arguments, the time included.
+"""
+
+import enum
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+
+from tidegate.model import FlowClass, Instance, Interval, MutualTLSMode, ServiceIntent
+from tidegate.verdict import intervals, names, steps
+from tidegate.verdict.evidence import (
+    Caller,
+    CallerKind,
+    ChainTotals,
+    EdgeEvidence,
+    InstanceEvidence,
+    ServiceEvidence,
+)
+from tidegate.verdict.steps import Environment, span
+
+EVIDENCE_AGE_S = 5.0
+"""How old the last observation of an instance may be."""
+
+ATTACH_S = 5.0
+"""How long after its creation an instance may be without observation."""
+
+TOLERANCE_SHARE = 0.25
+"""No tolerance takes more than this share of the window, however short the window is."""
+
+MAX_CALLERS = 1_000
+"""Lines of callers in one verdict: whoever can open connections could otherwise make it any
+size."""
+
+
+class Answer(enum.StrEnum):
+    READY = "READY"
+    NOT_READY = "NOT READY"
+    UNKNOWN = "UNKNOWN"
+
+
+class Effect(enum.StrEnum):
+    """What going strict means for a flow."""
+
+    BLOCKS = "blocks"
+    MESH = "mesh"
+    UNPROTECTED = "unprotected"
+    """Does not pass the sidecar, in neither mode."""
+    PROBE = "probe"
+    REFUSED_ANYWAY = "refused-anyway"
+    """Comes to a filter chain that takes nothing but mTLS, in both modes."""
+    EMPTY = "empty"
+
+
+_NOTES: dict[Effect, str] = {
+    Effect.BLOCKS: "blocks",
+    Effect.MESH: "",
+    Effect.UNPROTECTED: "unprotected: passes the sidecar by",
+    Effect.PROBE: "probe from the node",
+    Effect.REFUSED_ANYWAY: "refused in both modes",
+    Effect.EMPTY: "no payload",
+}
+
+
+class ReasonKind(enum.StrEnum):
+    """In the order in which reasons are shown."""
+
+    BLOCKING_FLOW = "blocking-flow"
+    UNKNOWN_FLOW = "unknown-flow"
+    OPEN_PLAINTEXT = "open-plaintext"
+    NO_INSTANCE = "no-instance"
+    NOT_MESHED = "not-meshed"
+    EVIDENCE_MISSING = "evidence-missing"
+    EVIDENCE_LOST = "evidence-lost"
+    COVERAGE_GAP = "coverage-gap"
+    WITNESS_DISAGREES = "witness-disagrees"
+    CALLER_UNKNOWN = "caller-unknown"
+
+
+_SHOWN_FIRST = tuple(ReasonKind)
+_REFUSES = frozenset({ReasonKind.BLOCKING_FLOW, ReasonKind.UNKNOWN_FLOW, ReasonKind.OPEN_PLAINTEXT})
+"""Kinds that make NOT READY; all others make UNKNOWN."""
+
+_HOW: dict[FlowClass, str] = {
+    FlowClass.TLS: "with its own TLS",
+    FlowClass.PLAINTEXT: "in plaintext",
+    FlowClass.SERVER_FIRST: "in plaintext (the server speaks first)",
+    FlowClass.STARTTLS: "in plaintext that turns into TLS",
+    FlowClass.UNKNOWN: "over connections whose beginning was not seen",
+}
+
+
+class Reason(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that stands between a service and READY."""
+
+    kind: ReasonKind
+    message: str
+    next_step: str = ""
+    caller: Caller | None = None
+    flow_class: FlowClass | None = msgspec.field(name="class", default=None)
+    port: int | None = None
+    connections: int = 0
+    last_seen: float | None = None
+
+
+class CallerFlow(msgspec.Struct, frozen=True, kw_only=True):
+    """One caller, one class, one port, summed over instances and address families."""
+
+    caller: Caller
+    flow_class: FlowClass = msgspec.field(name="class")
+    port: int
+    connections: int
+    bytes_to_server: int
+    bytes_to_client: int
+    first_seen: float
+    last_seen: float
+    effect: Effect
+    unprotected: bool
+    note: str
+
+
+class InstanceCoverage(msgspec.Struct, frozen=True, kw_only=True):
+    workload: str
+    node: str
+    complete: bool
+    since: float | None
+    """Since when it has been observed without a gap; None: it is not observed."""
+    share: float
+    """Share of the window in which nothing that should have been observed was missed, 0 to 1."""
+    gaps: tuple[Interval, ...] = ()
+
+
+class Coverage(msgspec.Struct, frozen=True, kw_only=True):
+    complete: bool
+    since: float | None
+    share: float
+    instances: tuple[InstanceCoverage, ...] = ()
+
+
+class InstanceWitness(msgspec.Struct, frozen=True, kw_only=True):
+    """The sidecar's counts and the ledger's bounds for them, side by side."""
+
+    workload: str
+    node: str
+    agrees: bool | None
+    detail: str
+    sidecar: ChainTotals
+    least: ChainTotals
+    most: ChainTotals
+    permissive_active: int
+    since: float
+
+
+_EXIT_CODES = {Answer.READY: 0, Answer.NOT_READY: 1, Answer.UNKNOWN: 2}
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """The judgement of one service over one window."""
+
+    service: str
+    verdict: Answer
+    mode: MutualTLSMode
+    window_s: float
+    at: float
+    """The moment it holds for: the end of the window."""
+    reasons: tuple[Reason, ...]
+    callers: tuple[CallerFlow, ...]
+    callers_omitted: int
+    """How many more there are than MAX_CALLERS; those that block come first and are the last to
+    be omitted."""
+    coverage: Coverage
+    witness: tuple[InstanceWitness, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 READY, 1 NOT READY, 2 UNKNOWN."""
+        return _EXIT_CODES[self.verdict]
+
+    def flows(self, effect: Effect) -> tuple[CallerFlow, ...]:
+        """The callers whose flows have this effect."""
+        return tuple(flow for flow in self.callers if flow.effect is effect)
+
+    def to_json(self) -> bytes:
+        """The verdict as one JSON object; `msgspec.json.decode(..., type=Verdict)` reads it
+        back."""
+        return msgspec.json.encode(self)
+
+
+def judge(
+    intent: ServiceIntent,
+    evidence: ServiceEvidence,
+    *,
+    known: Sequence[Instance],
+    window_s: float,
+    now: float,
+    environment: Environment = Environment.KUBERNETES,
+    evidence_age_s: float = EVIDENCE_AGE_S,
+    attach_s: float = ATTACH_S,
+) -> Verdict:
+    """Judges one service over [now - window_s, now].
+
+    `known` is the catalog: every instance of every service, the departed ones within the window
+    included.
+    """
+    window = Interval(now - window_s, now)
+    flows = _caller_flows((*evidence.instances, *evidence.departed), window, known)
+    limit = window_s * TOLERANCE_SHARE
+    covered = tuple(
+        _instance_coverage(each, window, min(evidence_age_s, limit), min(attach_s, limit))
+        for each in (*evidence.instances, *evidence.departed)
+    )
+    everywhere = intervals.union(
+        interval for each in (*evidence.instances, *evidence.departed) for interval in each.coverage
+    )
+    observed_since = everywhere[0].start if everywhere else None
+    young = observed_since is None or observed_since > window.start
+    reasons = [
+        *_flow_reasons(flows[:MAX_CALLERS], intent, environment, window),
+        *_open_plaintext(evidence, flows, intent, window),
+        *_presence(evidence, environment),
+        *_missing(evidence, environment),
+        *_lost(evidence, window_s),
+        *_gap_reasons(covered, evidence, observed_since if young else None, window),
+        *_witness_reasons(evidence, window),
+        *_unknown_sources(intent, known),
+    ]
+    reasons.sort(key=lambda reason: (_SHOWN_FIRST.index(reason.kind), -(reason.last_seen or 0.0)))
+    return Verdict(
+        service=evidence.service,
+        verdict=_answer(reasons),
+        mode=intent.mode,
+        window_s=window_s,
+        at=now,
+        reasons=tuple(reasons),
+        callers=flows[:MAX_CALLERS],
+        callers_omitted=max(len(flows) - MAX_CALLERS, 0),
+        coverage=_coverage(covered, evidence, observed_since, window),
+        witness=tuple(_witness(each) for each in evidence.instances),
+    )
+
+
+def _answer(reasons: Sequence[Reason]) -> Answer:
+    if any(reason.kind in _REFUSES for reason in reasons):
+        return Answer.NOT_READY
+    return Answer.UNKNOWN if reasons else Answer.READY
+
+
+# Flows
+
+
+def effect_of(edge: EdgeEvidence, at: InstanceEvidence) -> Effect:
+    """What strict mode means for a flow that came to an instance: a decision list, first match
+    wins.
+
+    The mTLS chain of the sidecar takes every destination port but the service's own (consul-k8s,
+    permissive chain: match on LocalServicePort alone), so only flows to that port depend on the
+    mode.
+    """
+    if edge.flow_class is FlowClass.EMPTY:
+        return Effect.EMPTY
+    if names.canonical(edge.peer) in {names.canonical(own) for own in at.node_addresses}:
+        return Effect.PROBE
+    to_sidecar_itself = edge.port == at.instance.inbound_port
+    excluded = any(first <= edge.port <= last for first, last in at.excluded_inbound_ports)
+    if not to_sidecar_itself and (excluded or not at.inbound_redirected):
+        return Effect.UNPROTECTED
+    if not edge.flow_class.blocks_strict:
+        return Effect.MESH
+    if to_sidecar_itself or at.instance.port not in (0, edge.port):
+        return Effect.REFUSED_ANYWAY
+    return Effect.BLOCKS
+
+
+class _Seen(msgspec.Struct):
+    """One edge with its caller's name and its effect."""
+
+    edge: EdgeEvidence
+    instance: Instance | None
+    effect: Effect
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What is one line for a person: a caller (its pods' addresses together), a class, a
+        port."""
+        who = (
+            ("workload", self.instance.namespace, self.instance.name)
+            if self.instance
+            else ("address", names.canonical(self.edge.peer))
+        )
+        return (*who, self.edge.flow_class, str(self.edge.port), self.effect)
+
+
+def _caller_flows(
+    instances: Iterable[InstanceEvidence], window: Interval, known: Sequence[Instance]
+) -> tuple[CallerFlow, ...]:
+    index = names.by_address(known)
+    groups: dict[tuple[str, ...], list[_Seen]] = {}
+    for at in instances:
+        for edge in at.edges:
+            if edge.last_seen >= window.start:
+                instance = names.name_at(index, edge.peer, edge.last_seen)
+                seen = _Seen(edge, instance, effect_of(edge, at))
+                groups.setdefault(seen.group, []).append(seen)
+    flows = [_caller_flow(group) for group in groups.values()]
+    order = tuple(Effect)
+    return tuple(
+        sorted(flows, key=lambda flow: (order.index(flow.effect), -flow.last_seen, flow.port))
+    )
+
+
+def _caller_flow(group: Sequence[_Seen]) -> CallerFlow:
+    latest = max(group, key=lambda seen: (seen.edge.last_seen, seen.edge.peer))
+    edges = [seen.edge for seen in group]
+    return CallerFlow(
+        caller=_caller(latest, {names.canonical(edge.peer) for edge in edges}),
+        flow_class=latest.edge.flow_class,
+        port=latest.edge.port,
+        connections=max(sum(edge.connections for edge in edges), 0),
+        bytes_to_server=sum(edge.bytes_to_server for edge in edges),
+        bytes_to_client=sum(edge.bytes_to_client for edge in edges),
+        first_seen=min(edge.first_seen for edge in edges),
+        last_seen=latest.edge.last_seen,
+        effect=latest.effect,
+        unprotected=latest.effect is Effect.UNPROTECTED,
+        note=_NOTES[latest.effect],
+    )
+
+
+def _caller(latest: _Seen, addresses: set[str]) -> Caller:
+    address = names.canonical(latest.edge.peer)
+    kind = CallerKind.PROBE if latest.effect is Effect.PROBE else None
+    if latest.instance is None:
+        return Caller(
+            address=address, kind=kind or CallerKind.OUTSIDE, addresses=tuple(sorted(addresses))
+        )
+    return Caller(
+        address=address,
+        workload=latest.instance.name,
+        service=latest.instance.service,
+        namespace=latest.instance.namespace,
+        node=latest.instance.node,
+        meshed=latest.instance.meshed,
+        kind=kind or CallerKind.WORKLOAD,
+        addresses=tuple(sorted(addresses)),
+    )
+
+
+# Reasons: what was seen
+
+
+def _flow_reasons(
+    flows: Iterable[CallerFlow], intent: ServiceIntent, environment: Environment, window: Interval
+) -> Iterator[Reason]:
+    for flow in flows:
+        if flow.effect is not Effect.BLOCKS:
+            continue
+        who = (
+            f"{flow.caller.workload} ({flow.caller.address})"
+            if flow.caller.workload
+            else f"{flow.caller.address}, which the catalog does not know,"
+        )
+        refused = " and is refused" if intent.mode is MutualTLSMode.STRICT else ""
+        yield Reason(
+            kind=ReasonKind.UNKNOWN_FLOW
+            if flow.flow_class is FlowClass.UNKNOWN
+            else ReasonKind.BLOCKING_FLOW,
+            message=(
+                f"{who} calls {intent.service}:{flow.port} {_HOW[flow.flow_class]}{refused}: {_amount(flow)}, last "
+                f"seen {span(window.end - flow.last_seen)} ago"
+            ),
+            next_step=steps.for_flow(
+                environment,
+                intent,
+                flow.caller,
+                flow.flow_class,
+                flow.port,
+                window_s=window.end - window.start,
+            ),
+            caller=flow.caller,
+            flow_class=flow.flow_class,
+            port=flow.port,
+            connections=flow.connections,
+            last_seen=flow.last_seen,
+        )
+
+
+def _amount(flow: CallerFlow) -> str:
+    match flow.connections:
+        case 0:
+            return "on connections opened before"
+        case 1:
+            return "1 connection"
+        case several:
+            return f"{several} connections"
+
+
+def _open_plaintext(
+    evidence: ServiceEvidence,
+    flows: Iterable[CallerFlow],
+    intent: ServiceIntent,
+    window: Interval,
+) -> Iterator[Reason]:
+    if intent.mode is not MutualTLSMode.PERMISSIVE:
+        return
+    if any(flow.effect is Effect.BLOCKS for flow in flows):
+        return
+    for each in evidence.instances:
+        active = each.witness.permissive_active
+        if active:
+            yield Reason(
+                kind=ReasonKind.OPEN_PLAINTEXT,
+                message=(
+                    f"{active} plaintext connection{'s' if active > 1 else ''} to {each.instance.name} still open, "
+                    f"though not used for {span(window.end - window.start)}"
+                ),
+                next_step=steps.for_open_plaintext(each.instance.name),
+                port=each.instance.port or None,
+                connections=active,
+            )
+
+
+# Reasons: what is missing
+
+
+def _presence(evidence: ServiceEvidence, environment: Environment) -> Iterator[Reason]:
+    if not evidence.instances and not evidence.nodes_missing:
+        yield Reason(
+            kind=ReasonKind.NO_INSTANCE,
+            message=f"no instance of {evidence.service} is known",
+            next_step=steps.for_no_instance(evidence.service),
+        )
+    for each in evidence.instances:
+        if not (each.instance.meshed and each.inbound_redirected):
+            own = Caller(
+                address=next(iter(each.instance.addresses), ""),
+                workload=each.instance.name,
+                service=each.instance.service,
+                namespace=each.instance.namespace,
+                node=each.instance.node,
+                meshed=each.instance.meshed,
+                kind=CallerKind.WORKLOAD,
+            )
+            yield Reason(
+                kind=ReasonKind.NOT_MESHED,
+                message=f"{each.instance.name} has no sidecar in its path: strict mode would not protect it",
+                next_step=steps.for_unmeshed_instance(environment, own),
+            )
+
+
+def _missing(evidence: ServiceEvidence, environment: Environment) -> Iterator[Reason]:
+    for node in evidence.nodes_missing:
+        yield Reason(
+            kind=ReasonKind.EVIDENCE_MISSING,
+            message=f"the evidence of node {node.node} could not be read: {node.reason}",
+            next_step=steps.for_missing_node(node.node),
+        )
+    for each in evidence.instances:
+        if each.sidecar_problem:
+            yield Reason(
+                kind=ReasonKind.EVIDENCE_MISSING,
+                message=f"sidecar of {each.instance.name}: {each.sidecar_problem}",
+                next_step=steps.for_sidecar(environment, each.instance.name),
+            )
+        elif _has_witness(each) and each.witness.agrees is None:
+            yield Reason(
+                kind=ReasonKind.EVIDENCE_MISSING,
+                message=f"no second witness for {each.instance.name}: {each.witness.detail}",
+                next_step=steps.for_sidecar(environment, each.instance.name),
+            )
+
+
+def _has_witness(each: InstanceEvidence) -> bool:
+    return each.instance.meshed and each.inbound_redirected
+
+
+def _lost(evidence: ServiceEvidence, window_s: float) -> Iterator[Reason]:
+    for each in (*evidence.instances, *evidence.departed):
+        lost = {name: count for name, count in sorted(each.losses.items()) if count}
+        if lost:
+            what = ", ".join(f"{name} {count}" for name, count in lost.items())
+            yield Reason(
+                kind=ReasonKind.EVIDENCE_LOST,
+                message=f"the observation of {each.instance.name} lost something: {what}",
+                next_step=steps.for_loss(window_s),
+            )
+
+
+def _witness_reasons(evidence: ServiceEvidence, window: Interval) -> Iterator[Reason]:
+    for each in evidence.instances:
+        witness = each.witness
+        disagreed_in_window = witness.disagreed_at and witness.disagreed_at >= window.start
+        if witness.agrees is False or disagreed_in_window:
+            when = (
+                "now"
+                if witness.agrees is False
+                else f"{span(window.end - witness.disagreed_at)} ago"
+            )
+            yield Reason(
+                kind=ReasonKind.WITNESS_DISAGREES,
+                message=f"sidecar and ledger of {each.instance.name} disagree ({when}): {witness.detail}",
+                next_step=steps.for_disagreement(each.instance.name),
+                last_seen=witness.disagreed_at or None,
+            )
+
+
+def _unknown_sources(intent: ServiceIntent, known: Iterable[Instance]) -> Iterator[Reason]:
+    services = {instance.service for instance in known}
+    for rule in intent.intentions:
+        if rule.allow and rule.source != "*" and rule.source not in services:
+            yield Reason(
+                kind=ReasonKind.CALLER_UNKNOWN,
+                message=(
+                    f"an intention lets {rule.source} call {intent.service}, but the catalog knows no {rule.source}"
+                ),
+                next_step=steps.for_unknown_source(intent.service, rule.source),
+                caller=Caller(address="", service=rule.source),
+            )
+
+
+# Coverage
+
+
+def _instance_coverage(
+    each: InstanceEvidence, window: Interval, age_s: float, attach_s: float
+) -> InstanceCoverage:
+    """What of an instance's life in the window was not observed.
+
+    A living instance must be covered from its creation to now; a departed one between its first and
+    last observation.
+    """
+    covered = intervals.union(each.coverage)
+    if each.instance.seen_until:
+        start = max(window.start, covered[0].start) if covered else window.end
+        end = min(window.end, covered[-1].end) if covered else window.end
+    else:
+        born = each.created_at + attach_s if each.created_at else 0.0
+        start, end = max(window.start, born), window.end - age_s
+    missed = intervals.gaps(covered, start, end)
+    return InstanceCoverage(
+        workload=each.instance.name,
+        node=each.instance.node,
+        complete=not missed,
+        since=covered[-1].start if covered else None,
+        share=1.0 - intervals.total(missed) / (window.end - window.start),
+        gaps=missed,
+    )
+
+
+def _gap_reasons(
+    covered: Sequence[InstanceCoverage],
+    evidence: ServiceEvidence,
+    young_since: float | None,
+    window: Interval,
+) -> Iterator[Reason]:
+    """One reason for each instance with gaps, and one where the service itself is younger than the
+    window.
+
+    `young_since` is when observation of the service began, None where that was before the window.
+    """
+    window_s = window.end - window.start
+    said_young = False
+    for each in covered:
+        if each.complete:
+            continue
+        last = each.gaps[-1]
+        at_start = each.gaps[0].start <= window.start
+        said_young = said_young or at_start
+        ongoing = each.since is None or last.end > each.since
+        observed = 0.0 if ongoing else window.end - last.end
+        missed = intervals.total(each.gaps)
+        yield Reason(
+            kind=ReasonKind.COVERAGE_GAP,
+            message=(
+                f"{each.workload} is not observed, for {span(window.end - last.start)} now"
+                if ongoing
+                else f"{each.workload} observed for {span(observed)} of {span(window_s)}"
+                if at_start and len(each.gaps) == 1
+                else f"{each.workload} was not observed for {span(missed)}, until {span(observed)} ago"
+            ),
+            next_step=steps.for_missing_node(each.node)
+            if ongoing
+            else steps.for_coverage(window_s - observed),
+        )
+    if young_since is not None and not said_young and evidence.instances:
+        observed = window.end - young_since
+        yield Reason(
+            kind=ReasonKind.COVERAGE_GAP,
+            message=f"{evidence.service} observed for {span(observed)} of {span(window_s)}",
+            next_step=steps.for_coverage(window_s - observed),
+        )
+
+
+def _coverage(
+    covered: Sequence[InstanceCoverage],
+    evidence: ServiceEvidence,
+    observed_since: float | None,
+    window: Interval,
+) -> Coverage:
+    before = Interval(window.start, window.end if observed_since is None else observed_since)
+    missed = intervals.clip(
+        (before, *(gap for each in covered for gap in each.gaps)), window.start, window.end
+    )
+    lost = any(any(each.losses.values()) for each in (*evidence.instances, *evidence.departed))
+    length = intervals.total(missed)
+    return Coverage(
+        complete=not length and not lost and not evidence.nodes_missing,
+        since=missed[-1].end if length else observed_since,
+        share=1.0 - length / (window.end - window.start),
+        instances=tuple(covered),
+    )
+
+
+def _witness(each: InstanceEvidence) -> InstanceWitness:
+    return InstanceWitness(
+        workload=each.instance.name,
+        node=each.instance.node,
+        agrees=each.witness.agrees,
+        detail=each.witness.detail,
+        sidecar=each.witness.sidecar,
+        least=each.witness.least,
+        most=each.witness.most,
+        permissive_active=each.witness.permissive_active,
+        since=each.witness.since,
+    )

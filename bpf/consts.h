@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
+/*
+ * Numbers that the classifier and its reader share. agent/tidegate/observe/abi.py mirrors them, and
+ * tests/unit/test_bpf_layout.py compares the two.
+ */
+#ifndef TIDEGATE_CONSTS_H
+#define TIDEGATE_CONSTS_H
+
+enum tg_limit {
+	TG_FLOWS_MAX = 131072,
+	TG_EDGES_MAX = 65536,
+	TG_PREFIXES_MAX = 2048,
+	TG_ATTACHMENTS_MAX = 4096,
+	TG_PROFILES_MAX = 16,
+	TG_SERVICE_PORTS = 16,
+	TG_NAMES = 8,		/* SNI suffixes, and ALPN names, of one profile */
+	TG_TEXT_BYTES = 128,	/* the longest of them */
+	TG_NAME_BYTES = 256,	/* RFC 1035 2.3.4: 255 for a name; RFC 7301 3.1: 255 for a protocol */
+	TG_PREFIX_BYTES = 4096,
+};
+
+/* FlowClass of agent/tidegate/model.py. */
+enum tg_class {
+	TG_EMPTY,
+	TG_PLAINTEXT,
+	TG_TLS,
+	TG_MESH,
+	TG_SERVER_FIRST,
+	TG_STARTTLS,
+	TG_UNKNOWN,
+	TG_CLASSES,
+};
+
+enum tg_direction {
+	TG_INBOUND,
+	TG_OUTBOUND,
+};
+
+enum tg_role {
+	TG_CLIENT,
+	TG_SERVER,
+	TG_ROLES,
+};
+
+enum tg_flow_flag {
+	TG_FLOW_SYN_SEEN = 1 << 0,
+	TG_FLOW_FIRST_BYTE_SEEN = 1 << 1,
+	TG_FLOW_SERVER_FIRST = 1 << 2,	/* the server spoke before the client did */
+	TG_FLOW_CLOSED = 1 << 3,	/* a RST, or a FIN from the client */
+	TG_FLOW_CLIENT_FIN = 1 << 4,
+	TG_FLOW_SERVER_SEQ = 1 << 5,	/* the server's sequence numbers are known */
+	TG_FLOW_CLIENT_SEQ = 1 << 6,
+	TG_FLOW_TLS_HEADERS = 1 << 7,	/* record and handshake header were complete and consistent */
+	TG_FLOW_PREFIX_STORED = 1 << 8,
+	TG_FLOW_OVERFLOW = 1 << 9,	/* counted in the overflow map, not on an edge */
+};
+
+/* tg_flow.verdict: a class, and whether it can still change. */
+enum tg_verdict {
+	TG_VERDICT_CLASS = 0xff,
+	TG_VERDICT_SETTLED = 1 << 8,
+};
+
+/*
+ * Everything that was not looked at or not understood. Up to TG_COUNTER_LOSSES nothing is lost by it; from there
+ * on evidence is.
+ */
+enum tg_counter {
+	TG_NOT_IP,		/* neither IPv4 nor IPv6 */
+	TG_NOT_TCP,
+	TG_JOINED_MIDSTREAM,	/* payload of a flow whose SYN was not seen: class unknown */
+	TG_HELLO_TOO_LONG,	/* ClientHello beyond the buffer, no mesh name until there: class tls */
+	TG_HELLO_MALFORMED,	/* headers of a ClientHello with an inconsistent body: class tls */
+	TG_BAD_HEADERS,		/* headers that contradict themselves or the packet: every stack drops it */
+	TG_OUT_OF_WINDOW,	/* sequence number too far ahead to be the flow's: the receiver drops it */
+	TG_COUNTER_LOSSES,
+	TG_NO_WORKLOAD = TG_COUNTER_LOSSES, /* packet on an interface without an attachment */
+	TG_TCP_FRAGMENT,	/* IP fragment of a TCP segment */
+	TG_TOO_MANY_HEADERS,	/* more VLAN tags or IPv6 extension headers than are followed */
+	TG_FLOW_NOT_STORED,	/* the flow map refused an entry */
+	TG_PREFIX_NOT_STORED,	/* the prefix map refused an entry: class unknown */
+	TG_PREFIX_EVICTED,	/* a prefix made room for others before it was decided: class unknown */
+	TG_PREFIX_BUSY,		/* two processors wanted one prefix for too long: its bytes are missing */
+	TG_BYTES_MISSED,	/* the server acknowledged bytes that were not seen: class unknown */
+	TG_RACE_LOST,		/* a count that gave up after several processors contended for it */
+	TG_COUNTERS,
+};
+
+#endif

@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
+/*
+ * Keys and values of the maps, all without hidden padding. Addresses are IPv6, IPv4 in mapped form; ports
+ * and sequence numbers are in host byte order; times are nanoseconds of CLOCK_BOOTTIME.
+ */
+#ifndef TIDEGATE_STRUCTS_H
+#define TIDEGATE_STRUCTS_H
+
+#include <linux/types.h>
+
+#include "consts.h"
+
+/*
+ * An interface. ifindex alone is unique only within one network namespace, and no helper tells a TC program
+ * before Linux 6.15 in which one it runs: scope is a constant of the loaded program, 0 for the one that serves
+ * the node's own namespace, the inode number of the namespace for those that are loaded for another one.
+ */
+struct tg_interface {
+	__u32 scope;
+	__u32 ifindex;
+};
+
+struct tg_attachment {
+	__u64 workload;
+	__u64 attached_at;
+	__u32 profile;
+	__u16 port_count;
+	__u8 side;		/* as the agent numbers it; the program does not look */
+	__u8 pad;
+	__u16 ports[TG_SERVICE_PORTS];
+};
+
+/* One TCP connection of a workload, whichever way the packet goes. */
+struct tg_flow_key {
+	__u64 workload;
+	__u8 local[16];
+	__u8 peer[16];
+	__u16 local_port;
+	__u16 peer_port;
+	__u32 pad;
+};
+
+struct tg_flow {
+	__u64 opened;
+	__u64 pending[TG_ROLES];	/* payload by sender, not yet on an edge */
+	__u64 credited[TG_ROLES];	/* payload by sender, on the edge of the current, unsettled class */
+	__u32 isn[TG_ROLES];
+	__u32 next[TG_ROLES];		/* first sequence number beyond the payload seen */
+	__u32 contiguous;		/* bytes of the client's stream seen from its start, without a gap */
+	__u32 fin;			/* length of the client's stream, with TG_FLOW_CLIENT_FIN */
+	__u32 verdict;			/* enum tg_verdict */
+	__u32 flags;			/* enum tg_flow_flag */
+	__u32 profile;
+	__u8 direction;
+	__u8 pad[3];
+};
+
+struct tg_edge_key {
+	__u64 workload;
+	__u8 peer[16];
+	__u16 port;
+	__u8 direction;
+	__u8 flow_class;
+	__u32 pad;
+};
+
+struct tg_edge_count {
+	__u64 connections;
+	__u64 bytes[TG_ROLES];		/* by sender: TG_CLIENT to the server, TG_SERVER to the client */
+	__u64 first_seen;
+	__u64 last_seen;
+};
+
+struct tg_text {
+	__u32 length;
+	__u8 bytes[TG_TEXT_BYTES];
+};
+
+struct tg_profile {
+	__u32 suffix_count;
+	__u32 alpn_count;
+	struct tg_text suffixes[TG_NAMES];	/* lower case, beginning with a dot */
+	struct tg_text alpns[TG_NAMES];
+};
+
+/* Where the walk through a ClientHello stands; see hello.h. */
+struct tg_hello {
+	__u32 position;		/* next byte of the client's stream to look at */
+	__u32 record_left;	/* bytes left of the record */
+	__u32 hello_left;	/* bytes left of the ClientHello */
+	__u32 extension_left;
+	__u32 skip;		/* bytes to pass over before the next field */
+	__u32 number;		/* the field so far, big-endian */
+	__u16 wanted;		/* bytes that the field still wants */
+	__u16 extension;
+	__u16 record_length;
+	__u16 name_length;
+	__u8 field;		/* enum tg_field */
+	__u8 record_at;		/* bytes seen of the record's header */
+	__u8 outcome;		/* enum tg_outcome */
+	__u8 flags;		/* enum tg_hello_flag */
+	__u8 name[TG_NAME_BYTES];
+};
+
+/* The beginning of a client's stream, until its class is decided. */
+struct tg_prefix {
+	__u64 owner;				/* tg_flow.opened */
+	__u32 lock;
+	__u32 have;				/* bytes known from the start, without a gap */
+	__u32 profile;
+	__u32 pad;
+	struct tg_hello hello;
+	__u64 known[TG_PREFIX_BYTES / 64];	/* one bit per byte */
+	__u8 bytes[TG_PREFIX_BYTES + 64];	/* room for the bytes of a word at any position */
+};
+
+#endif

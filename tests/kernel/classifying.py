@@ -1,0 +1,94 @@
+"""What the classifier's tests share: a private bpffs, and a bench that plays packets to the programs."""
+
+import itertools
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from packets import Packet
+
+from tidegate.kernel.bpf import Map, Program
+from tidegate.model import Direction, Edge, FlowClass
+from tidegate.observe import abi
+from tidegate.observe.classifier import Classifier, FlowRecord, Losses
+
+LOOPBACK = 1
+"""The interface that BPF_PROG_TEST_RUN says a packet is on."""
+
+TCX_NEXT = -1
+
+_workloads = itertools.count(1)
+
+
+@contextmanager
+def bpffs(directory: Path) -> Iterator[Path]:
+    """A BPF file system of its own, empty when it goes."""
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "none", directory], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+class Bench:
+    """Plays packets to the programs as if they came by the interface of one workload."""
+
+    def __init__(self, classifier: Classifier, pin_dir: Path) -> None:
+        pins = pin_dir / "classifier"
+        (programs,) = (pins / "programs").iterdir()
+        self._from_pod = Program.open_pinned(programs / "from_pod")
+        self._to_pod = Program.open_pinned(programs / "to_pod")
+        self._attachments = Map.open_pinned(pins / "maps" / "attachments")
+        self.classifier = classifier
+        self.workload = 0
+        self._losses: Losses = classifier.losses()
+
+    def close(self) -> None:
+        for handle in (self._from_pod, self._to_pod, self._attachments):
+            handle.close()
+
+    def begin(self, service_ports: tuple[int, ...] = ()) -> None:
+        """From now on the packets are those of a workload never seen before."""
+        self.workload = next(_workloads)
+        self._losses = self.classifier.losses()
+        entry = abi.Attachment(
+            workload=self.workload,
+            attached_at=1,
+            port_count=len(service_ports),
+            ports=service_ports,
+        )
+        self._attachments.update(bytes(abi.Interface(0, LOOPBACK)), bytes(entry))
+
+    def play(self, packets: list[Packet], direction: Direction) -> None:
+        for packet in packets:
+            from_pod = packet.from_client == (direction is Direction.OUTBOUND)
+            program = self._from_pod if from_pod else self._to_pod
+            assert program.test_run(packet.frame).returned == TCX_NEXT
+
+    def edges(self) -> list[Edge]:
+        return [edge for edge in self.classifier.edges() if edge.key.workload == self.workload]
+
+    def classes(self) -> dict[FlowClass, int]:
+        """Connections by class; classes without any are left out."""
+        classes: Counter[FlowClass] = Counter()
+        for edge in self.edges():
+            classes[edge.key.flow_class] += edge.count.connections
+        return dict(+classes)
+
+    def flows(self) -> list[FlowRecord]:
+        return [flow for flow in self.classifier.flows() if flow.workload == self.workload]
+
+    def counted(self) -> dict[str, int]:
+        """Counters that moved since the beginning."""
+        now = self.classifier.losses()
+        return {
+            counter.name.lower(): moved
+            for counter in abi.Counter
+            if (
+                moved := getattr(now, counter.name.lower())
+                - getattr(self._losses, counter.name.lower())
+            )
+        }

@@ -1,0 +1,530 @@
+"""The history: nothing lost, nothing counted twice, whatever happens to agent, kernel map and file."""
+
+import resource
+import stat
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidegate.model import (
+    Direction,
+    Edge,
+    EdgeCount,
+    EdgeKey,
+    FlowClass,
+    Interval,
+    Workload,
+    workload_key,
+)
+from tidegate.observe import coverage
+from tidegate.observe.history import EVICTED_EDGES, Limits
+from tidegate.observe.ledger import REFUSED_EDGES, Ledger
+from tidegate.verdict.intervals import clip, gaps, total, union
+
+T0 = 1_700_000_000.0
+DAY = 86_400.0
+
+
+def key(peer="10.0.0.1", flow_class=FlowClass.PLAINTEXT, workload=1, direction=Direction.INBOUND):
+    return EdgeKey(
+        workload=workload, direction=direction, peer=peer, port=80, flow_class=flow_class
+    )
+
+
+def edge(at, connections, edge_key=None, sent=0, first=T0):
+    count = EdgeCount(
+        connections=connections,
+        bytes_to_server=sent,
+        bytes_to_client=2 * sent,
+        first_seen=first,
+        last_seen=at,
+    )
+    return Edge(key=edge_key or key(), count=count)
+
+
+def workload(name="api-1", service="api", **fields):
+    return Workload(
+        id=f"id-{name}", name=name, service=service, node="n1", netns="/run/netns/x", **fields
+    )
+
+
+def connections(ledger, since=0.0, until=1e11):
+    return {each.key: each.count.connections for each in ledger.window(None, None, since, until)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def ledger(path):
+    opened = Ledger.open(path)
+    yield opened
+    opened.close()
+
+
+@contextmanager
+def no_room_on_disk():
+    """The kernel refuses to write beyond the first byte of any file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Windows
+
+
+def test_a_window_has_what_was_added_in_it_exact_to_a_round(ledger):
+    for number in range(20):
+        now = T0 + number / 2
+        ledger.record(now, "g", [edge(now, number + 1, sent=10 * (number + 1))], {})
+    [seen] = ledger.window([1], Direction.INBOUND, T0 + 5.0, T0 + 9.5)
+    assert seen.count == EdgeCount(
+        connections=10,
+        bytes_to_server=100,
+        bytes_to_client=200,
+        first_seen=T0,
+        last_seen=T0 + 9.5,
+    )
+
+
+def test_a_connection_opened_before_the_window_and_used_in_it_is_seen_with_no_connections(ledger):
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    ledger.record(T0 + 100, "g", [edge(T0 + 100, 1, sent=7)], {})
+    [seen] = ledger.window([1], None, T0 + 50, T0 + 100)
+    assert (seen.count.connections, seen.count.bytes_to_server) == (0, 7)
+
+
+def test_a_connection_that_was_not_used_in_the_window_is_not_in_it(ledger):
+    ledger.record(T0, "g", [edge(T0, 5)], {})
+    assert ledger.window(None, None, T0 + 0.001, T0 + 100) == []
+
+
+def test_an_edge_recorded_late_belongs_to_when_it_was_last_seen(ledger):
+    ledger.record(T0 + 60, "g", [edge(T0, 5)], {})
+    assert ledger.window(None, None, T0 + 30, T0 + 60) == []
+
+
+def test_a_window_in_the_past_has_what_was_in_use_then(ledger):
+    for hour in range(5):
+        now = T0 + hour * 3600
+        ledger.record(now, "g", [edge(now, hour + 1)], {})
+    assert connections(ledger, T0 + 3500, T0 + 7300) == {key(): 2}
+    [seen] = ledger.window(None, None, T0 + 3500, T0 + 7300)
+    assert T0 + 3500 <= seen.count.last_seen <= T0 + 7300
+
+
+def test_a_window_is_of_the_workloads_and_the_direction_that_were_asked_for(ledger):
+    keys = [key(workload=w, direction=d) for w in (1, 2**64 - 1) for d in Direction]
+    ledger.record(T0, "g", [edge(T0, 1, each) for each in keys], {})
+    found = ledger.window([2**64 - 1], Direction.OUTBOUND, 0, T0)
+    assert [each.key for each in found] == [keys[3]]
+    assert len(ledger.window([], None, 0, T0)) == 0
+    assert len(ledger.window(None, None, 0, T0)) == 4
+
+
+def test_a_connection_that_is_no_longer_empty_is_taken_from_the_empty_ones(ledger):
+    empty, plain = key(flow_class=FlowClass.EMPTY), key()
+    ledger.record(T0, "g", [edge(T0, 3, empty)], {})
+    ledger.record(T0 + 1, "g", [edge(T0 + 1, 1, empty), edge(T0 + 1, 2, plain)], {})
+    assert connections(ledger) == {empty: 1, plain: 2}
+    assert connections(ledger, T0 + 0.5) == {empty: -2, plain: 2}
+
+
+def test_condensing_old_rounds_keeps_sums_and_makes_short_windows_coarser(ledger):
+    for number in range(10):
+        now = T0 + number * 13 * 60
+        ledger.record(now, "g", [edge(now, number + 1)], {})
+    assert connections(ledger) == {key(): 10}
+    late = T0 + 40 * DAY
+    other = key(peer="10.0.0.2")
+    ledger.record(late, "g", [edge(late, 1, other)], {})
+    assert connections(ledger) == {key(): 0, other: 1}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40_000), st.integers(0, 5)), min_size=1, max_size=40),
+    st.integers(0, 400_000),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_window_never_misses_what_was_added_in_it(tmp_path_factory, rounds, ago):
+    ledger = Ledger.open(tmp_path_factory.mktemp("l") / "ledger.db")
+    now, cumulative, history = T0, 0, []
+    for step, added in rounds:
+        now += step
+        cumulative += added
+        history.append((now, added))
+        ledger.record(now, "g", [edge(now, cumulative)], {})
+    since = now - ago
+    truth = sum(added for at, added in history if at >= since)
+    [seen] = ledger.window(None, None, since, now)
+    coarse = 3600 if ago > 25 * 3600 else 60 if ago > 300 else 0
+    loose = sum(added for at, added in history if at >= since - coarse - 10)
+    assert truth <= seen.count.connections <= loose
+    ledger.close()
+
+
+# Restarts, takeovers, generations
+
+KEYS = [key("a"), key("b"), key("a", FlowClass.EMPTY)]
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("count"), st.sampled_from(KEYS), st.integers(-3, 9)),
+        st.tuples(st.just("round")),
+        st.tuples(st.just("restart")),
+        st.tuples(st.just("new map")),
+        st.tuples(st.just("full disk")),
+        st.tuples(st.just("idle"), st.sampled_from([1.0, 70.0, 4000.0, 2 * DAY])),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS)
+@settings(max_examples=80, deadline=None)
+def test_the_sum_of_history_is_the_sum_of_what_the_kernel_counted(tmp_path_factory, steps):
+    path = tmp_path_factory.mktemp("l") / "ledger.db"
+    ledger = Ledger.open(path)
+    kernel, truth, generation, now = {}, {}, 0, T0
+
+    def record():
+        ledger.record(now, f"g{generation}", [edge(now, n, k) for k, n in kernel.items()], {})
+
+    record()
+    for step, *values in steps:
+        match step:
+            case "count":
+                counted, more = values
+                if counted.flow_class is not FlowClass.EMPTY:
+                    more = abs(more)
+                more = max(more, -kernel.get(counted, 0))
+                kernel[counted] = kernel.get(counted, 0) + more
+                truth[counted] = truth.get(counted, 0) + more
+            case "round":
+                record()
+            case "restart":
+                record()
+                ledger.close()
+                ledger = Ledger.open(path)
+            case "new map":
+                record()
+                kernel, generation = {}, generation + 1
+            case "full disk":
+                with no_room_on_disk():
+                    record()
+            case "idle":
+                now += values[0]
+    record()
+    assert connections(ledger) == truth
+    assert ledger.problems() == ()
+    ledger.close()
+
+
+def test_a_killed_agent_that_comes_back_to_the_same_map_counts_nothing_twice(path):
+    first = Ledger.open(path)
+    first.record(T0, "g", [edge(T0, 5)], {"edges_full": 2})
+    # No close: the process is gone.
+    second = Ledger.open(path)
+    second.record(T0 + 1, "g", [edge(T0 + 1, 7)], {"edges_full": 3})
+    assert connections(second) == {key(): 7}
+    assert second.losses(0, 1e11) == {"edges_full": 3}
+    assert second.losses(T0 + 0.5, 1e11) == {"edges_full": 1}
+    second.close()
+    first.close()
+
+
+def test_a_departed_workload_keeps_its_history_and_frees_its_counters(ledger):
+    ledger.record(T0, "g", [edge(T0, 5), edge(T0, 3, key(workload=2))], {})
+    ledger.forget(1)
+    ledger.record(T0 + 1, "g", [edge(T0 + 1, 4, key(workload=2))], {})
+    assert connections(ledger) == {key(): 5, key(workload=2): 4}
+
+
+# Losses and limits
+
+
+def test_losses_are_dated_and_start_anew_with_a_new_map(ledger):
+    ledger.record(T0, "g", [], {"a": 2, "b": 0})
+    ledger.record(T0 + 10, "g", [], {"a": 2, "b": 1})
+    ledger.record(T0 + 20, "h", [], {"a": 1})
+    assert ledger.losses(T0, T0 + 30) == {"a": 3, "b": 1}
+    assert ledger.losses(T0 + 5, T0 + 15) == {"b": 1}
+    assert ledger.losses(T0 + 21, T0 + 30) == {}
+
+
+def test_edges_that_find_no_room_are_a_loss_and_are_taken_when_there_is_room(path):
+    ledger = Ledger.open(path, Limits(edges=3))
+    many = [edge(T0, 1, key(peer=str(n))) for n in range(5)]
+    ledger.record(T0, "g", many, {})
+    assert len(connections(ledger)) == 3
+    assert ledger.losses(0, 1e11) == {REFUSED_EDGES: 2}
+    for other in (2, 3):
+        ledger.record(T0 + other, "h", [edge(T0 + other, other, key(peer="x"))], {})
+    assert connections(ledger)[key(peer="x")] == 3
+    ledger.close()
+
+
+def test_the_oldest_edges_make_room_and_the_loss_is_dated_when_they_were_seen(path):
+    ledger = Ledger.open(path, Limits(edges=3))
+    ledger.record(T0, "g", [edge(T0 + n, 1, key(peer=str(n))) for n in range(3)], {})
+    now = T0 + 1000
+    ledger.record(now, "h", [edge(now, 1, key(peer=f"new {n}")) for n in range(2)], {})
+    assert {each.peer for each in connections(ledger)} == {"2", "new 0", "new 1"}
+    assert ledger.losses(T0, T0 + 1.5) == {EVICTED_EDGES: 2}
+    assert ledger.losses(T0 + 2, 1e11) == {}
+    assert "2 of the oldest" in ledger.problems()[0]
+    ledger.close()
+
+
+def test_history_stays_within_its_limits_and_keeps_its_sums(path):
+    ledger = Ledger.open(path, Limits(rounds=20, minutes=30, hours=1000))
+    for number in range(400):
+        now = T0 + number * 11
+        ledger.record(now, "g", [edge(now, number + 1)], {})
+    rows = dict(ledger._db.execute("SELECT tier, count(*) FROM delta GROUP BY tier").fetchall())
+    assert rows[0] <= 21
+    assert rows[1] <= 31
+    assert connections(ledger) == {key(): 400}
+    ledger.close()
+
+
+# Coverage
+
+
+def test_coverage_grows_with_each_round_and_a_new_attachment_is_a_new_interval(ledger):
+    api = workload()
+    for attached, now in [(T0, T0 + 1), (T0, T0 + 2), (T0 + 5, T0 + 6), (T0 + 5, T0 + 7)]:
+        ledger.extend(api, attached, now)
+        ledger.record(now, "g", [], {})
+    assert ledger.coverage(api.key) == (Interval(T0, T0 + 2), Interval(T0 + 5, T0 + 7))
+
+
+def test_coverage_claims_nothing_before_the_counts_were_recorded(ledger):
+    ledger.extend(workload(), T0, T0 + 1)
+    assert ledger.coverage(workload().key) == ()
+
+
+def test_coverage_goes_on_over_an_agent_restart_when_the_attachment_stayed(path):
+    for now in (T0 + 1, T0 + 100):
+        ledger = Ledger.open(path)
+        ledger.extend(workload(), T0, now)
+        ledger.record(now, "g", [], {})
+        found = ledger.coverage(workload().key)
+        ledger.close()
+    assert found == (Interval(T0, T0 + 100),)
+
+
+def test_a_departed_workload_is_remembered_with_its_service_for_a_month(ledger):
+    api = workload(annotations={"a": "b"})
+    ledger.extend(api, T0, T0 + 1)
+    ledger.record(T0 + 1, "g", [], {})
+    assert ledger.workloads("api") == [api]
+    assert ledger.workloads("web") == []
+    other = workload("web-1", "web")
+    for later in (20 * DAY, 40 * DAY):
+        ledger.extend(other, T0 + later, T0 + later)
+        ledger.record(T0 + later, "g", [], {})
+        assert ledger.workloads("api") == ([api] if later == 20 * DAY else [])
+    assert ledger.coverage(api.key) == ()
+
+
+def test_a_workload_that_changes_is_stored_as_it_is_now(ledger):
+    for now, meshed in ((T0, False), (T0 + 1, True)):
+        ledger.extend(workload(meshed=meshed), T0, now)
+        ledger.record(now, "g", [], {})
+    assert [each.meshed for each in ledger.workloads("api")] == [True]
+
+
+def test_annotations_of_any_size_do_not_fill_the_history(ledger):
+    ledger.extend(workload(annotations={"a": "x" * (1 << 20)}), T0, T0)
+    ledger.record(T0, "g", [], {})
+    assert [each.annotations for each in ledger.workloads("api")] == [{}]
+
+
+def test_an_attachment_that_comes_and_goes_has_a_bounded_number_of_intervals(path):
+    ledger = Ledger.open(path, Limits(intervals=5))
+    for number in range(20):
+        ledger.extend(workload(), T0 + 2 * number, T0 + 2 * number + 1)
+        ledger.record(T0 + 2 * number + 1, "g", [], {})
+    found = ledger.coverage(workload().key)
+    assert len(found) == 5
+    assert found[-1] == Interval(T0 + 38, T0 + 39)
+    ledger.close()
+
+
+# Faults
+
+
+def test_the_file_is_for_its_owner_only(ledger, path):
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    for file in path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+def test_while_the_disk_is_full_evidence_stays_whole_and_it_is_told(ledger, path):
+    ledger.extend(workload(), T0, T0)
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    with no_room_on_disk():
+        for number in (1, 2):
+            ledger.extend(workload(), T0, T0 + number)
+            ledger.record(T0 + number, "g", [edge(T0 + number, 1 + number)], {"l": number})
+        [problem] = ledger.problems()
+        assert str(path) in problem
+        assert connections(ledger) == {key(): 3}
+        assert ledger.losses(T0, T0 + 2) == {"l": 2}
+        assert ledger.coverage(workload().key) == (Interval(T0, T0 + 2),)
+    ledger.record(T0 + 3, "g", [edge(T0 + 3, 4)], {"l": 2})
+    assert ledger.problems() == ()
+    assert connections(ledger) == {key(): 4}
+    assert ledger.losses(T0, T0 + 3) == {"l": 2}
+
+
+def test_counts_of_a_map_that_went_away_while_the_disk_was_full_are_kept(ledger):
+    ledger.record(T0, "g", [], {})
+    with no_room_on_disk():
+        ledger.record(T0 + 1, "g", [edge(T0 + 1, 5)], {})
+        ledger.record(T0 + 2, "h", [edge(T0 + 2, 2)], {})
+    ledger.record(T0 + 3, "h", [edge(T0 + 3, 3)], {})
+    assert connections(ledger) == {key(): 8}
+
+
+def test_a_file_that_is_no_database_is_set_aside_and_told(path):
+    path.write_bytes(b"not a database " * 1000)
+    ledger = Ledger.open(path)
+    [problem] = ledger.problems()
+    assert "set aside" in problem
+    [aside] = path.parent.glob("ledger.db.corrupt-*")
+    assert aside.read_bytes().startswith(b"not a database")
+    ledger.record(T0, "g", [edge(T0, 5)], {})
+    assert connections(ledger) == {key(): 5}
+    ledger.close()
+
+
+def test_a_file_with_damaged_pages_is_replaced_and_the_kernels_counts_come_back(path):
+    ledger = Ledger.open(path)
+    ledger.record(T0, "g", [edge(T0, 5, key(peer=str(n))) for n in range(500)], {})
+    ledger.close()
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    ledger = Ledger.open(path)
+    assert "set aside" in ledger.problems()[0]
+    everything = [edge(T0 + 1, 6, key(peer=str(n))) for n in range(500)]
+    ledger.record(T0 + 1, "g", everything, {})
+    assert set(connections(ledger).values()) == {6}
+    assert len(connections(ledger)) == 500
+    ledger.close()
+
+
+def test_damage_under_a_running_agent_costs_history_and_nothing_else(path):
+    ledger = Ledger.open(path)
+    many = [edge(T0, 5, key(peer=f"10.0.{n // 250}.{n % 250}")) for n in range(20_000)]
+    ledger.extend(workload(), T0, T0)
+    ledger.record(T0, "g", many, {})
+    ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ledger._db.execute("PRAGMA shrink_memory")
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    for now in (T0 + 1, T0 + 2):
+        ledger.extend(workload(), T0, now)
+        ledger.record(now, "g", [*many, edge(now, 1, key(peer="new"))], {})
+    assert "set aside" in ledger.problems()[0]
+    assert len(connections(ledger)) == 20_001
+    assert ledger.coverage(workload().key) == (Interval(T0, T0 + 2),)
+    ledger.close()
+
+
+@pytest.mark.parametrize("where", ["no/such/directory/ledger.db", "link.db"])
+def test_where_no_file_can_be_had_history_is_kept_in_memory(tmp_path, where):
+    (tmp_path / "link.db").symlink_to(tmp_path / "elsewhere")
+    ledger = Ledger.open(tmp_path / where)
+    ledger.record(T0, "g", [edge(T0, 5)], {})
+    assert connections(ledger) == {key(): 5}
+    assert "cannot be kept" in ledger.problems()[0]
+    assert not (tmp_path / "elsewhere").exists()
+    ledger.close()
+
+
+def test_of_many_damaged_files_the_newest_are_kept(path):
+    for number in range(6):
+        path.write_bytes(bytes([number]) * 5000)
+        Ledger.open(path).close()
+        path.with_name("ledger.db-wal").unlink(missing_ok=True)
+    kept = sorted(path.parent.glob("*.corrupt-*"))
+    assert [each.read_bytes()[0] for each in kept] == [3, 4, 5]
+
+
+def test_a_file_of_another_layout_is_set_aside(path):
+    ledger = Ledger.open(path)
+    ledger._db.execute("PRAGMA user_version = 99")
+    ledger.close()
+    ledger = Ledger.open(path)
+    assert "layout 99" in ledger.problems()[0]
+    ledger.close()
+
+
+# Intervals
+
+INTERVALS = st.lists(
+    st.tuples(st.integers(0, 50), st.integers(-3, 20)).map(
+        lambda pair: Interval(float(pair[0]), float(pair[0] + pair[1]))
+    ),
+    max_size=12,
+)
+
+
+def moments(intervals):
+    """The half units that lie in any of them."""
+    return {h for h in range(-10, 200) for i in intervals if i.start <= h / 2 <= i.end}
+
+
+@given(INTERVALS)
+def test_a_union_is_sorted_disjoint_and_has_the_same_moments(intervals):
+    merged = union(intervals)
+    assert all(a.end < b.start for a, b in pairwise(merged))
+    assert moments(merged) == moments([i for i in intervals if i.end >= i.start])
+    assert union(merged) == merged
+
+
+@given(INTERVALS, st.integers(0, 60), st.integers(1, 30))
+def test_coverage_and_gaps_fill_any_span_between_them(intervals, start, length):
+    end = start + length
+    holes = gaps(intervals, start, end)
+    covered = clip(intervals, start, end)
+    assert total(holes) + total(covered) == pytest.approx(length)
+    assert union((*holes, *covered)) == (Interval(start, end),)
+    assert all(hole.end > hole.start for hole in holes)
+
+
+@pytest.mark.parametrize(
+    ("what", "last", "attached_at", "now", "expected"),
+    [
+        ("the first", None, 5.0, 9.0, Interval(5.0, 9.0)),
+        ("the same attachment", Interval(5.0, 9.0), 5.0, 12.0, Interval(5.0, 12.0)),
+        ("one that took over", Interval(5.0, 9.0), 8.0, 12.0, Interval(5.0, 12.0)),
+        ("one after a gap", Interval(5.0, 9.0), 10.0, 12.0, Interval(10.0, 12.0)),
+        ("a clock that stepped back", Interval(5.0, 9.0), 5.0, 7.0, Interval(5.0, 9.0)),
+        ("an attachment in the future", None, 9.0, 7.0, Interval(9.0, 9.0)),
+        ("one that is older than thought", Interval(5.0, 9.0), 4.0, 9.0, Interval(4.0, 9.0)),
+    ],
+)
+def test_an_attachment_continues_what_it_began_within(what, last, attached_at, now, expected):
+    assert coverage.extend(last, attached_at, now) == expected, what
+
+
+def test_workloads_of_any_id_fit_into_the_history(ledger):
+    names = [f"w{n}" for n in range(50)]
+    for name in names:
+        ledger.extend(workload(name), T0, T0 + 1)
+    edges = [edge(T0, 1, key(workload=workload_key(f"id-{name}"))) for name in names]
+    ledger.record(T0 + 1, "g", edges, {})
+    assert {each.workload for each in connections(ledger)} == {workload(n).key for n in names}
+    assert all(ledger.coverage(workload(name).key) for name in names)
