@@ -7,8 +7,6 @@ from contextlib import ExitStack
 import pytest
 from namespaces import Pair, namespace, pair_of
 
-pytest.register_assert_rewrite("namespaces")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tidegate.kernel import links, netns
 
@@ -105,18 +106,16 @@ def serving(netns_path: str, name: str, ports: Iterable[int]) -> Iterator[None]:
 
 
 def dial(
-    netns_path: str, address: str, port: int, *, uid: int = 0, family: int | None = None
+    netns_path: str, address: str, port: int, *, uid: int = 0, source_port: int = 0
 ) -> tuple[socket.socket, Landing]:
     """Connect from inside a namespace as a user; the open socket and where it landed."""
-    connection = netns.run_in(netns_path, _connect, address, port, uid, family)
+    connection = netns.run_in(netns_path, _connect, address, port, uid, source_port)
     return connection, _landing(connection)
 
 
-def landing(
-    netns_path: str, address: str, port: int, *, uid: int = 0, family: int | None = None
-) -> Landing:
+def landing(netns_path: str, address: str, port: int, *, uid: int = 0) -> Landing:
     """Where a connection lands; it is closed again."""
-    connection, landed = dial(netns_path, address, port, uid=uid, family=family)
+    connection, landed = dial(netns_path, address, port, uid=uid)
     connection.close()
     return landed
 
@@ -125,6 +124,11 @@ def echoes(connection: socket.socket) -> bool:
     """Whether the server at the other end still answers."""
     connection.sendall(b"ping\n")
     return connection.recv(16) == b"ping\n"
+
+
+def open_descriptors() -> int:
+    """How many file descriptors this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def _listener(port: int) -> socket.socket:
@@ -194,15 +198,17 @@ def _on_the_wire(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return getattr(parsed, "ipv4_mapped", None) or parsed
 
 
-def _connect(address: str, port: int, uid: int, family: int | None) -> socket.socket:
+def _connect(address: str, port: int, uid: int, source_port: int) -> socket.socket:
     # The kernel asks for the file system user id with which a socket was opened, and that is the
     # thread's: the calling thread is one that run_in made, and it ends right after this.
     _libc.setfsuid(uid)
-    if family is None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
         connection.settimeout(DEADLINE_S)
+        # Lets a second connection, to another port, have the same source port.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        connection.bind(("", source_port))
         connection.connect(socket.getaddrinfo(address, port, family)[0][4])
     except OSError:
         connection.close()

@@ -1,14 +1,16 @@
 """The classifier on real interfaces: real clients, real OpenSSL, agents that come and go."""
 
 import datetime
-import http.client
-import http.server
+import shutil
+import socket
 import ssl
+import struct
+import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,16 +18,20 @@ from classifying import bpffs
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from namespaces import DEADLINE_S, Pair, dial, landing, pair_of, serving
+from namespaces import DEADLINE_S, Pair, landing, pair_of, serving
 
 from tidegate.kernel import links, netns
+from tidegate.kernel.bpf import Map, Object
+from tidegate.kernel.errors import KernelError
 from tidegate.model import Direction, Edge, FlowClass
 from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
 
 TRUST_DOMAIN = "0a1b.consul"
 MESH_SNI = f"api.default.dc1.internal.{TRUST_DOMAIN}"
 WORKLOAD = 0xFEDCBA9876543210
-PORT = 8080
+PORT, TLS_PORT = 8080, 8443
+REQUEST = b"GET / HTTP/1.0\r\n\r\n"
+ANSWER = b"HTTP/1.0 200 OK\r\nContent-Length: 3000000\r\n\r\n" + bytes(3_000_000)
 
 
 @pytest.fixture
@@ -42,13 +48,38 @@ def classifier(pins: Path) -> Iterator[Classifier]:
     opened.remove()
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
+    """A server's side of TLS, with a certificate that nobody checks."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("certificate") / "server.pem"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + signed.public_bytes(serialization.Encoding.PEM)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
+
+
 def observe(
-    classifier: Classifier, pair: Pair, side: Side, workload: int = WORKLOAD
+    classifier: Classifier, pair: Pair, side: Side = Side.HOST, workload: int = WORKLOAD
 ) -> Attachment:
-    """Attaches to the pod's veth; only one that is attached there can be seen by its interface."""
     where, interface = (pair.peer, "host0") if side is Side.HOST else (pair.pod, "eth0")
-    ifindex = int(netns.run_in(where, Path(f"/sys/class/net/{interface}/ifindex").read_text))
-    return netns.run_in(where, classifier.attach, workload, ifindex, side, (PORT,))
+    ifindex = netns.run_in(where, socket.if_nametoindex, interface)
+    return netns.run_in(where, classifier.attach, workload, ifindex, side, (PORT, TLS_PORT))
 
 
 def counts(classifier: Classifier, workload: int = WORKLOAD) -> Counter[FlowClass]:
@@ -65,26 +96,427 @@ def the_edge(classifier: Classifier) -> Edge:
 
 
 @contextmanager
-def answering(netns_path: str, context: ssl.SSLContext | None = None) -> Iterator[None]:
-    """An HTTP server for both families in a namespace, over TLS with a context."""
-    listener = netns.run_in(netns_path, _listener)
-    if context:
-        listener = context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
-    server = http.server.ThreadingHTTPServer(("", PORT), Answer, bind_and_activate=False)
-    server.socket.close()
-    server.socket = listener
-    server.block_on_close = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
+def answering(netns_path: str, tls: ssl.SSLContext) -> Iterator[None]:
+    """Servers for both families in a namespace, with and without TLS: they answer each request."""
+    listeners = {port: netns.run_in(netns_path, listen, port) for port in (PORT, TLS_PORT)}
+    threads = [
+        threading.Thread(target=accept_all, args=(listener, tls if port == TLS_PORT else None))
+        for port, listener in listeners.items()
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        for listener in listeners.values():
+            listener.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        for listener in listeners.values():
+            listener.close()
 
 
-def _listener():
-    import socket
+def listen(port: int) -> socket.socket:
+    return socket.create_server(
+        ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
+    )
 
-    return socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True)
+
+def accept_all(listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            pool.submit(answer, connection, tls)
+
+
+def answer(connection: socket.socket, tls: ssl.SSLContext | None) -> None:
+    connection.settimeout(DEADLINE_S)
+    try:
+        if tls:
+            connection = tls.wrap_socket(connection, server_side=True)
+        with connection:
+            request = b""
+            while not request.endswith(b"\r\n\r\n"):
+                received = connection.recv(4096)
+                if not received:
+                    return
+                request += received
+            connection.sendall(ANSWER)
+    except OSError:
+        connection.close()
+
+
+def connect(netns_path: str, address: str, port: int) -> socket.socket:
+    return netns.run_in(netns_path, socket.create_connection, (address, port), DEADLINE_S)
+
+
+def ask(connection: socket.socket) -> int:
+    """Sends a request and reads the answer to its end; how long that was."""
+    with connection:
+        connection.sendall(REQUEST)
+        read = 0
+        while received := connection.recv(1 << 16):
+            read += len(received)
+        return read
+
+
+def ask_tls(connection: socket.socket, sni: str | None, alpn: Sequence[str] = ()) -> int:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(list(alpn))
+    return ask(context.wrap_socket(connection, server_hostname=sni))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("side", Side)
+def test_calls_to_a_pod_are_classified_on_either_side_of_its_interface(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext, side: Side, version: int
+) -> None:
+    observe(classifier, pair, side)
+    address = pair.pod_address(version)
+    with answering(pair.pod, certificate):
+        ask(connect(pair.peer, address, PORT))
+        ask_tls(connect(pair.peer, address, TLS_PORT), MESH_SNI)
+        ask_tls(connect(pair.peer, address, TLS_PORT), "pay.example.org", ["h2"])
+        ask_tls(connect(pair.peer, address, TLS_PORT), None)
+        connect(pair.peer, address, PORT).close()
+        with pytest.raises(ConnectionRefusedError):
+            connect(pair.peer, address, 9)
+    assert counts(classifier) == {
+        FlowClass.PLAINTEXT: 1,
+        FlowClass.MESH: 1,
+        FlowClass.TLS: 2,
+        FlowClass.EMPTY: 2,
+    }
+    for edge in classifier.edges():
+        assert edge.key.direction is Direction.INBOUND
+        assert edge.key.peer == pair.peer_address(version)
+    assert classifier.losses().lost == 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("side", Side)
+def test_calls_from_a_pod_are_classified_on_either_side_of_its_interface(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext, side: Side, version: int
+) -> None:
+    observe(classifier, pair, side)
+    with answering(pair.peer, certificate):
+        ask_tls(connect(pair.pod, pair.peer_address(version), TLS_PORT), MESH_SNI)
+    edge = the_edge(classifier)
+    assert edge.key.flow_class is FlowClass.MESH
+    assert (edge.key.direction, edge.key.peer, edge.key.port) == (
+        Direction.OUTBOUND,
+        pair.peer_address(version),
+        TLS_PORT,
+    )
+
+
+@pytest.mark.parametrize("side", Side)
+def test_bytes_are_those_of_the_stream_also_in_super_segments(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext, side: Side
+) -> None:
+    observe(classifier, pair, side)
+    with answering(pair.pod, certificate):
+        assert ask(connect(pair.peer, pair.pod_ipv6, PORT)) == len(ANSWER)
+    count = the_edge(classifier).count
+    assert (count.bytes_to_server, count.bytes_to_client) == (len(REQUEST), len(ANSWER))
+
+
+def test_a_hello_sent_byte_by_byte_is_classified(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    observe(classifier, pair)
+    outgoing, incoming = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(incoming, outgoing, server_hostname=MESH_SNI).do_handshake()
+    with (
+        answering(pair.pod, certificate),
+        connect(pair.peer, pair.pod_ipv4, TLS_PORT) as connection,
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in outgoing.read():
+            connection.send(bytes([byte]))
+        assert connection.recv(1)
+    assert the_edge(classifier).key.flow_class is FlowClass.MESH
+    assert classifier.losses().lost == 0
+
+
+def test_a_server_that_greets_first_is_told_apart(classifier: Classifier, pair: Pair) -> None:
+    observe(classifier, pair)
+    with serving(pair.pod, "pod", [PORT]):
+        landing(pair.peer, pair.pod_ipv4, PORT)
+    assert counts(classifier) == {FlowClass.SERVER_FIRST: 1}
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command")
+def test_openssl_s_client_is_seen_as_what_it_is_told_to_be(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    observe(classifier, pair)
+    command = ["openssl", "s_client", "-connect", f"{pair.pod_ipv4}:{TLS_PORT}", "-servername"]
+    with answering(pair.pod, certificate):
+        for name in (MESH_SNI, "other.example"):
+            process = netns.run_in(
+                pair.peer,
+                subprocess.Popen,
+                [*command, name],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            process.wait(DEADLINE_S)
+    assert counts(classifier) == {FlowClass.MESH: 1, FlowClass.TLS: 1}
+
+
+def test_many_connections_at_once_add_up(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    observe(classifier, pair)
+
+    def call(number: int) -> None:
+        address = pair.pod_address(4 if number % 2 else 6)
+        if number % 3 == 0:
+            with connect(pair.peer, address, PORT) as connection:
+                connection.sendall(REQUEST)
+                connection.recv(100)
+        elif number % 3 == 1:
+            connect(pair.peer, address, PORT).close()
+        else:
+            connection = connect(pair.peer, address, TLS_PORT)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            context.wrap_socket(connection, server_hostname=MESH_SNI).close()
+
+    with answering(pair.pod, certificate), ThreadPoolExecutor(8) as pool:
+        list(pool.map(call, range(150)))
+    assert counts(classifier) == {
+        FlowClass.PLAINTEXT: 50,
+        FlowClass.EMPTY: 50,
+        FlowClass.MESH: 50,
+    }
+    assert classifier.losses().lost == 0
+
+
+def test_the_next_agent_finds_everything_and_no_connection_in_between_is_lost(
+    pins: Path, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    first = Classifier.open(pins)
+    first.set_profile(consul_profile(TRUST_DOMAIN))
+    attached = observe(first, pair)
+    with answering(pair.pod, certificate):
+        ask(connect(pair.peer, pair.pod_ipv4, PORT))
+        lasting = connect(pair.peer, pair.pod_ipv4, PORT)
+        lasting.sendall(REQUEST[:5])
+        first.close()
+        ask_tls(connect(pair.peer, pair.pod_ipv4, TLS_PORT), MESH_SNI)
+        second = Classifier.open(pins)
+        try:
+            (found,) = second.attachments()
+            again = observe(second, pair)
+            ask(connect(pair.peer, pair.pod_ipv4, PORT))
+            lasting.sendall(REQUEST[5:])
+            assert lasting.recv(10)
+            lasting.close()
+            assert counts(second) == {FlowClass.PLAINTEXT: 3, FlowClass.MESH: 1}
+        finally:
+            second.remove()
+    for other in (found, again):
+        assert other.attached_at == pytest.approx(attached.attached_at, abs=0.1)
+        assert (other.workload_key, other.ifindex, other.side) == (
+            WORKLOAD,
+            attached.ifindex,
+            Side.HOST,
+        )
+
+
+@pytest.mark.parametrize("side", Side)
+def test_attaching_again_changes_nothing_but_the_ports(
+    classifier: Classifier, pair: Pair, side: Side
+) -> None:
+    first = observe(classifier, pair, side)
+    assert observe(classifier, pair, side) == first
+    assert classifier.attachments() == [first]
+
+
+@pytest.mark.parametrize("side", Side)
+def test_an_interface_that_was_made_anew_is_attached_anew(
+    classifier: Classifier, pair: Pair, side: Side
+) -> None:
+    first = observe(classifier, pair, side)
+    links.delete_link(pair.pod, "eth0")
+    assert classifier.attachments() == []
+    links.create_veth(pair.pod, "eth0", pair.peer, "host0")
+    second = observe(classifier, pair, side)
+    assert second.attached_at > first.attached_at
+    assert classifier.attachments() == [second]
+
+
+def test_what_went_away_while_no_agent_ran_is_not_observed_any_more(pins: Path, pair: Pair) -> None:
+    first = Classifier.open(pins)
+    observe(first, pair)
+    first.close()
+    links.delete_link(pair.pod, "eth0")
+    second = Classifier.open(pins)
+    try:
+        assert second.attachments() == []
+        assert list((pins / "classifier" / "links").iterdir()) == []
+    finally:
+        second.remove()
+
+
+def test_two_pods_whose_interfaces_have_the_same_index_are_kept_apart(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    with pair_of() as other:
+        first = observe(classifier, pair, Side.INSIDE, 1)
+        second = observe(classifier, other, Side.INSIDE, 2)
+        assert first.ifindex == second.ifindex
+        with answering(pair.pod, certificate), answering(other.pod, certificate):
+            ask(connect(pair.peer, pair.pod_ipv4, PORT))
+            ask_tls(connect(other.peer, other.pod_ipv4, TLS_PORT), MESH_SNI)
+        assert counts(classifier, 1) == {FlowClass.PLAINTEXT: 1}
+        assert counts(classifier, 2) == {FlowClass.MESH: 1}
+        assert classifier.losses().lost == 0
+
+
+def test_both_ends_of_a_connection_are_two_edges(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    observe(classifier, pair, Side.INSIDE, 1)
+    peer = Pair(pair.peer, pair.pod)
+    ifindex = netns.run_in(peer.pod, socket.if_nametoindex, "host0")
+    netns.run_in(peer.pod, classifier.attach, 2, ifindex, Side.INSIDE, ())
+    with answering(pair.pod, certificate):
+        ask(connect(pair.peer, pair.pod_ipv4, PORT))
+    assert {(edge.key.workload, edge.key.direction) for edge in classifier.edges()} == {
+        (1, Direction.INBOUND),
+        (2, Direction.OUTBOUND),
+    }
+
+
+def test_other_programs_on_the_interface_go_on(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext, tmp_path: Path
+) -> None:
+    with bpffs(tmp_path / "other") as elsewhere:
+        other = Classifier.open(elsewhere)
+        observe(classifier, pair)
+        observe(other, pair)
+        with answering(pair.pod, certificate):
+            ask(connect(pair.peer, pair.pod_ipv4, PORT))
+        assert counts(classifier) == counts(other) == {FlowClass.PLAINTEXT: 1}
+        other.remove()
+
+
+def test_after_detaching_nothing_is_counted_and_edges_stay_until_they_are_forgotten(
+    classifier: Classifier, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    observe(classifier, pair)
+    with answering(pair.pod, certificate):
+        ask(connect(pair.peer, pair.pod_ipv4, PORT))
+        classifier.detach(WORKLOAD)
+        ask(connect(pair.peer, pair.pod_ipv4, PORT))
+    assert classifier.attachments() == []
+    assert counts(classifier) == {FlowClass.PLAINTEXT: 1}
+    assert classifier.losses().lost == 0
+    classifier.forget_edges(WORKLOAD)
+    assert classifier.edges() == []
+
+
+def test_a_connection_that_was_open_before_stays_unknown(
+    classifier: Classifier, pair: Pair
+) -> None:
+    with serving(pair.pod, "pod", [PORT]), connect(pair.peer, pair.pod_ipv4, PORT) as connection:
+        assert connection.recv(100)
+        observe(classifier, pair)
+        connection.sendall(b"ping\n")
+        assert connection.recv(100)
+    edge = the_edge(classifier)
+    assert (edge.key.flow_class, edge.key.direction) == (FlowClass.UNKNOWN, Direction.INBOUND)
+    assert (edge.count.bytes_to_server, edge.count.bytes_to_client) == (5, 5)
+
+
+def test_removing_leaves_nothing(pins: Path, pair: Pair) -> None:
+    classifier = Classifier.open(pins)
+    observe(classifier, pair)
+    classifier.remove()
+    assert list(pins.iterdir()) == []
+    again = Classifier.open(pins)
+    try:
+        assert again.attachments() == []
+        assert again.edges() == []
+    finally:
+        again.remove()
+
+
+def test_an_interface_that_is_not_there_is_refused_and_nothing_stays_behind(
+    classifier: Classifier, pins: Path
+) -> None:
+    with pytest.raises(KernelError, match="interface 4000000"):
+        classifier.attach(WORKLOAD, 4_000_000, Side.HOST, ())
+    assert classifier.attachments() == []
+    assert list((pins / "classifier" / "links").iterdir()) == []
+
+
+def test_maps_of_another_layout_are_refused(pins: Path) -> None:
+    Classifier.open(pins).close()
+    maps = pins / "classifier" / "maps"
+    (maps / "edges").unlink()
+    (maps / "counters").rename(maps / "edges")
+    with pytest.raises(KernelError, match="map edges exists with another layout: its type is 6"):
+        Classifier.open(pins)
+
+
+def test_a_full_edge_map_shows_what_it_could_not_hold(
+    classifier: Classifier, pins: Path, pair: Pair, certificate: ssl.SSLContext
+) -> None:
+    observe(classifier, pair)
+    with Map.open_pinned(pins / "classifier" / "maps" / "edges") as edges:
+        for number in range(edges.max_entries):
+            edges.update(struct.pack("=QI20x", 7, number), bytes(edges.value_size))
+    with answering(pair.pod, certificate):
+        ask(connect(pair.peer, pair.pod_ipv4, PORT))
+        ask_tls(connect(pair.peer, pair.pod_ipv4, TLS_PORT), MESH_SNI)
+        connect(pair.peer, pair.pod_ipv6, PORT).close()
+    losses = classifier.losses()
+    assert losses.overflow == {
+        FlowClass.PLAINTEXT: 1,
+        FlowClass.MESH: 1,
+        FlowClass.EMPTY: 1,
+    }
+    assert losses.lost == 3
+    assert classifier.edges() == []
+
+
+@pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
+def test_what_the_verifier_refuses_is_told_with_its_reason_and_line(tmp_path: Path) -> None:
+    source = tmp_path / "wrong.bpf.c"
+    source.write_text(
+        '__attribute__((section("tc"), used)) int walks_off(void *context)\n'
+        "{\n\treturn *(volatile int *)(context + 4096);\n}\n"
+        'char terms[] __attribute__((section("license"), used)) = "Dual BSD/GPL";\n'
+    )
+    wrong = tmp_path / "wrong.bpf.o"
+    subprocess.run(["clang", "-O2", "-g", "-target", "bpf", "-c", source, "-o", wrong], check=True)
+    with Object.open(wrong) as compiled, pytest.raises(KernelError) as refused:
+        compiled.load()
+    message = str(refused.value)
+    assert "wrong.bpf.o" in message
+    assert "the verifier rejects walks_off: invalid bpf_context access off=4096" in message
+    assert "at instruction 0: " in message
+    assert "source: return *(volatile int *)(context + 4096)" in message
+    assert "\n" not in message
+
+
+def test_a_file_that_is_no_object_is_refused_in_one_sentence(tmp_path: Path, pins: Path) -> None:
+    wrong = tmp_path / "wrong.bpf.o"
+    wrong.write_text("not an object")
+    with pytest.raises(KernelError, match="is not a file of BPF programs"):
+        Classifier.open(pins, wrong)
+    with pytest.raises(KernelError, match="no such file"):
+        Classifier.open(pins, tmp_path / "missing.bpf.o")

@@ -1,10 +1,10 @@
 """Interfaces, addresses, routes and settings in namespaces."""
 
-import os
 import socket
 from pathlib import Path
 
 import pytest
+from namespaces import open_descriptors
 
 from tidegate.kernel import links, netns
 from tidegate.kernel.errors import KernelError
@@ -87,8 +87,8 @@ def test_a_refusal_says_what_was_tried_and_why_not(pair, attempt, reason):
 
 def test_reading_leaves_no_descriptor_open(pair):
     links.addresses(pair.pod, "eth0")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for _ in range(50):
         links.addresses(pair.pod, "eth0")
         links.host_ifindex(pair.pod, "eth0")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from namespaces import DEADLINE_S, namespace
+from namespaces import DEADLINE_S, namespace, open_descriptors
 
 from tidegate.kernel import netns
 from tidegate.kernel.errors import KernelError
@@ -86,10 +87,10 @@ def test_many_threads_in_many_namespaces_each_see_their_own():
 
 def test_a_thousand_visits_leave_no_descriptor_and_no_thread(new_namespace):
     path = new_namespace()
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = open_descriptors(), threading.active_count()
     for _ in range(1000):
         netns.run_in(path, int)
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert (open_descriptors(), threading.active_count()) == before
 
 
 def test_a_nameless_namespace_is_new_and_dies_with_its_function():
@@ -115,21 +116,19 @@ def test_a_process_starts_inside_as_its_user_and_is_found_there(new_namespace):
     assert netns.pids(path) == ()
 
 
-def test_a_process_inherits_the_descriptors_that_it_is_given_and_no_others(new_namespace):
-    read, write = os.pipe()
-    try:
+def test_a_process_inherits_the_descriptor_that_it_is_given(new_namespace):
+    path = new_namespace()
+    with tempfile.TemporaryFile() as given:
         process = netns.spawn(
-            new_namespace(),
-            ["sh", "-c", f"readlink /proc/self/ns/net; echo given >&{write}"],
-            pass_fds=(write,),
+            path,
+            ["readlink", "/proc/self/ns/net", f"/proc/self/fd/{given.fileno()}"],
+            pass_fds=(given.fileno(),),
             stdout=subprocess.PIPE,
         )
         output, _ = process.communicate(timeout=DEADLINE_S)
-        assert output.decode().strip() != os.readlink("/proc/self/ns/net")
-        assert os.read(read, 16) == b"given\n"
-    finally:
-        os.close(read)
-        os.close(write)
+        inside, inherited = output.decode().splitlines()
+        assert inside == f"net:[{netns.identity(path).inode}]"
+        assert inherited == str(Path(f"/proc/self/fd/{given.fileno()}").readlink())
 
 
 def test_a_program_that_does_not_exist_is_an_error_of_the_caller(new_namespace):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.entries import ServiceDefaults, parse_entries
 from tidegate.lab import spec as lab_spec

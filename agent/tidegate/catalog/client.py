@@ -274,8 +274,9 @@ class CatalogClient:
                     body=await _bounded(response.content),
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            raise CatalogUnreachable(f"no server answers at {self.address} ({reason})") from error
+            raise CatalogUnreachable(
+                f"no server answers at {self.address} ({_reason(error, limit_s)})"
+            ) from error
         if answer.status not in (200, 304):
             text = answer.body[:_MAX_ERROR_TEXT].decode(errors="replace").strip()
             raise CatalogRefused(answer.status, text)
@@ -352,6 +353,14 @@ def _node_body(node: NodeInfo) -> dict[str, Any]:
         "TaggedAddresses": form.tagged_addresses,
         "NodeMeta": form.meta,
     }
+
+
+def _reason(error: Exception, limit_s: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"not within {limit_s:g} s"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return error.os_error.strerror or str(error.os_error)
+    return str(error) or type(error).__name__
 
 
 async def _bounded(content: aiohttp.StreamReader) -> bytes:

@@ -415,8 +415,8 @@ class Store:
 
     def _damaged(self, detail: str) -> StoreError:
         return StoreError(
-            f"{self._path}: the store is damaged ({detail}); restore it from a copy, or move it away"
-            " to begin with an empty one"
+            f"{self._path}: the store is damaged ({' '.join(detail.split())}); restore it from a"
+            " copy, or move it away to begin with an empty one"
         )
 
 

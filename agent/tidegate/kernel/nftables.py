@@ -10,6 +10,8 @@ import errno
 import functools
 import json
 import os
+import socket
+import struct
 import threading
 from typing import Any
 
@@ -49,14 +51,60 @@ def run(commands: list[Object]) -> None:
 
 
 def list_table(family: str, name: str) -> list[Object] | None:
-    """What a table of the current namespace holds, in the kernel's order; None without a table."""
-    try:
-        listed = _call({"nftables": [{"list": {"table": {"family": family, "name": name}}}]})
-    except KernelError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
+    """What a table of the current namespace holds, in the kernel's order; None without a table.
+
+    Of a table with flags (enum nft_table_flags, such as dormant) only the table itself is listed, with its
+    flags as a number: libnftables 1.0.6 prints them out of memory that it has freed.
+    """
+    flags = _table_flags(family, name)
+    if flags is None:
+        return None
+    if flags:
+        return [{"table": {"family": family, "name": name, "flags": flags}}]
+    listed = _call({"nftables": [{"list": {"table": {"family": family, "name": name}}}]})
     return [item for item in listed if "metainfo" not in item]
+
+
+# linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
+_NETLINK_NETFILTER = 12
+_NLM_F_REQUEST = 1
+_NLMSG_ERROR = 2
+_NFT_MSG_GETTABLE = 10 << 8 | 1
+_NFTA_TABLE_NAME = 1
+_NFTA_TABLE_FLAGS = 2
+_NFPROTO = {"inet": 1, "ip": 2, "ip6": 10}
+_HEADER = struct.Struct("=IHHIIBBH")
+"""struct nlmsghdr and struct nfgenmsg"""
+_ATTRIBUTE = struct.Struct("=HH")
+"""struct nlattr"""
+_NETLINK_ANSWER = 8192
+
+
+def _table_flags(family: str, name: str) -> int | None:
+    text = name.encode() + b"\0"
+    attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(text), _NFTA_TABLE_NAME) + text
+    attribute += bytes(-len(attribute) % 4)
+    length = _HEADER.size + len(attribute)
+    header = _HEADER.pack(length, _NFT_MSG_GETTABLE, _NLM_F_REQUEST, 0, 0, _NFPROTO[family], 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+        netlink.send(header + attribute)
+        answer = netlink.recv(_NETLINK_ANSWER)
+    if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
+        number = -struct.unpack_from("=i", answer, 16)[0]
+        if number == errno.ENOENT:
+            return None
+        raise KernelError(f"cannot read nftables: {os.strerror(number)}", number)
+    return _flags_in(answer[_HEADER.size :])
+
+
+def _flags_in(attributes: bytes) -> int:
+    at = 0
+    while at < len(attributes):
+        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
+        if kind == _NFTA_TABLE_FLAGS:
+            return int.from_bytes(attributes[at + _ATTRIBUTE.size : at + length], "big")
+        at += (length + 3) & ~3
+    return 0
 
 
 def _call(request: Object) -> list[Object]:

@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-LAB_FILE = Path(__file__).with_name("demo.yaml")
 LAB = "demo"
 PATIENCE_S = 40.0
 
@@ -33,6 +32,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("tidegate: the demo makes network namespaces: run sudo make demo", file=sys.stderr)
         return 1
+    os.environ["TIDEGATE_LAB"] = LAB
     started = time.monotonic()
     _quiet("lab", "down", "--name", LAB)
     try:
@@ -51,7 +51,7 @@ def main() -> int:
 
 def _story() -> None:
     _chapter(1, "A lab of two nodes and seven pods, IPv4 and IPv6")
-    _run("lab", "up", str(LAB_FILE))
+    _run("lab", "up")
     _wait("callers to be heard by every service", _everyone_was_heard)
     _run("lab", "status")
 
@@ -208,7 +208,7 @@ def _mode(service: str) -> str:
 
 def _traffic() -> list[dict[str, Any]]:
     pods = _json("lab", "status")["pods"]
-    return [target for pod in pods for target in pod["traffic"]]
+    return [target for pod in pods if pod["statistics"] for target in pod["statistics"]["targets"]]
 
 
 def _count_requests() -> int:

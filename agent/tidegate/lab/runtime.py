@@ -280,7 +280,7 @@ def _bring_up(spec: LabSpec, paths: LabPaths, parts: Part, progress: Callable[[s
 
 def _make_directories(paths: LabPaths, spec: LabSpec) -> None:
     """Directories for root only, but for those on the way to what a sidecar's user must reach."""
-    passable = [paths.root, paths.nodes]
+    passable = [state.BASE, paths.root, paths.nodes]
     closed = [paths.logs, paths.traffic, paths.apps, paths.processes, paths.server_state]
     for node in spec.nodes:
         passable += [paths.node(node), paths.agent_run(node)]

@@ -98,9 +98,9 @@ CREATE TABLE coverage (
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
-ADD_DELTA = f"""
+ADD_DELTA = """
 INSERT INTO delta (tier, at, edge, connections, bytes_to_server, bytes_to_client)
-VALUES ({_ROUNDS.number}, ?, ?, ?, ?, ?)
+VALUES (0, ?, ?, ?, ?, ?)
 ON CONFLICT (tier, at, edge) DO UPDATE SET
     connections = connections + excluded.connections,
     bytes_to_server = bytes_to_server + excluded.bytes_to_server,

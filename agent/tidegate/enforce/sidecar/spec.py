@@ -101,9 +101,14 @@ def _check_port(port: int, field: str) -> None:
 
 
 def _check_address(address: str) -> None:
+    """Canonical, because two spellings of one address would be two chains with one match."""
     try:
-        ipaddress.ip_address(address)
-    except ValueError as error:
+        canonical = ipaddress.ip_address(address).compressed
+    except ValueError:
+        canonical = ""
+    if address != canonical or "%" in address:
         raise InputError(
-            f"{address!r} is not an IP address", field="address", expected="IPv4 or IPv6"
-        ) from error
+            f"{address!r} is not an IP address",
+            field="address",
+            expected="IPv4 or IPv6 in canonical form, without a zone",
+        )
