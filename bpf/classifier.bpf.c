@@ -322,7 +322,7 @@ static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_ke
 		flow->next[TG_CLIENT] = segment->sequence;
 		set_flag(flow, TG_FLOW_CLIENT_SEQ);
 	}
-	gain = advance(flow, TG_CLIENT, segment->sequence + segment->length);
+	gain = advance(flow, TG_CLIENT, segment);
 	if (!is_settled(flow) && segment->length && part_of(flow, segment, &part) &&
 	    !first_byte_decides(skb, key, flow, &part))
 		collect(skb, key, flow, &part);
@@ -374,8 +374,7 @@ static __noinline int from_server(const struct tg_flow_key *key, struct tg_flow 
 	__u32 gain;
 
 	learn_server_sequence(flow, segment);
-	gain = flow->flags & TG_FLOW_SERVER_SEQ ?
-	       advance(flow, TG_SERVER, segment->sequence + segment->length) : 0;
+	gain = flow->flags & TG_FLOW_SERVER_SEQ ? advance(flow, TG_SERVER, segment) : 0;
 	if (!is_settled(flow)) {
 		acked = acknowledged(flow, segment);
 		if (acked > 0 && acked > (__s32)flow->contiguous) {

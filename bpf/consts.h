@@ -73,9 +73,9 @@ enum tg_counter {
 	TG_HELLO_MALFORMED,	/* headers of a ClientHello with an inconsistent body: class tls */
 	TG_BAD_HEADERS,		/* headers that contradict themselves or the packet: every stack drops it */
 	TG_OUT_OF_WINDOW,	/* sequence number too far ahead to be the flow's: the receiver drops it */
+	TG_NO_WORKLOAD,		/* packet on an interface that is just being detached */
 	TG_COUNTER_LOSSES,
-	TG_NO_WORKLOAD = TG_COUNTER_LOSSES, /* packet on an interface without an attachment */
-	TG_TCP_FRAGMENT,	/* IP fragment of a TCP segment */
+	TG_TCP_FRAGMENT = TG_COUNTER_LOSSES, /* IP fragment of a TCP segment */
 	TG_TOO_MANY_HEADERS,	/* more VLAN tags or IPv6 extension headers than are followed */
 	TG_FLOW_NOT_STORED,	/* the flow map refused an entry */
 	TG_PREFIX_NOT_STORED,	/* the prefix map refused an entry: class unknown */

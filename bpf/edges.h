@@ -8,6 +8,7 @@
 #define TIDEGATE_EDGES_H
 
 #include "maps.h"
+#include "packet.h"
 
 enum {
 	/* A verdict changes three times at most: server-first or unknown, then another class, then settled. */
@@ -184,12 +185,19 @@ static __always_inline void settle(const struct tg_flow_key *key, struct tg_flow
 	bpf_map_delete_elem(&prefixes, key);
 }
 
-/* Moves the end of what was seen of one side's stream to end; returns by how many bytes it moved. */
-static __always_inline __u32 advance(struct tg_flow *flow, enum tg_role role, __u32 end)
+/*
+ * Moves the end of what was seen of one side's stream to the segment's end; returns by how many bytes it moved. A
+ * segment without payload moves nothing: behind a FIN its sequence number is one beyond the stream.
+ */
+static __always_inline __u32 advance(struct tg_flow *flow, enum tg_role role,
+				     const struct tg_segment *segment)
 {
+	__u32 end = segment->sequence + segment->length;
 	__u32 seen, gain;
 	int i;
 
+	if (!segment->length)
+		return 0;
 	for (i = 0; i < ADVANCE_TRIES; i++) {
 		seen = flow->next[role];
 		gain = end - seen;

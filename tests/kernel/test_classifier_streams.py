@@ -28,6 +28,7 @@ from packets import (
     without_extensions,
 )
 
+from tidegate.errors import InputError
 from tidegate.model import Direction, FlowClass
 from tidegate.observe.classifier import Classifier, MeshProfile
 
@@ -256,7 +257,12 @@ CASES: list[tuple[str, Callable[[Talk], list[Packet]], FlowClass]] = [
     ("refused", lambda t: [t.syn(), t.down(0, b"", 0, RST | ACK)], FlowClass.EMPTY),
     (
         "opened and closed",
-        lambda t: [*t.opening(), t.up(0, b"", FIN | ACK), t.down(0, b"", 1, FIN | ACK)],
+        lambda t: [
+            *t.opening(),
+            t.up(0, b"", FIN | ACK),
+            t.down(0, b"", 1, FIN | ACK),
+            t.up(1, b""),
+        ],
         FlowClass.EMPTY,
     ),
     ("opened and reset", lambda t: [*t.opening(), t.up(0, b"", RST)], FlowClass.EMPTY),
@@ -469,6 +475,8 @@ def test_bytes_are_counted_once_by_stream_position(bench: Bench, version: int) -
             talk.up(len(HTTP), b"sooner----"),
             talk.up(len(HTTP) + 15, b"", FIN | ACK),
             talk.down(len(answer), b"", len(HTTP) + 16, FIN | ACK),
+            talk.up(len(HTTP) + 16, b""),
+            talk.down(len(answer) + 1, b"", len(HTTP) + 16),
         ],
         Direction.OUTBOUND,
     )
@@ -622,3 +630,31 @@ def test_streams_cut_and_mixed_at_random_have_the_class_of_the_whole(bench: Benc
     assert bench.classes() == {kind: number for kind, number in expected.items() if number}
     assert bench.counted() == {}
     assert all(flow.settled for flow in bench.flows())
+
+
+def test_a_prefix_that_had_to_make_room_leaves_its_flow_unknown(bench: Bench) -> None:
+    first = talk_of(4, 1000)
+    bench.play([*first.opening(), first.up(0, MESH[:50])], Direction.OUTBOUND)
+    for port in range(2000, 2000 + 4096):
+        talk = talk_of(4, port)
+        bench.play([talk.syn(), talk.up(0, MESH[:50])], Direction.OUTBOUND)
+    bench.play([first.up(50, MESH[50:])], Direction.OUTBOUND)
+    assert bench.classes() == {FlowClass.UNKNOWN: 1, FlowClass.EMPTY: 4096}
+    assert bench.counted() == {"prefix_evicted": 1}
+
+
+@pytest.mark.parametrize(
+    ("profile", "problem"),
+    [
+        (MeshProfile(name="long", alpn=("x" * 129,)), "profile long: alpn: .* has 129 bytes"),
+        (MeshProfile(name="none", alpn=("",)), "profile none: alpn: '' has 0 bytes"),
+        (MeshProfile(name="many", sni_suffixes=("a",) * 9), "sni_suffixes: 9 names"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_refused_and_the_old_one_stays(
+    bench: Bench, profile: MeshProfile, problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        bench.classifier.set_profile(profile)
+    bench.play(whole(MESH)(talk_of(4)), Direction.OUTBOUND)
+    assert bench.classes() == {FlowClass.MESH: 1}

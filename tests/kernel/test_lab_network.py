@@ -15,7 +15,7 @@ import pytest
 
 from tidegate.errors import InputError
 from tidegate.kernel import netns
-from tidegate.lab import mounts, network, processes, runtime, state
+from tidegate.lab import control, mounts, network, processes, runtime, state
 from tidegate.lab.runtime import Part
 from tidegate.lab.spec import OUTSIDE, ConfigText, LabSpec, PodSpec
 from tidegate.lab.state import LabBusyError, LabError, LabPaths
@@ -366,7 +366,7 @@ def test_a_reused_pid_is_never_taken_for_the_labs_process(lab) -> None:
         record = state.ProcessRecord(pid=stranger.pid, started_ticks=1, digest="")
         state.write(paths.process("app-a"), record)
         assert not processes.alive(record)
-        processes.stop(paths, "app-a", 1.0)
+        processes.stop(paths, "app-a")
         runtime.down("f1")
         assert stranger.poll() is None
     finally:
@@ -377,7 +377,7 @@ def test_a_reused_pid_is_never_taken_for_the_labs_process(lab) -> None:
 def test_onboarding_changes_the_workloads_file_and_nothing_else(lab) -> None:
     spec = lab(small("f1"))
     paths = LabPaths("f1")
-    runtime._write_workloads(paths, spec, state.read(paths.layout, network.Layout))
+    control.write_workloads(paths, spec, state.read(paths.layout, network.Layout))
     file = paths.workload("n1", "a")
     before = state.read(file, Workload)
     other = paths.workload("n1", "b").stat().st_ino
@@ -395,11 +395,11 @@ def test_a_pod_that_was_made_anew_is_another_workload(lab) -> None:
     spec = lab(small("f1"))
     paths = LabPaths("f1")
     layout = state.read(paths.layout, network.Layout)
-    runtime._write_workloads(paths, spec, layout)
+    control.write_workloads(paths, spec, layout)
     before = state.read(paths.workload("n1", "a"), Workload)
     netns.delete("tg-f1-a")
     lab(spec)
-    runtime._write_workloads(paths, spec, layout)
+    control.write_workloads(paths, spec, layout)
     assert state.read(paths.workload("n1", "a"), Workload).id != before.id
 
 

@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from namespaces import open_descriptors
+from namespaces import DEADLINE_S, open_descriptors
 
 from tidegate.kernel import links, netns
 from tidegate.kernel.errors import KernelError
@@ -33,6 +33,12 @@ def test_the_host_end_is_none_where_it_is_not(pair, new_namespace):
 
 
 def test_what_is_no_veth_has_no_host_end(pair):
+    for command in (
+        ["ip", "link", "add", "mac0", "link", "host0", "type", "macvlan"],
+        ["ip", "link", "set", "mac0", "netns", Path(pair.pod).name],
+    ):
+        assert netns.spawn(pair.peer, command).wait(DEADLINE_S) == 0
+    assert netns.run_in(pair.peer, links.host_ifindex, pair.pod, "mac0") is None
     assert netns.run_in(pair.peer, links.host_ifindex, pair.pod, "lo") is None
     assert netns.run_in(pair.peer, links.host_ifindex, pair.pod, "nothing0") is None
 

@@ -304,6 +304,21 @@ def test_open_connections_live_through_a_change_of_the_policy(redirected):
         assert landing(redirected.pod, redirected.peer_ipv4, APP).server == "pod"
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_connections_that_are_older_than_the_first_rules_live_on(lab, version):
+    with ExitStack() as stack:
+        out, _ = dial(lab.pod, lab.peer_address(version), APP)
+        stack.enter_context(out)
+        into, _ = dial(lab.peer, lab.pod_address(version), APP)
+        stack.enter_context(into)
+        assert redirect.apply(lab.pod, DEFAULT) is Change.CREATED
+        stack.callback(redirect.remove, lab.pod)
+        for _ in range(3):
+            assert echoes(out)
+            assert echoes(into)
+        assert landing(lab.pod, lab.peer_address(version), APP).server == "pod"
+
+
 DRIFTS = {
     "add rule inet tidegate output tcp dport 1 accept": "should not be",
     "insert rule inet tidegate output tcp dport 1 accept comment \"proxy\"": "proxy",
@@ -327,6 +342,13 @@ def test_drift_is_named_and_repaired(pod, command):
     assert any(DRIFTS[command] in difference for difference in differences), differences
     assert redirect.apply(pod, EXCLUDING) in (Change.REPLACED, Change.CREATED)
     assert redirect.check(pod, EXCLUDING) == ()
+
+
+def test_a_table_with_flags_is_told_by_its_flags_alone(pod):
+    redirect.apply(pod, DEFAULT)
+    nft(pod, "add table inet tidegate { flags dormant; }")
+    listed = netns.run_in(pod, nftables.list_table, "inet", "tidegate")
+    assert listed == [{"table": {"family": "inet", "name": "tidegate", "flags": 1}}]
 
 
 def test_lines_in_another_order_are_drift(pod):
@@ -372,9 +394,9 @@ def test_a_policy_that_redirects_nothing_takes_the_table_away(pod):
 def test_a_refused_transaction_leaves_the_old_rules(pod, monkeypatch):
     redirect.apply(pod, DEFAULT)
     before = tables(pod)
-    load = nftables.run
+    render = redirect.render
     bad = {"add": {"element": {"family": "inet", "table": "tidegate", "name": "no", "elem": [1]}}}
-    monkeypatch.setattr(nftables, "run", lambda commands: load([*commands, bad]))
+    monkeypatch.setattr(redirect, "render", lambda rules: [*render(rules), bad])
     with pytest.raises(KernelError, match="No such file"):
         redirect.apply(pod, EXCLUDING)
     monkeypatch.undo()

@@ -194,6 +194,15 @@ def sidecar(state: Path, ca: MeshCA, spec: SidecarSpec, netns_path: str) -> Iter
         yield made
     finally:
         envoy.stop(5)
+        end_sidecars(netns_path)
+
+
+def end_sidecars(netns_path: str) -> None:
+    """What a failed test may have started besides, in a namespace that is the test's own."""
+    for pid in netns.pids(netns_path):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}").stat().st_uid == UID:
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

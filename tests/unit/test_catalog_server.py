@@ -207,7 +207,7 @@ def test_a_blocking_query_returns_unchanged_when_its_time_is_over(config):
 
 def test_waiting_for_an_index_that_is_from_another_store_returns_at_once(config):
     async def scenario(client):
-        assert await client.wait(10_000, 30) < 10_000
+        assert await asyncio.wait_for(client.wait(10_000, 300), 10) < 10_000
 
     with_server(config, scenario)
 
@@ -223,14 +223,13 @@ def test_the_client_waits_for_the_first_change_of_all(config):
     with_server(config, scenario)
 
 
-def test_the_server_stops_while_queries_are_waiting(config):
+def test_a_server_that_stops_answers_the_queries_that_wait(config):
     async def both():
         async with CatalogClient(config.listen) as client:
             async with running(config):
                 waiting = asyncio.create_task(client.wait(1, 500))
                 await client.snapshot()
-            with contextlib.suppress(CatalogUnreachable):
-                await asyncio.wait_for(waiting, 20)
+            assert await asyncio.wait_for(waiting, 20) == 1
 
     asyncio.run(both())
 
@@ -259,12 +258,14 @@ def test_an_instance_is_published_with_its_sidecar_and_taken_back(config):
     with_server(config, scenario)
 
 
-def test_publishing_the_same_again_changes_nothing(config):
+def test_publishing_the_same_again_sends_and_changes_nothing(config, monkeypatch):
     async def scenario(client):
         await client.register(NODE, [pod()])
         before = (await client.snapshot()).index
         await client.register(NODE, [pod()])
         async with CatalogClient(config.listen) as fresh:
+            await fresh.register(NODE, [pod()])
+            monkeypatch.setattr(fresh, "_put", None)
             await fresh.register(NODE, [pod()])
         assert (await client.snapshot()).index == before
 
@@ -548,7 +549,13 @@ def test_without_a_server_the_client_says_where_it_looked(tmp_path):
         CatalogClient("/just/a/path")
 
 
-@pytest.mark.parametrize("answer", ["not JSON", '{"Index": "x"}', "x" * 5000])
+EMPTY = (
+    '{"Index": 1, "Datacenter": "", "TrustDomain": "", "DefaultAllow": false,'
+    ' "Entries": [], "Nodes": [], "Instances": []}'
+)
+
+
+@pytest.mark.parametrize("answer", ["not JSON", '{"Index": "x"}', EMPTY + " " * 5000])
 def test_an_answer_that_makes_no_sense_or_is_too_long_is_refused(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(client_module, "MAX_ANSWER_BYTES", 1000)
 

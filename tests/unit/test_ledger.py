@@ -149,6 +149,14 @@ def test_condensing_old_rounds_keeps_sums_and_makes_short_windows_coarser(ledger
     assert connections(ledger) == {key(): 0, other: 1}
 
 
+@pytest.mark.parametrize("later", [400.0, 26 * 3600.0])
+def test_a_minute_or_an_hour_counts_whole_in_a_window_that_begins_within_it(ledger, later):
+    begun = T0 - T0 % 3600
+    ledger.record(begun + 50, "g", [edge(begun + 50, 5)], {})
+    ledger.record(begun + later, "g", [], {})
+    assert connections(ledger, begun + 40, begun + later) == {key(): 5}
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 40_000), st.integers(0, 5)), min_size=1, max_size=40),
     st.integers(0, 400_000),
@@ -280,6 +288,18 @@ def test_the_oldest_edges_make_room_and_the_loss_is_dated_when_they_were_seen(pa
     assert ledger.losses(T0, T0 + 1.5) == {EVICTED_EDGES: 2}
     assert ledger.losses(T0 + 2, 1e11) == {}
     assert "2 of the oldest" in ledger.problems()[0]
+    ledger.record(now + 1, "h", [edge(now + 1, 7, key(peer="0"))], {})
+    assert connections(ledger)[key(peer="0")] == 7
+    ledger.close()
+
+
+def test_an_edge_that_the_kernel_still_counts_is_not_forgotten_however_old(path):
+    ledger = Ledger.open(path, Limits(edges=3))
+    counted, departed = [key(peer="a"), key(peer="b")], key(peer="c", workload=2)
+    ledger.record(T0, "g", [edge(T0 + 1, 1, departed), *(edge(T0, 1, k) for k in counted)], {})
+    ledger.forget(2)
+    ledger.record(T0 + 20, "g", [edge(T0 + 20, 1, key(peer="d"))], {})
+    assert connections(ledger).keys() == {*counted, key(peer="d")}
     ledger.close()
 
 
@@ -450,6 +470,18 @@ def test_where_no_file_can_be_had_history_is_kept_in_memory(tmp_path, where):
     assert connections(ledger) == {key(): 5}
     assert "cannot be kept" in ledger.problems()[0]
     assert not (tmp_path / "elsewhere").exists()
+    ledger.close()
+
+
+def test_rows_that_no_ledger_wrote_are_damage(path):
+    ledger = Ledger.open(path)
+    ledger.record(T0, "g", [edge(T0, 5)], {})
+    ledger._db.execute("PRAGMA ignore_check_constraints = ON")
+    ledger._db.execute("UPDATE edge SET class = 'strange', counted = 0")
+    ledger.close()
+    ledger = Ledger.open(path)
+    assert "set aside" in ledger.problems()[0]
+    assert connections(ledger) == {}
     ledger.close()
 
 

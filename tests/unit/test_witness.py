@@ -47,8 +47,8 @@ def play(rounds, state=None, start=0):
         ("both count the same", [(n, n, n) for n in range(10)], True),
         ("old counts are behind the baseline", [(900 + n, n, n) for n in range(10)], True),
         (
-            "envoy lags the kernel by a round",
-            [(max(n - 5, 0), n, n) for n in range(0, 50, 5)],
+            "envoy lags by a round",
+            [(0, 0, 0)] * 3 + [(n, n + 5, n + 5) for n in range(0, 50, 5)],
             True,
         ),
         ("probes without payload", [(n, 0, n) for n in range(10)], True),

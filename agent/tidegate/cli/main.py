@@ -1,36 +1,54 @@
 """The `tidegate` command: finds the command group, turns errors into one sentence and an exit code."""
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import sys
 
-from tidegate.cli import agent, config, doctor, evidence, lab, server
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
 
-GROUPS = (lab, evidence, config, agent, server, doctor)
+COMMANDS = {
+    "lab": "lab",
+    "flows": "evidence",
+    "ready": "evidence",
+    "strict": "evidence",
+    "config": "config",
+    "agent": "agent",
+    "server": "server",
+    "doctor": "doctor",
+}
+"""Each command and the module of tidegate.cli that has it; in the order of the help text."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; each group adds its commands with their `run`."""
+def make_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line, or of one command only: then nothing else is imported."""
     parser = argparse.ArgumentParser(
         prog="tidegate",
         description="Moves service-mesh workloads from plaintext to strict mTLS, on evidence.",
         epilog="Start with: sudo tidegate doctor; sudo tidegate lab up; sudo tidegate flows",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"tidegate {importlib.metadata.version('tidegate')}"
-    )
+    parser.add_argument("--version", action=_Version)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in GROUPS:
-        group.add_parser(subparsers)
+    groups = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+    for group in groups:
+        importlib.import_module(f"tidegate.cli.{group}").add_parser(subparsers)
     return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.exit(message=f"tidegate {importlib.metadata.version('tidegate')}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 good, 1 failed or not ready, 2 bad input or unknown."""
-    args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser(argv[0] if argv else None).parse_args(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()

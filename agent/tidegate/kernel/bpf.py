@@ -121,6 +121,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_obj_pin": (_int, (_int, _text)),
     "bpf_obj_get_info_by_fd": (_int, (_int, _pointer, ctypes.POINTER(_u32))),
     "bpf_link_create": (_int, (_int, _int, _int, _pointer)),
+    "bpf_link_detach": (_int, (_int,)),
     "bpf_map_lookup_elem": (_int, (_int, _pointer, _pointer)),
     "bpf_map_update_elem": (_int, (_int, _pointer, _pointer, _u64)),
     "bpf_map_delete_elem": (_int, (_int, _pointer)),
@@ -419,6 +420,13 @@ class Link(_Handle):
         info = _LinkInfo()
         _info(self.fd, info, "a link")
         return int(info.ifindex) if info.type == _LINK_TYPE_TCX else 0
+
+    def detach(self) -> None:
+        """Takes the program off its interface now; a link that only loses its last pin does so later."""
+        result = _libbpf().bpf_link_detach(self.fd)
+        # ENOLINK, Linux 6.6: the interface went first.
+        if result < 0 and result != -errno.ENOLINK:
+            raise _refusal("cannot detach a link", result)
 
 
 class Object:

@@ -20,6 +20,9 @@ from tidegate.kernel import netns
 from tidegate.lab.state import LabError, LabPaths, ProcessRecord, read, write
 
 POLL_S = 0.02
+GRACE_S = 2.0
+"""How long a process may take to end before it is forced to."""
+
 FORCED_S = 10.0
 MAX_LOG_TAIL_BYTES = 16 << 10
 
@@ -63,6 +66,12 @@ def start(
     return record
 
 
+def runs_just_so(paths: LabPaths, name: str, start_digest: str) -> bool:
+    """Whether the process runs, and was started with all that the digest stands for."""
+    record = recorded(paths, name)
+    return record is not None and record.digest == start_digest and alive(record)
+
+
 def recorded(paths: LabPaths, name: str) -> ProcessRecord | None:
     """The process that was last started under a name."""
     return read(paths.process(name), ProcessRecord)
@@ -89,24 +98,24 @@ def send(record: ProcessRecord, number: signal.Signals) -> bool:
     return False
 
 
-def stop(paths: LabPaths, name: str, grace_s: float) -> None:
-    """End a recorded process, by force after `grace_s` seconds, and forget it."""
+def stop(paths: LabPaths, name: str) -> None:
+    """End a recorded process, by force where it takes too long, and forget it."""
     record = recorded(paths, name)
     if record is not None:
-        _end(lambda: (record.pid,), lambda pid: alive(record), grace_s)
+        _end(lambda: (record.pid,), lambda pid: alive(record))
     paths.process(name).unlink(missing_ok=True)
 
 
-def end_all(namespaces: Iterable[str], grace_s: float) -> None:
-    """End every process in the namespaces, by force after `grace_s` seconds.
+def end_all(namespaces: Iterable[str]) -> None:
+    """End every process in the namespaces, by force where one takes too long.
 
-    Returns when none is left, also of those that were started meanwhile. LabError when some will not go.
+    Returns when none is left, also of those that were started meanwhile. LabError when some will
+    not go.
     """
     wanted = {_identity(netns.path(name)) for name in namespaces} - {None}
     _end(
         lambda: tuple(pid for pid in psutil.pids() if _netns_of(pid) in wanted),
         lambda pid: _netns_of(pid) in wanted and pid != os.getpid(),
-        grace_s,
     )
 
 
@@ -137,18 +146,22 @@ def log_tail(paths: LabPaths, name: str, lines: int = 10) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
 
 
+def with_log(paths: LabPaths, name: str, problem: str) -> str:
+    """A problem with a process, with the last lines of its log."""
+    tail = log_tail(paths, name)
+    return f"{problem}; its last words:\n{tail}" if tail else f"{problem}, and logged nothing"
+
+
 _children: dict[int, "subprocess.Popen[bytes]"] = {}
 """Processes whose parent we are ourselves: they stay zombies until somebody waits for them."""
 
 
-def _end(
-    find: Callable[[], tuple[int, ...]], belongs: Callable[[int], bool], grace_s: float
-) -> None:
+def _end(find: Callable[[], tuple[int, ...]], belongs: Callable[[int], bool]) -> None:
     """End the processes that `find` names, until it names none that `belongs` confirms.
 
     `belongs` is asked while the process is held by a pidfd, when its pid cannot be reused any more.
     """
-    gentle_until = time.monotonic() + grace_s
+    gentle_until = time.monotonic() + GRACE_S
     forced_until = gentle_until + FORCED_S
     asked: set[int] = set()
     while True:

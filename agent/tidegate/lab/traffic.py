@@ -78,7 +78,11 @@ def main(argv: list[str]) -> int:
     directory = os.open(statistics.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     contexts = [_client_context(call) for call in config.calls]
     tls = _server_context(config) if config.kind is AppKind.TLS else None
-    listeners = _listen(config.port) if config.kind.serves else []
+    try:
+        listeners = _listen(config.port) if config.kind.serves else []
+    except OSError as error:
+        print(f"cannot listen on port {config.port}: {error.strerror}", file=sys.stderr)
+        return 1
     _become_nobody()
     app = _App(config, listeners, tls, contexts, directory, statistics.name)
     asyncio.run(app.run())

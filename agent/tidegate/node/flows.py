@@ -79,14 +79,40 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
 
 
 def told_once(rows: Iterable[FlowRow], observed: Collection[str]) -> tuple[FlowRow, ...]:
-    """Leaves out the caller's view of flows whose server is among the `observed` workloads (by name)."""
-    kept = [
-        one
-        for one in rows
-        if one.observed_at is Direction.INBOUND or one.server.workload not in observed
-    ]
+    """One row for each pair of ends, port, class and path, whatever addresses and instances' families were used.
+
+    Leaves out the caller's view of flows whose server is among the `observed` workloads (by name), and connections
+    that turned out to be something else since.
+    """
+    merged: dict[tuple[object, ...], FlowRow] = {}
+    for one in rows:
+        if one.observed_at is Direction.OUTBOUND and one.server.workload in observed:
+            continue
+        if one.flow_class is FlowClass.EMPTY and one.connections <= 0:
+            continue
+        key = (_who(one.caller), _who(one.server), one.port, one.flow_class, one.path)
+        merged[key] = _sum(merged[key], one) if key in merged else one
     return tuple(
-        sorted(kept, key=lambda one: (one.server.service, one.caller.service, one.flow_class))
+        sorted(
+            merged.values(),
+            key=lambda one: (one.server.service, one.caller.service, one.port, one.flow_class),
+        )
+    )
+
+
+def _who(party: Party) -> tuple[str, str]:
+    return (party.workload, party.node) if party.workload else (party.address, "")
+
+
+def _sum(one: FlowRow, other: FlowRow) -> FlowRow:
+    latest = max(one, other, key=lambda row: row.last_seen)
+    return msgspec.structs.replace(
+        latest,
+        connections=one.connections + other.connections,
+        bytes_to_server=one.bytes_to_server + other.bytes_to_server,
+        bytes_to_client=one.bytes_to_client + other.bytes_to_client,
+        first_seen=min(one.first_seen, other.first_seen),
+        last_seen=latest.last_seen,
     )
 
 

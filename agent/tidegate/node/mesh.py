@@ -15,7 +15,7 @@ from tidegate.catalog.client import CatalogClient
 from tidegate.errors import TidegateError
 from tidegate.intent.entries import Entry, Kind
 from tidegate.intent.resolve import resolve
-from tidegate.model import FlowClass, Instance, ServiceIntent
+from tidegate.model import Instance, ServiceIntent
 from tidegate.node.client import AgentClient
 from tidegate.node.config import AgentConfig
 from tidegate.node.flows import FlowRow, told_once
@@ -186,6 +186,4 @@ class MeshView:
 
 
 def _concerns(row: FlowRow, service: str | None) -> bool:
-    if row.flow_class is FlowClass.EMPTY and row.connections <= 0:
-        return False
     return service is None or service in (row.caller.service, row.server.service)

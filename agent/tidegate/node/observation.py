@@ -5,10 +5,12 @@ belongs to one thread at a time: the daemon calls everything here from its one w
 """
 
 import socket
+import time
 from collections.abc import Iterable, Mapping
 
 from tidegate.enforce.sidecar.envoy import Phase
 from tidegate.errors import TidegateError
+from tidegate.intent.policy import DEFAULT, Policy, policy_from_annotations
 from tidegate.kernel import links, netns
 from tidegate.kernel.errors import KernelError
 from tidegate.model import Direction, Edge, Instance, MutualTLSMode, Workload
@@ -88,6 +90,7 @@ class Observation:
     def detach(self, workload_key: int) -> None:
         """The workload is gone: its last counts go to the ledger, then it leaves the kernel."""
         self._classifier.detach(workload_key)
+        self._read(time.time())
         self._classifier.forget_edges(workload_key)
         self._ledger.forget(workload_key)
         self._attachments.pop(workload_key, None)
@@ -102,20 +105,24 @@ class Observation:
     def collect(self, now: float, keepers: Iterable[Keeper]) -> None:
         """One round: sidecars' counters, then kernel edges, into ledger and witnesses."""
         counted = [(keeper, self._sidecar_counts(keeper)) for keeper in keepers]
-        edges = self._classifier.edges()
-        losses = self._classifier.losses()
         for keeper, _ in counted:
             attachment = self._attachments.get(keeper.workload.key)
             if attachment is not None:
                 self._ledger.extend(keeper.workload, attachment.attached_at, now)
-        self._ledger.record(now, self._classifier.generation, edges, losses.lost_by_name())
         by_workload: dict[int, list[Edge]] = {}
-        for edge in edges:
+        for edge in self._read(now):
             by_workload.setdefault(edge.key.workload, []).append(edge)
         for keeper, counts in counted:
             key = keeper.workload.key
             if counts is not None:
                 self._witnesses[key] = self._advance(keeper, now, counts, by_workload.get(key, []))
+
+    def _read(self, now: float) -> list[Edge]:
+        """Everything the kernel counted, also written to the ledger."""
+        edges = self._classifier.edges()
+        losses = self._classifier.losses()
+        self._ledger.record(now, self._classifier.generation, edges, losses.lost_by_name())
+        return edges
 
     def _sidecar_counts(self, keeper: Keeper) -> SidecarCounts | None:
         state = keeper.sidecar
@@ -144,6 +151,7 @@ class Observation:
             permissive_ports={workload.port} if permissive else set(),
             excluded_ports=_excluded(keeper),
             inbound_port=policy.inbound.port if policy else 0,
+            generation=self._classifier.generation,
         )
         state = self._witnesses.get(workload.key, WitnessState())
         return advance(state, now, counts, ledger)
@@ -189,6 +197,10 @@ class Observation:
         self, workload: Workload, since: float, until: float, losses: dict[str, int]
     ) -> InstanceEvidence:
         coverage = self._ledger.coverage(workload.key)
+        try:
+            policy = policy_from_annotations(workload.annotations)
+        except TidegateError:
+            policy = DEFAULT
         return InstanceEvidence(
             instance=Instance(
                 id=workload.id,
@@ -198,11 +210,13 @@ class Observation:
                 namespace=workload.namespace,
                 addresses=workload.addresses,
                 port=workload.port,
+                inbound_port=policy.inbound.port,
                 seen_from=workload.created_at,
                 seen_until=coverage[-1].end if coverage else workload.created_at,
             ),
             created_at=workload.created_at,
-            inbound_redirected=workload.meshed,
+            inbound_redirected=workload.meshed and policy.inbound.enabled,
+            excluded_inbound_ports=_ranges(policy),
             coverage=coverage,
             losses=losses,
             edges=self._edges(workload, since, until),
@@ -252,6 +266,8 @@ def published(keeper: Keeper, config: AgentConfig) -> Instance:
 
 
 def _excluded(keeper: Keeper) -> tuple[tuple[int, int], ...]:
-    if keeper.policy is None:
-        return ()
-    return tuple((ports.first, ports.last) for ports in keeper.policy.inbound.exclude_ports)
+    return _ranges(keeper.policy) if keeper.policy else ()
+
+
+def _ranges(policy: Policy) -> tuple[tuple[int, int], ...]:
+    return tuple((ports.first, ports.last) for ports in policy.inbound.exclude_ports)

@@ -70,7 +70,7 @@ class Counter(enum.IntEnum):
     RACE_LOST = 15
 
 
-COUNTER_LOSSES = Counter.NO_WORKLOAD
+COUNTER_LOSSES = Counter.TCP_FRAGMENT
 """The first counter that means that evidence was lost."""
 
 _u8, _u16, _u32, _u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64

@@ -414,7 +414,8 @@ class Classifier:
     def remove(self) -> None:
         """Takes everything out of the kernel: programs, links, maps and all that was counted."""
         self.close()
-        # Links first: a program must not run on an interface that it has no entry for.
+        for directory in (self._directory / "links").iterdir():
+            _remove_links(directory)
         for name in ("links", "programs", "maps"):
             _remove_tree(self._directory / name)
         self._directory.rmdir()
@@ -456,7 +457,7 @@ class Classifier:
         return True
 
     def _detach(self, interface: abi.Interface) -> None:
-        _remove_tree(self._link_dir(interface))
+        _remove_links(self._link_dir(interface))
         self._maps["attachments"].delete(bytes(interface))
 
     def _attachment(self, interface: abi.Interface) -> abi.Attachment | None:
@@ -488,7 +489,7 @@ class Classifier:
                 self._detach(interface)
         for directory in (self._directory / "links").iterdir():
             if directory not in known:
-                _remove_tree(directory)
+                _remove_links(directory)
 
 
 def _u32(number: int) -> bytes:
@@ -497,6 +498,15 @@ def _u32(number: int) -> bytes:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _remove_links(directory: Path) -> None:
+    if not directory.exists():
+        return
+    for pin in directory.iterdir():
+        with Link.open_pinned(pin) as link:
+            link.detach()
+    _remove_tree(directory)
 
 
 def _remove_tree(directory: Path) -> None:

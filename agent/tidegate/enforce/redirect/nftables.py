@@ -18,6 +18,7 @@ from tidegate.enforce.redirect.rules import (
     Anything,
     Line,
     Match,
+    NotOpening,
     NotTcp,
     OfFamily,
     OnInterface,
@@ -42,6 +43,8 @@ _PRIORITY_DSTNAT = -100
 # linux/netfilter.h (NFPROTO_*), linux/in.h (IPPROTO_TCP)
 _NFPROTO = {Family.IPV4: 2, Family.IPV6: 10}
 _IPPROTO_TCP = 6
+# linux/tcp.h (TCPHDR_*)
+_FIN, _SYN, _RST, _ACK = 0x01, 0x02, 0x04, 0x10
 _ADDRESS = {Family.IPV4: ("ip", "ipv4_addr"), Family.IPV6: ("ip6", "ipv6_addr")}
 """Header that holds each family's addresses, and the type of a set of them."""
 
@@ -164,6 +167,9 @@ def _condition(match: Match, direction: Direction) -> _Condition:
     match match:
         case NotTcp():
             return _Condition({"meta": {"key": "l4proto"}}, [_IPPROTO_TCP], "!=")
+        case NotOpening():
+            flags = {"payload": {"protocol": "tcp", "field": "flags"}}
+            return _Condition({"&": [flags, [_FIN, _SYN, _RST, _ACK]]}, [_SYN], "!=")
         case Anything():
             # The kernel takes a redirection to a port only after a match of the protocol.
             return _Condition({"meta": {"key": "l4proto"}}, [_IPPROTO_TCP])

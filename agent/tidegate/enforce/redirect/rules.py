@@ -1,13 +1,16 @@
 """The decision: which connections of a workload go to its sidecar. One ordered list per direction.
 
 The first line that matches decides. Backends render the lines and decide nothing; `explain`
-evaluates the same lines without a kernel. Only the first packet of a connection is decided on.
+evaluates the same lines without a kernel. Only the first packet of a connection is decided on. For one that
+is older than the rules that is some segment in its middle, because connection tracking begins with them
+(nf_conntrack_tcp_loose): redirecting that would reset it, so only a SYN is redirected.
 
 Outbound, for connections that a process of the workload opens (nat hook output, after routing):
 
 | line                 | matches                                      | then the connection       |
 | -------------------- | -------------------------------------------- | ------------------------- |
 | not-tcp              | any protocol but TCP                         | is left as it is          |
+| older                | a segment that opens no connection (no SYN)  | is left as it is          |
 | ipv4-off, ipv6-off   | a family that the policy leaves alone        | is left as it is          |
 | proxy                | opened by the sidecar (its user id)          | is left as it is          |
 | own-address          | routed to the loopback interface: 127.0.0.1, | is left as it is          |
@@ -26,6 +29,7 @@ Inbound, for connections that arrive at the workload (nat hook prerouting, befor
 | line                 | matches                                      | then the connection       |
 | -------------------- | -------------------------------------------- | ------------------------- |
 | not-tcp              | any protocol but TCP                         | is left as it is          |
+| older                | a segment that opens no connection (no SYN)  | is left as it is          |
 | ipv4-off, ipv6-off   | a family that the policy leaves alone        | is left as it is          |
 | from-within          | arrives on the loopback interface            | is left as it is          |
 | inbound-listener     | to the inbound port itself                   | is left as it is          |
@@ -54,6 +58,10 @@ LOOPBACK_INTERFACE = "lo"
 
 class NotTcp(msgspec.Struct, frozen=True):
     """Any protocol but TCP."""
+
+
+class NotOpening(msgspec.Struct, frozen=True):
+    """A TCP segment other than a SYN, as the first one that connection tracking sees."""
 
 
 class OfFamily(msgspec.Struct, frozen=True):
@@ -91,7 +99,7 @@ class Anything(msgspec.Struct, frozen=True):
     """Every connection that got this far."""
 
 
-Match: TypeAlias = NotTcp | OfFamily | OpenedBy | OnInterface | ToPort | ToNetwork | Anything
+Match: TypeAlias = NotTcp | NotOpening | OfFamily | OpenedBy | OnInterface | ToPort | ToNetwork | Anything
 
 
 class Action(enum.StrEnum):
@@ -137,6 +145,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     uid: int | None = None
     """User id of the process that opens it, where that is a process of the workload."""
     protocol: str = "tcp"
+    opening: bool = True
+    """False for a connection that is older than the rules."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +203,7 @@ def _inbound(policy: Policy) -> Iterator[Line]:
 
 def _not_concerned(policy: Policy) -> Iterator[Line]:
     yield Line("not-tcp", NotTcp())
+    yield Line("older", NotOpening())
     for family in Family:
         if family not in policy.families:
             yield Line(f"{family}-off", OfFamily(family))
@@ -202,6 +213,8 @@ def _matches(match: Match, connection: Connection) -> bool:
     match match:
         case NotTcp():
             return connection.protocol != "tcp"
+        case NotOpening():
+            return not connection.opening
         case OfFamily(family):
             return _family(_address(connection.destination)) is family
         case OpenedBy(uids):

@@ -103,9 +103,9 @@ def _check_port(port: int, field: str) -> None:
 def _check_address(address: str) -> None:
     """Canonical, because two spellings of one address would be two chains with one match."""
     try:
-        canonical = ipaddress.ip_address(address).compressed
+        canonical: str | None = ipaddress.ip_address(address).compressed
     except ValueError:
-        canonical = ""
+        canonical = None
     if address != canonical or "%" in address:
         raise InputError(
             f"{address!r} is not an IP address",
