@@ -403,11 +403,13 @@ def test_a_pod_that_was_made_anew_is_another_workload(lab) -> None:
     assert state.read(paths.workload("n1", "a"), Workload).id != before.id
 
 
-def test_the_labs_directory_is_closed_to_others(lab) -> None:
+def test_only_the_way_to_the_sidecars_is_open_to_others_and_nobody_else_may_list_it(lab) -> None:
     lab(small("f1"))
     paths = LabPaths("f1")
-    assert paths.root.stat().st_mode & 0o777 == 0o700
-    assert {path.stat().st_mode & 0o077 for path in paths.root.iterdir()} == {0}
+    way = {paths.root, paths.nodes, paths.node("n1"), paths.agent_run("n1")}
+    assert {path.stat().st_mode & 0o777 for path in way} == {0o711}
+    rest = {*paths.root.iterdir(), *paths.node("n1").iterdir()} - way
+    assert {path.stat().st_mode & 0o077 for path in rest} == {0}
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

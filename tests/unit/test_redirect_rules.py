@@ -51,6 +51,8 @@ TWO_PROXIES = Policy(proxy=Proxy(uids=(5995, 101)))
         (DEFAULT, OUT, "::ffff:10.0.0.9", 80, {}, "to-outbound-listener", 15001),
         (DEFAULT, OUT, "fe80::9", 80, {}, "link-local-ipv6", None),
         (DEFAULT, OUT, "10.0.0.9", 53, {"protocol": "udp"}, "not-tcp", None),
+        (DEFAULT, OUT, "10.0.0.9", 80, {"opening": False}, "older", None),
+        (DEFAULT, IN, "10.0.0.2", 80, {"opening": False}, "older", None),
         (EXCLUDING, OUT, "10.0.0.9", 80, {"uid": 1001}, "excluded-uid", None),
         (EXCLUDING, OUT, "10.0.0.9", 5432, {}, "excluded-port", None),
         (EXCLUDING, OUT, "10.0.0.9", 5433, {}, "to-outbound-listener", 15001),

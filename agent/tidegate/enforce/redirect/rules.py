@@ -99,7 +99,9 @@ class Anything(msgspec.Struct, frozen=True):
     """Every connection that got this far."""
 
 
-Match: TypeAlias = NotTcp | NotOpening | OfFamily | OpenedBy | OnInterface | ToPort | ToNetwork | Anything
+Match: TypeAlias = (
+    NotTcp | NotOpening | OfFamily | OpenedBy | OnInterface | ToPort | ToNetwork | Anything
+)
 
 
 class Action(enum.StrEnum):
