@@ -119,7 +119,6 @@ static __noinline struct tg_flow *open_flow(const struct tg_attachment *attachme
 		if (!is_settled(old))
 			conclude(key, old);
 		bpf_map_delete_elem(&flows, key);
-		bpf_map_delete_elem(&prefixes, key);
 	}
 	return store(key, &fresh);
 }
@@ -238,6 +237,11 @@ static __noinline int collect(struct __sk_buff *skb, const struct tg_flow_key *k
 	__u32 zero = 0;
 
 	prefix = bpf_map_lookup_elem(&prefixes, key);
+	if (prefix && prefix->owner != flow->opened) {
+		/* Left behind by a flow of the same tuple that was evicted. */
+		bpf_map_delete_elem(&prefixes, key);
+		prefix = NULL;
+	}
 	if (prefix)
 		return look_shared(skb, key, flow, prefix, part);
 	if (flow->flags & TG_FLOW_PREFIX_STORED) {

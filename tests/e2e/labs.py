@@ -1,7 +1,6 @@
 """What the lab tests share: running the command as a user does, and waiting for conditions."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -113,12 +112,12 @@ class Lab:
 
     def envoy(self, pod: str) -> psutil.Process:
         """The sidecar of a pod: the process of the proxy user in its namespace."""
-        wanted = os.stat(f"/run/netns/tg-{self.name}-{pod}").st_ino
+        wanted = Path(f"/run/netns/tg-{self.name}-{pod}").stat().st_ino
         for process in psutil.process_iter():
             try:
                 if (
                     process.uids().effective == 5995
-                    and os.stat(f"/proc/{process.pid}/ns/net").st_ino == wanted
+                    and Path(f"/proc/{process.pid}/ns/net").stat().st_ino == wanted
                 ):
                     return process
             except (psutil.NoSuchProcess, FileNotFoundError):

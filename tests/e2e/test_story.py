@@ -61,9 +61,7 @@ def test_2_the_ledger_counts_every_connection_that_the_callers_opened(lab: Lab) 
         before = sum(target["connections"] for target in lab.targets("legacy"))
         rows = lab.edges()
         after = sum(target["connections"] for target in lab.targets("legacy"))
-        seen = sum(
-            row["connections"] for key, row in rows.items() if key[:2] == ("legacy", "api")
-        )
+        seen = sum(row["connections"] for key, row in rows.items() if key[:2] == ("legacy", "api"))
         return before <= seen <= after
 
     eventually(counted, "the ledger to count what legacy opened")

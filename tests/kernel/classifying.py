@@ -42,12 +42,13 @@ class Bench:
         self._from_pod = Program.open_pinned(programs / "from_pod")
         self._to_pod = Program.open_pinned(programs / "to_pod")
         self._attachments = Map.open_pinned(pins / "maps" / "attachments")
+        self._flows = Map.open_pinned(pins / "maps" / "flows")
         self.classifier = classifier
         self.workload = 0
         self._losses: Losses = classifier.losses()
 
     def close(self) -> None:
-        for handle in (self._from_pod, self._to_pod, self._attachments):
+        for handle in (self._from_pod, self._to_pod, self._attachments, self._flows):
             handle.close()
 
     def begin(self, service_ports: tuple[int, ...] = ()) -> None:
@@ -67,6 +68,11 @@ class Bench:
             from_pod = packet.from_client == (direction is Direction.OUTBOUND)
             program = self._from_pod if from_pod else self._to_pod
             assert program.test_run(packet.frame).returned == TCX_NEXT
+
+    def evict_flows(self) -> None:
+        """What the LRU map does when it has no room."""
+        for key, _ in list(self._flows.items()):
+            self._flows.delete(key)
 
     def edges(self) -> list[Edge]:
         return [edge for edge in self.classifier.edges() if edge.key.workload == self.workload]

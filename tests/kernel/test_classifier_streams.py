@@ -40,7 +40,6 @@ BARE_TLS = hello()
 POST_QUANTUM = with_extension(MESH, 0xFE00, bytes(1700))
 HUGE_MESH = with_extension(MESH, 0xFE00, bytes(5000))
 HUGE_TLS = with_extension(BARE_TLS, 0xFE00, bytes(5000))
-SERVER_NAME = struct.pack("!HBH", len(MESH_SNI) + 3, 0, len(MESH_SNI)) + MESH_SNI.encode()
 HTTP = b"GET / HTTP/1.1\r\nHost: api\r\n\r\n"
 NUL = b"\0"
 
@@ -98,6 +97,10 @@ def finished(data: bytes) -> Callable[[Talk], list[Packet]]:
     return lambda talk: [*talk.opening(), talk.up(0, data), talk.up(len(data), b"", FIN | ACK)]
 
 
+def server_name(name: str) -> bytes:
+    return struct.pack("!HBH", len(name) + 3, 0, len(name)) + name.encode()
+
+
 SMTP = b"220 mail ESMTP\r\n"
 
 CASES: list[tuple[str, Callable[[Talk], list[Packet]], FlowClass]] = [
@@ -115,6 +118,11 @@ CASES: list[tuple[str, Callable[[Talk], list[Packet]], FlowClass]] = [
     ("SNI that has the suffix in the middle", whole(hello(MESH_SNI + ".org")), FlowClass.TLS),
     ("ALPN that begins like the mesh's", whole(hello(None, ["mesh-alpn2"])), FlowClass.TLS),
     ("ALPN that ends like the mesh's", whole(hello(None, ["x-mesh-alpn"])), FlowClass.TLS),
+    (
+        "SNI with nothing in front of the suffix",
+        whole(with_extension(BARE_TLS, 0, server_name(".internal.0a1b.consul"))),
+        FlowClass.TLS,
+    ),
     ("no SNI, no ALPN", whole(BARE_TLS), FlowClass.TLS),
     ("no extensions at all", whole(without_extensions(BARE_TLS)), FlowClass.TLS),
     ("SSL 3.0 record version", whole(broken(MESH, 2, 0)), FlowClass.MESH),
@@ -131,7 +139,7 @@ CASES: list[tuple[str, Callable[[Talk], list[Packet]], FlowClass]] = [
     ("tls over records, one byte per segment", cut(in_records(OWN_TLS, 5, 3), 1), FlowClass.TLS),
     (
         "hello larger than the buffer, name in reach",
-        cut(with_extension(HUGE_TLS, 0, SERVER_NAME), 1400),
+        cut(with_extension(HUGE_TLS, 0, server_name(MESH_SNI)), 1400),
         FlowClass.MESH,
     ),
     ("hello larger than the buffer, name beyond", cut(HUGE_MESH, 1400), FlowClass.TLS),
@@ -292,6 +300,11 @@ CASES: list[tuple[str, Callable[[Talk], list[Packet]], FlowClass]] = [
         "closed, and the missing bytes come late",
         lambda t: [*t.opening(), t.up(3, MESH[3:60]), t.up(60, b"", FIN | ACK), t.up(0, MESH[:3])],
         FlowClass.TLS,
+    ),
+    (
+        "reset with bytes missing",
+        lambda t: [*t.opening(), t.up(0, MESH[:3]), t.up(9, MESH[9:60]), t.up(60, b"", RST)],
+        FlowClass.UNKNOWN,
     ),
     (
         "FIN before the data",
@@ -658,3 +671,13 @@ def test_a_profile_that_does_not_fit_is_refused_and_the_old_one_stays(
         bench.classifier.set_profile(profile)
     bench.play(whole(MESH)(talk_of(4)), Direction.OUTBOUND)
     assert bench.classes() == {FlowClass.MESH: 1}
+
+
+def test_a_prefix_of_an_evicted_flow_is_not_taken_for_that_of_the_next(bench: Bench) -> None:
+    first, second = talk_of(4), talk_of(4)
+    second.client_isn += 70_000
+    bench.play([*first.opening(), first.up(0, OWN_TLS[:50])], Direction.OUTBOUND)
+    bench.evict_flows()
+    bench.play([*second.opening(), *second.segments(MESH, 100)], Direction.OUTBOUND)
+    assert bench.classes() == {FlowClass.EMPTY: 1, FlowClass.MESH: 1}
+    assert bench.counted() == {}

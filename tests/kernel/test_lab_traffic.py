@@ -338,7 +338,7 @@ def attack(address: str, port: int, request: bytes) -> None:
     """Send a request and wait until the server has ended the connection."""
     with (
         socket.create_connection((address, port), timeout=DEADLINE_S) as connection,
-        suppress(ConnectionError),
+        suppress(OSError),
     ):
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)

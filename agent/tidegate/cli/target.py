@@ -6,6 +6,7 @@ the error lists it.
 
 import argparse
 import os
+import socket
 from pathlib import Path
 
 from tidegate.errors import InputError, TidegateError
@@ -73,4 +74,17 @@ def agent_address(args: argparse.Namespace) -> str:
         return f"unix://{path}"
     if chosen_lab(args) is None and AGENT_SOCKET.exists():
         return f"unix://{AGENT_SOCKET}"
-    return f"unix://{state.LabPaths(the_lab(args)).first_agent_socket()}"
+    paths = state.LabPaths(the_lab(args))
+    sockets = [paths.agent_socket(node) for node in state.read_spec(paths).nodes]
+    return f"unix://{next(filter(_answers, sockets), sockets[0])}"
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens at a unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

@@ -5,6 +5,7 @@ Files are replaced as a whole by rename, so a reader never sees half of one. Kno
 no processes.
 """
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -264,10 +265,11 @@ def locked(paths: LabPaths) -> Iterator[None]:
 
 def _lock(paths: LabPaths) -> int:
     while True:
-        BASE.mkdir(mode=0o711, parents=True, exist_ok=True)
         try:
+            BASE.mkdir(mode=0o711, parents=True, exist_ok=True)
             descriptor = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
+            # Another lab has left meanwhile, and taken the empty directory with it.
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -292,6 +294,6 @@ def _names(path: Path, descriptor: int) -> bool:
 def _remove_if_empty(directory: Path) -> None:
     try:
         directory.rmdir()
-    except OSError:
-        if directory.is_dir() and not any(directory.iterdir()):
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
             raise

@@ -166,6 +166,7 @@ class Daemon:
     def _follow(self, workloads: Iterable[Workload], snapshot: Snapshot) -> None:
         """Takes in which workloads there are; observes them all."""
         self._observation.labels.replace(snapshot.instances)
+        self._observation.look()
         living = {workload.id: workload for workload in workloads}
         for gone in [key for key in self._keepers if key not in living]:
             keeper = self._keepers.pop(gone)

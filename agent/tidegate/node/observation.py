@@ -39,6 +39,8 @@ class Observation:
         self._attachments: dict[int, Attachment] = {
             each.workload_key: each for each in self._classifier.attachments()
         }
+        self._attached_for: dict[int, Workload] = {}
+        """The description by which each workload was attached."""
         self._witnesses: dict[int, WitnessState] = {}
         self._problems: dict[int, str] = {}
         self.labels = Labels()
@@ -61,8 +63,15 @@ class Observation:
         """What costs evidence on this node."""
         return (*self._problems.values(), *self._ledger.problems())
 
+    def look(self) -> None:
+        """Asks the kernel what is being observed; the beginning of each round."""
+        found = self._classifier.attachments()
+        self._attachments = {each.workload_key: each for each in found}
+
     def attach(self, workload: Workload) -> None:
         """Sees to it that a workload's interface is observed; a failure is kept as its problem."""
+        if workload.key in self._attachments and self._attached_for.get(workload.key) == workload:
+            return
         try:
             attachment = self._attach(workload)
         except (KernelError, TidegateError, OSError) as error:
@@ -76,6 +85,7 @@ class Observation:
             log.info("observing", workload=workload.name, since=attachment.attached_at)
         self._problems.pop(workload.key, None)
         self._attachments[workload.key] = attachment
+        self._attached_for[workload.key] = workload
 
     def _attach(self, workload: Workload) -> Attachment:
         ports = (workload.port,) if workload.port else ()
@@ -94,6 +104,7 @@ class Observation:
         self._classifier.forget_edges(workload_key)
         self._ledger.forget(workload_key)
         self._attachments.pop(workload_key, None)
+        self._attached_for.pop(workload_key, None)
         self._witnesses.pop(workload_key, None)
         self._problems.pop(workload_key, None)
 
