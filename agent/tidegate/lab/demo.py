@@ -4,7 +4,7 @@ Every line of output below a `$` is what that command prints. The story checks i
 step, when a verdict, a refusal or a count is not what it must be; the lab is taken down in any case.
 """
 
-import json
+import asyncio
 import os
 import shlex
 import subprocess
@@ -17,7 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from tidegate.lab import runtime, state
+from tidegate.lab.state import LabPaths, TargetStatistics
+from tidegate.node.client import AgentClient
+
 LAB = "demo"
+PATHS = LabPaths(LAB)
 PATIENCE_S = 40.0
 
 console = Console(highlight=False)
@@ -158,12 +163,15 @@ def _quiet(*args: str) -> None:
     )
 
 
-def _json(*args: str) -> Any:
-    done = subprocess.run(_command(*args, "--json"), text=True, check=False, capture_output=True)
-    try:
-        return json.loads(done.stdout)
-    except json.JSONDecodeError as error:
-        raise StoryError(f"`tidegate {shlex.join(args)} --json`: {done.stderr or error}") from error
+def _ask(path: str) -> Any:
+    """What the first node's agent answers; the story looks on without starting a command each time."""
+
+    async def ask() -> Any:
+        node = state.read_spec(PATHS).nodes[0]
+        async with AgentClient(f"unix://{PATHS.agent_socket(node)}") as agent:
+            return await agent.get(path)
+
+    return asyncio.run(ask())
 
 
 def _wait(what: str, condition: Callable[[], bool]) -> None:
@@ -184,7 +192,7 @@ def _wait(what: str, condition: Callable[[], bool]) -> None:
 
 def _seen(*edges: tuple[str, str, str]) -> bool:
     """Whether each (caller, service, class) is in the ledger."""
-    rows = _json("flows")["flows"]
+    rows = _ask("/v1/flows")["flows"]
     found = {(row["caller"]["service"], row["server"]["service"], row["class"]) for row in rows}
     return found.issuperset(edges)
 
@@ -203,23 +211,23 @@ def _onboarded() -> bool:
 
 
 def _mode(service: str) -> str:
-    return str(_json("ready", service)["mode"])
+    return str(_ask(f"/v1/ready/{service}")["verdicts"][0]["mode"])
 
 
-def _traffic() -> list[dict[str, Any]]:
-    pods = _json("lab", "status")["pods"]
-    return [target for pod in pods if pod["statistics"] for target in pod["statistics"]["targets"]]
+def _traffic() -> list[TargetStatistics]:
+    pods = runtime.status(LAB).pods
+    return [target for pod in pods if pod.statistics for target in pod.statistics.targets]
 
 
 def _count_requests() -> int:
-    return sum(target["ok"] for target in _traffic())
+    return sum(target.ok for target in _traffic())
 
 
 def _require_no_failure() -> int:
     for target in _traffic():
-        if target["failed"]:
+        if target.failed:
             raise StoryError(
-                f"{target['failed']} requests to {target['target']} failed: {target['last_error']}"
+                f"{target.failed} requests to {target.target} failed: {target.last_error}"
             )
     return 0
 

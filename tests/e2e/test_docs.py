@@ -1,0 +1,105 @@
+"""The documents are true: every command in them runs, every example in them is accepted, the transcript is the demo's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from labs import tidegate
+
+from tidegate.catalog.server import load_config as load_server_config
+from tidegate.lab import spec
+from tidegate.model import Workload
+from tidegate.node.config import load_config as load_agent_config
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+NOT_READY = 1
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: Path) -> list[str]:
+    return [line for block in blocks(document, "sh") for line in block.splitlines() if line.strip()]
+
+
+def take_down() -> None:
+    for name in ("demo", "second"):
+        tidegate("lab", "down", "--name", name)
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if commands(d)], ids=lambda document: document.name
+)
+def test_every_command_of_a_document_does_what_a_reader_expects(document: Path) -> None:
+    bin_directory = Path(sys.executable).parent
+    take_down()
+    try:
+        for line in commands(document):
+            runnable = line.replace("sudo ", "").replace(".venv/bin/", f"{bin_directory}/")
+            done = subprocess.run(
+                ["/bin/bash", "-o", "pipefail", "-c", runnable],
+                cwd=ROOT,
+                env={**os.environ, "TIDEGATE_LAB": "demo"},
+                text=True,
+                capture_output=True,
+                timeout=120,
+                check=False,
+            )
+            # A verdict is told by the exit code too; anything else has to succeed.
+            allowed = (0, NOT_READY, 2) if " ready" in line else (0,)
+            assert done.returncode in allowed, f"{line}\n{done.stdout}\n{done.stderr}"
+            assert "Traceback" not in done.stderr, done.stderr
+    finally:
+        take_down()
+
+
+def test_the_configurations_of_the_documents_are_accepted(tmp_path: Path) -> None:
+    lab, agent, server = tmp_path / "lab.yaml", tmp_path / "agent.yaml", tmp_path / "server.yaml"
+    lab.write_text(blocks(ROOT / "docs/lab.md", "yaml")[0])
+    assert spec.load(lab).name == "example"
+    agent_text, server_text = blocks(ROOT / "docs/agent.md", "yaml")
+    agent.write_text(agent_text)
+    assert load_agent_config(agent).node == "node1"
+    server.write_text(server_text)
+    assert load_server_config(server).trust_domain == "example.test"
+    workload = blocks(ROOT / "docs/agent.md", "json")[0]
+    assert msgspec.json.decode(workload, type=Workload, strict=True).meshed
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def story(text: str) -> list[str]:
+    """What may not differ between two runs: chapters, commands, verdicts and the numbers of failures."""
+    kept = []
+    for line in text.splitlines():
+        if line.startswith("$ ") or re.match(r"\d\. ", line):
+            kept.append(line.rstrip("─ "))
+        elif match := re.match(r"(\w+): (READY|NOT READY|UNKNOWN)", line):
+            kept.append(match[0])
+        elif match := re.search(r"failed: \d+", line):
+            kept.append(match[0])
+    return kept
+
+
+def test_the_transcript_of_the_readme_is_what_the_demo_prints() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tidegate.lab.demo"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert story(done.stdout) == story(blocks(ROOT / "README.md", "text")[0])
