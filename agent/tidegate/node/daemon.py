@@ -36,6 +36,8 @@ from tidegate.node.observation import Observation, published
 from tidegate.workloads.files import FileSource
 
 ROUND_S = 0.5
+SETTLING_ROUND_S = 0.05
+"""The pace while a sidecar takes in what it was told: an onboarding or a flip should not wait for the clock."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -148,7 +150,8 @@ class Daemon:
             else:
                 self._problems.pop("round", None)
             try:
-                await asyncio.wait_for(stop.wait(), ROUND_S)
+                settling = any(keeper.is_settling for keeper in self._keepers.values())
+                await asyncio.wait_for(stop.wait(), SETTLING_ROUND_S if settling else ROUND_S)
             except TimeoutError:
                 continue
 

@@ -28,6 +28,8 @@ from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
 
 STOP_DEADLINE_S = 5.0
+SETTLE_S = 5.0
+"""How long a change is looked after at the faster pace."""
 RENEW_AT = 0.66
 """A leaf is renewed when this share of its life is over."""
 
@@ -83,6 +85,9 @@ class Keeper:
         self._memory = self._remember()
         self._state = State()
         self._was_ready = False
+        self._applied: SidecarSpec | None = None
+        """What Envoy is known to work by."""
+        self._unsettled_since: float | None = None
         self._annotations: dict[str, str] | None = None
 
     @property
@@ -130,6 +135,12 @@ class Keeper:
         else:
             self._clear("policy")
 
+    @property
+    def is_settling(self) -> bool:
+        """Whether it is worth looking again soon: the sidecar was told something moments ago."""
+        since = self._unsettled_since
+        return since is not None and time.monotonic() - since < SETTLE_S
+
     def reconcile(self, wanted: Wanted | None) -> None:
         """One step towards `wanted`, or out of the mesh when it is None."""
         if wanted is None:
@@ -137,6 +148,13 @@ class Keeper:
         elif self.policy is not None or self._memory is not None:
             self._attempt("sidecar", lambda: self._keep_sidecar(wanted))
             self._attempt("redirect", self._keep_rules)
+            if not self._runs(wanted):
+                self._unsettled_since = self._unsettled_since or time.monotonic()
+            else:
+                self._unsettled_since = None
+
+    def _runs(self, wanted: Wanted) -> bool:
+        return self.in_mesh and self._applied == wanted.spec
 
     def remove(self) -> None:
         """The workload is gone: ends its sidecar and takes its directory away."""
@@ -193,6 +211,7 @@ class Keeper:
             raise SidecarError(f"the sidecar of {self.workload.name} is {self._state.phase}{last}")
         if self._admin.applied_version() == configuration.version:
             self._was_ready = True
+            self._applied = wanted.spec
             self.applied_index = wanted.index
             self.mode = wanted.spec.mode
             return
