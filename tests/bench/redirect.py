@@ -4,7 +4,6 @@ Compares the engine with starting programs: `nft -f -` with the whole table, and
 nsenter, which is how consul-cni runs iptables.
 """
 
-import functools
 import itertools
 import re
 import shutil
@@ -195,26 +194,71 @@ def _many(namespaces: list[str], programs: _Programs | None) -> Measurement:
 def _set_up_redirected(site: Site) -> Measurement:
     """Connections that no exclusion holds for: they come out at the outbound listener."""
     policies = {f"{count} excluded ports": _excluding(count) for count in (0, 10, 1000)}
-
-    def alternative(pair: Pair, policy: Policy) -> Callable[[], float]:
-        listener = netns.run_in(pair.pod, _listener, policy.outbound.port)
-        return functools.partial(_set_up, pair, listener)
-
-    return _set_up_cost("redirected", site, policies, alternative)
+    alternatives = [
+        _set_up_cost(site.pair(), name, policy, lambda pair: pair.pod, policy.outbound.port)
+        for name, policy in policies.items()
+    ]
+    return _set_up("TCP connect and close, redirected to the sidecar's port", alternatives)
 
 
 def _set_up_excluded(site: Site) -> Measurement:
     """Connections to an excluded port: they reach the peer over the veth."""
-    policies: dict[str, Policy | None] = {
-        f"{count} excluded ports" if count > 1 else "1 excluded port": _excluding(count, _DIALLED)
-        for count in (1, 10, 1000)
+    policies = {
+        "1 excluded port": _excluding(1, _DIALLED),
+        "10 excluded ports": _excluding(10, _DIALLED),
+        "1000 excluded ports": _excluding(1000, _DIALLED),
+        "no rules at all": None,
     }
+    alternatives = [
+        _set_up_cost(site.pair(), name, policy, lambda pair: pair.node, _DIALLED)
+        for name, policy in policies.items()
+    ]
+    return _set_up("TCP connect and close over veth, to an excluded port", alternatives)
 
-    def alternative(pair: Pair, _policy: Policy | None) -> Callable[[], float]:
-        listener = netns.run_in(pair.node, _listener, _DIALLED)
-        return functools.partial(_set_up, pair, listener)
 
-    return _set_up_cost("excluded", site, {**policies, "no rules at all": None}, alternative)
+def _set_up(title: str, alternatives: list[Alternative]) -> Measurement:
+    return interleaved(PART, title, Unit.MICROSECONDS, _CONNECTION_ROUNDS, alternatives)
+
+
+def _set_up_cost(
+    pair: Pair,
+    name: str,
+    policy: Policy | None,
+    server: Callable[[Pair], str],
+    port: int,
+) -> Alternative:
+    """What a connection costs under a policy; the server side is all the kernel's."""
+    listener = netns.run_in(server(pair), _listener, port)
+    if policy:
+        nftables.apply(pair.pod, policy)
+
+    def sample() -> float:
+        took = netns.run_in(pair.pod, microseconds_each, _CONNECTIONS, _connect_all)
+        _accept_all(listener)
+        return took
+
+    limit = Limit(Bound.RATIO_AT_MOST, 1.05) if name.startswith("1000 ") else None
+    return Alternative(name, sample, limit)
+
+
+def _listener(port: int) -> socket.socket:
+    """A listener whose backlog takes a whole round, so that nobody has to accept meanwhile."""
+    listener = socket.create_server(("0.0.0.0", port), backlog=2 * _CONNECTIONS)
+    listener.setblocking(False)
+    return listener
+
+
+def _connect_all() -> None:
+    for _ in range(_CONNECTIONS):
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            connection.connect((NODE_IPV4, _DIALLED))
+
+
+def _accept_all(listener: socket.socket) -> None:
+    for _ in range(_CONNECTIONS):
+        connection, _ = listener.accept()
+        connection.close()
 
 
 def _excluding(count: int, *ports: int) -> Policy:

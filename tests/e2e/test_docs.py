@@ -1,4 +1,4 @@
-"""The documents are true: every command in them runs, every example in them is accepted, the transcript is the demo's."""
+"""The documents are true: their commands run, their examples are accepted, the transcript is the demo's."""
 
 import os
 import re
@@ -84,9 +84,7 @@ def story(text: str) -> list[str]:
     for line in text.splitlines():
         if line.startswith("$ ") or re.match(r"\d\. ", line):
             kept.append(line.rstrip("─ "))
-        elif match := re.match(r"(\w+): (READY|NOT READY|UNKNOWN)", line):
-            kept.append(match[0])
-        elif match := re.search(r"failed: \d+", line):
+        elif match := re.search(r"^\w+: (READY|NOT READY|UNKNOWN)|failed: \d+", line):
             kept.append(match[0])
     return kept
 

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import io
 import json
-import math
 import os
 import signal
 import socket
@@ -27,7 +26,6 @@ from tidegate.catalog.server import (
     IntentionPolicy,
     ServerConfig,
     load_config,
-    parse_duration,
     running,
 )
 from tidegate.cli import config as commands
@@ -522,14 +520,6 @@ def test_a_wrong_server_configuration_is_refused_and_says_why(tmp_path, text, fa
         load_config(file)
     assert str(file) in str(caught.value)
     assert fault in str(caught.value)
-
-
-def test_durations_are_gos_or_seconds():
-    assert [parse_duration(text) for text in ("90", "1h30m", "500ms", "1.5s", "2m")] == [
-        90, 5400, 0.5, 1.5, 120,
-    ]  # fmt: skip
-    for text in ("", "x", "1 h", "-1s", "1hour"):
-        assert math.isnan(parse_duration(text))
 
 
 # The client on its own.

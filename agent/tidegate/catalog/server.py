@@ -13,7 +13,6 @@ import errno
 import fcntl
 import ipaddress
 import logging
-import math
 import os
 import re
 import signal
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit
 import msgspec
 from aiohttp import web
 
+from tidegate import durations
 from tidegate.catalog.registration import Node, Service, TaggedAddress, info_of
 from tidegate.catalog.store import Record, Store, StoreError, Topic
 from tidegate.errors import InputError, TidegateError
@@ -50,8 +50,6 @@ SHUTDOWN_S = 2.0
 """How long requests in flight may take when the server is told to stop."""
 
 _LONGEST_NAME = 512
-_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ns|us|µs|ms|s|m|h)")
-_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 _log = logging.getLogger(__name__)
 
@@ -89,9 +87,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def leaf_lifetime_s(self) -> float:
-        """The lifetime in seconds; NaN when `leaf_lifetime` is no duration."""
+        """The lifetime in seconds; 0 when `leaf_lifetime` is no duration."""
         if isinstance(self.leaf_lifetime, str):
-            return parse_duration(self.leaf_lifetime)
+            return durations.parse(self.leaf_lifetime) or 0.0
         return float(self.leaf_lifetime)
 
 
@@ -128,16 +126,6 @@ def load_config(path: Path) -> ServerConfig:
             expected='seconds or a duration such as "1h", from 1s to 72h',
         )
     return config
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a Go duration such as "1h30m" or "500ms", or of a bare number; NaN for neither."""
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
-        return float(text)
-    parts = _DURATION.findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        return math.nan
-    return math.fsum(float(number) * _UNITS_S[unit] for number, unit in parts)
 
 
 def make_app(
@@ -406,7 +394,7 @@ class _Server:
             raise web.HTTPBadRequest(text=f"Invalid service name {service[:80]!r}")
         ttl = self._leaf_lifetime_s
         if "ttl" in request.query:
-            ttl = parse_duration(request.query["ttl"])
+            ttl = durations.parse(request.query["ttl"]) or 0.0
             if not MIN_LEAF_TTL_S <= ttl <= MAX_LEAF_TTL_S:
                 raise web.HTTPBadRequest(text="Invalid ttl: expected 1s to 72h")
         uri = spiffe.service_id(self._ca.trust_domain, service, datacenter=self._datacenter)
@@ -461,9 +449,10 @@ class _Server:
             raise web.HTTPBadRequest(text="Invalid index")
         wait_s = DEFAULT_WAIT_S
         if "wait" in request.query:
-            wait_s = parse_duration(request.query["wait"])
-            if math.isnan(wait_s):
+            asked_s = durations.parse(request.query["wait"])
+            if asked_s is None:
                 raise web.HTTPBadRequest(text="Invalid wait time")
+            wait_s = asked_s
         if int(asked) > 0:
             await self._changes.wait_beyond(int(asked), topic, min(wait_s, MAX_WAIT_S))
         headers = {

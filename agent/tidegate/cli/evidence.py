@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidegate.cli import tables
-from tidegate.cli.durations import parse_duration
+from tidegate.cli.arguments import duration
 from tidegate.cli.target import add_options, agent_address, require_root
 from tidegate.errors import TidegateError
 from tidegate.node.client import AgentClient
@@ -30,10 +30,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_options(flows)
     flows.add_argument("--service", metavar="NAME", help="only flows to or from this service")
-    flows.add_argument("--window", type=parse_duration, metavar="TIME", help="only this last time")
+    flows.add_argument("--window", type=duration, metavar="TIME", help="only this last time")
     flows.add_argument("--follow", action="store_true", help="keep showing until interrupted")
     flows.add_argument(
-        "--for", dest="follow_for", type=parse_duration, metavar="TIME", help="follow this long"
+        "--for", dest="follow_for", type=duration, metavar="TIME", help="follow this long"
     )
     flows.add_argument("--json", action="store_true", help="for programs")
     flows.set_defaults(run=run_flows)
@@ -48,13 +48,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     ready.add_argument("service", nargs="?", metavar="SERVICE")
     ready.add_argument(
         "--window",
-        type=parse_duration,
+        type=duration,
         metavar="TIME",
         help="observation window, such as 24h (default: the agent's)",
     )
     ready.add_argument(
         "--wait",
-        type=parse_duration,
+        type=duration,
         metavar="TIME",
         help="wait up to this long for the verdict READY",
     )
@@ -71,7 +71,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     strict.add_argument("service", metavar="SERVICE")
     strict.add_argument(
         "--guard",
-        type=parse_duration,
+        type=duration,
         default=600.0,
         metavar="TIME",
         help="watch this long after the flip (default 10m)",
@@ -122,13 +122,14 @@ async def _follow(fetch: Callable[[], Any], deadline: float | None, *, json_line
                 live.update(tables.flows(await fetch(), time.time()), refresh=True)
                 await asyncio.sleep(REFRESH_S)
     else:
-        seen: dict[str, int] = {}
+        seen: set[str] = set()
         while not over():
-            for line, count in tables.flow_lines(await fetch()):
-                if seen.get(line) is None:
-                    console.print(f"{line}  ({count} so far)", soft_wrap=True)
-                seen[line] = count
+            for line in tables.flow_lines(await fetch()):
+                if line not in seen:
+                    console.print(f"new: {line}", soft_wrap=True)
+                    seen.add(line)
             await asyncio.sleep(REFRESH_S)
+        console.print(tables.flows(await fetch(), time.time()))
 
 
 def run_ready(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.cli.durations import format_duration
+from tidegate import durations
 
 EXIT_CODES = {"READY": 0, "NOT READY": 1, "UNKNOWN": 2}
 VERDICT_STYLES = {"READY": "bold green", "NOT READY": "bold red", "UNKNOWN": "bold yellow"}
@@ -27,12 +27,6 @@ def console() -> Console:
     """Standard output; wide where it is not a terminal, so that no line is broken for nobody."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
-
-
-def ago(then: float, now: float) -> str:
-    """A moment as a distance from now."""
-    seconds = max(now - then, 0.0)
-    return "now" if seconds < 1 else f"{format_duration(seconds)} ago"
 
 
 def _name(party: dict[str, Any]) -> str:
@@ -57,7 +51,7 @@ def flows(answer: dict[str, Any], now: float) -> Table:
             row["path"],
             str(row["connections"]),
             str(row["bytes_to_server"] + row["bytes_to_client"]),
-            ago(row["last_seen"], now),
+            durations.ago(now - row["last_seen"]),
         )
     if not answer["flows"]:
         table.add_row("no flows yet")
@@ -66,14 +60,13 @@ def flows(answer: dict[str, Any], now: float) -> Table:
     return table
 
 
-def flow_lines(answer: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Each edge as one line, with its number of connections."""
+def flow_lines(answer: dict[str, Any]) -> Iterator[str]:
+    """Each edge as one line, without what changes."""
     for row in answer["flows"]:
-        line = (
+        yield (
             f"{_name(row['caller'])} -> {_name(row['server'])}:{row['port']} "
             f"{row['class']}, {row['path']}"
         )
-        yield line, row["connections"]
 
 
 def clean_share(verdict: dict[str, Any], now: float) -> float:
@@ -90,7 +83,7 @@ def print_verdict(out: Console, verdict: dict[str, Any], now: float) -> None:
         (verdict["service"], "bold"),
         ": ",
         (verdict["verdict"], VERDICT_STYLES[verdict["verdict"]]),
-        f"   mode {verdict['mode']}, observed for {format_duration(verdict['window_s'])}",
+        f"   mode {verdict['mode']}, window {durations.span(verdict['window_s'])}",
     )
     out.print(headline)
     for reason in verdict["reasons"]:
@@ -111,7 +104,7 @@ def print_verdict(out: Console, verdict: dict[str, Any], now: float) -> None:
                 Text(caller["class"], CLASS_STYLES.get(caller["class"], "")),
                 str(caller["port"]),
                 str(caller["connections"]),
-                ago(caller["last_seen"], now),
+                durations.ago(now - caller["last_seen"]),
                 caller.get("note", ""),
             )
         out.print(table)
@@ -121,12 +114,13 @@ def print_event(out: Console, event: dict[str, Any]) -> None:
     """One event of a flip; the guard's heartbeat only where it can be overwritten."""
     if event["event"] == "guarding":
         if out.is_terminal:
-            left = format_duration(event["remaining_s"])
+            left = durations.span(event["remaining_s"])
             out.print(f"  guarding: {event['message']}, {left} to go   ", end="\r")
         return
     style = {"kept": "bold green", "rolled-back": "bold red", "refused": "bold red"}
     out.print(Text(event["message"], style.get(event["event"], "")), soft_wrap=True)
-    for reason in event.get("reasons", ()):
+    # The last event repeats, for programs, the reasons of those before it.
+    for reason in event.get("reasons", ()) if event["event"] != "rolled-back" else ():
         out.print(Text(f"  - {reason['message']}"))
         if reason["next_step"]:
             out.print(Text(f"    next: {reason['next_step']}", "cyan"), soft_wrap=True)

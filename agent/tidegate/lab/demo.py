@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,23 +81,23 @@ def _story() -> None:
 
     _chapter(6, "api goes strict")
     before = _count_requests()
-    strict = _start("strict", "api", "--guard", "5s")
+    strict = _Background("strict", "api", "--guard", "5s")
     _wait("strict mode at api", lambda: _mode("api") == "strict")
     _run("lab", "exec", "outside", "--", *_curl("api", 8080), exit_code=None, refused=True)
-    _finish(strict, exit_code=0)
+    strict.finish(exit_code=0, expect="api is strict")
     during = _count_requests() - before
     _say(f"mesh requests through the flip: {during}, failed: {_require_no_failure()}")
     if not during:
         raise StoryError("nobody called while api was flipped")
 
     _chapter(7, "pay goes strict, and somebody was forgotten")
-    strict = _start("strict", "pay", "--guard", "10s")
+    strict = _Background("strict", "pay", "--guard", "10s")
     _wait("strict mode at pay", lambda: _mode("pay") == "strict")
     _run(
         "lab", "exec", "nightly", "--", *_curl("pay", 8443, scheme="https"),
         exit_code=None, refused=True,
     )  # fmt: skip
-    _finish(strict, exit_code=1, expect="nightly")
+    strict.finish(exit_code=1, expect="nightly was refused")
     _run("lab", "exec", "nightly", "--", *_curl("pay", 8443, scheme="https"))
     _say(f"requests in all: {_count_requests()}, failed: {_require_no_failure()}")
 
@@ -141,20 +142,32 @@ def _run(
         _say("refused")
 
 
-def _start(*args: str) -> "subprocess.Popen[str]":
-    console.print(f"[dim]$ tidegate {shlex.join(args)} &[/]")
-    sys.stdout.flush()
-    return subprocess.Popen(_command(*args), text=True, stdout=subprocess.PIPE)
+class _Background:
+    """A command that runs while the story goes on; what it prints shows at once."""
 
+    def __init__(self, *args: str) -> None:
+        console.print(f"[dim]$ tidegate {shlex.join(args)} &[/]")
+        sys.stdout.flush()
+        self._lines: list[str] = []
+        self._process = subprocess.Popen(_command(*args), text=True, stdout=subprocess.PIPE)
+        self._reader = threading.Thread(target=self._echo)
+        self._reader.start()
 
-def _finish(process: "subprocess.Popen[str]", *, exit_code: int, expect: str = "") -> None:
-    output, _ = process.communicate(timeout=60)
-    sys.stdout.write(output)
-    sys.stdout.flush()
-    if process.returncode != exit_code:
-        raise StoryError(f"`tidegate strict` ended with {process.returncode}, not {exit_code}")
-    if expect not in output:
-        raise StoryError(f"`tidegate strict` does not name {expect}")
+    def _echo(self) -> None:
+        for line in self._process.stdout or ():
+            self._lines.append(line)
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+    def finish(self, *, exit_code: int, expect: str) -> None:
+        """Waits for its end; StoryError unless it ends like this and says `expect`."""
+        self._process.wait(timeout=PATIENCE_S)
+        self._reader.join()
+        if self._process.returncode != exit_code:
+            ended = self._process.returncode
+            raise StoryError(f"`tidegate strict` ended with {ended}, not {exit_code}")
+        if expect not in "".join(self._lines):
+            raise StoryError(f"`tidegate strict` does not say {expect!r}")
 
 
 def _quiet(*args: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from tidegate import model
+from tidegate import durations, model
 from tidegate.errors import InputError, InputErrors
 
 MAX_NODES = 16
@@ -37,13 +37,10 @@ _NAME = re.compile(r"(?=.{1,40}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _DNS_NAME = re.compile(
     r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*"
 )
-_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 _LAB_NAME_SHAPE = "1 to 16 of a-z and 0-9"
 _DNS_LABEL_SHAPE = "a DNS label: 1 to 63 of a-z, 0-9 and -, no - at either end"
 _NAME_SHAPE = "a DNS label: 1 to 40 of a-z, 0-9 and -, no - at either end"
-_DURATION_SHAPE = "a number with ms, s, m, h or d, such as 8s, 250ms or 24h"
 
 DEFAULT_LAB_NAME = "demo"
 DEFAULT_TRUST_DOMAIN = "tidegate.test"
@@ -175,12 +172,6 @@ def parse(text: str, *, source: str, name: str | None = None) -> LabSpec:
     spec = _lab(document, root, name)
     document.refuse_faults()
     return spec
-
-
-def parse_duration(text: str) -> float | None:
-    """Seconds of a duration such as 8s, 250ms or 24h; None if it is not one."""
-    match = _DURATION.fullmatch(text)
-    return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
 def check_lab_name(name: str, *, source: str) -> str:
@@ -355,13 +346,13 @@ def _lab(document: _Document, root: Any, name: str | None) -> LabSpec:
     leaf_lifetime = fields.take(
         "leaf_lifetime",
         _duration(1.0, 72 * 3600.0),
-        f"{_DURATION_SHAPE}, from 1s to 72h",
+        f"{durations.SHAPE}, from 1s to 72h",
         DEFAULT_LEAF_LIFETIME_S,
     )
     window = fields.take(
         "window",
         _duration(0.5, 366 * 86400.0),
-        f"{_DURATION_SHAPE}, from 500ms to 366d",
+        f"{durations.SHAPE}, from 500ms to 366d",
         DEFAULT_WINDOW_S,
     )
     policy = fields.take(
@@ -536,13 +527,13 @@ def _call(document: _Document, item: Any, path: str, lab: LabSpec) -> CallSpec |
     every = 1.0 if not fields.has("every") else None
     if fields.has("every") and fields.raw("every") != "manual":
         every = fields.take(
-            "every", _duration(0.005, 86400.0), f"manual, or {_DURATION_SHAPE}, from 5ms to 1d"
+            "every", _duration(0.005, 86400.0), f"manual, or {durations.SHAPE}, from 5ms to 1d"
         )
     keepalive = fields.take("keepalive", _count(1_000_000), "requests per connection, from 1", 1)
     timeout = fields.take(
         "timeout",
         _duration(0.01, 3600.0),
-        f"{_DURATION_SHAPE}, from 10ms to 1h",
+        f"{durations.SHAPE}, from 10ms to 1h",
         DEFAULT_CALL_TIMEOUT_S,
     )
     if not pods or target is None:
@@ -627,7 +618,7 @@ def _count(limit: int) -> Callable[[Any], int | None]:
 
 def _duration(least: float, most: float) -> Callable[[Any], float | None]:
     def check(value: Any) -> float | None:
-        seconds = parse_duration(value) if isinstance(value, str) else None
+        seconds = durations.parse(value) if isinstance(value, str) else None
         return seconds if seconds is not None and least <= seconds <= most else None
 
     return check

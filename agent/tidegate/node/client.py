@@ -9,8 +9,11 @@ import msgspec
 
 from tidegate.errors import TidegateError
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
+"""More than an agent waits for the intent server and then for the agents of other nodes."""
 MAX_ANSWER_BYTES = 64 << 20
+MAX_LINE_BYTES = 4 << 20
+"""Of a streamed answer: an event with the reasons of the largest verdict."""
 
 
 class AgentUnreachable(TidegateError):
@@ -26,10 +29,11 @@ class AgentRefused(TidegateError):
 
 
 class AgentClient:
-    """Speaks to one agent. `address` is unix:///path or http://host:port."""
+    """Speaks to one agent. `address` is unix:///path or http://host:port; an answer may take `timeout_s`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, timeout_s: float = TIMEOUT_S) -> None:
         self.address = address
+        self._timeout_s = timeout_s
         connector: aiohttp.BaseConnector
         if address.startswith("unix://"):
             connector = aiohttp.UnixConnector(address.removeprefix("unix://"))
@@ -37,7 +41,7 @@ class AgentClient:
         else:
             connector = aiohttp.TCPConnector()
             self._base = address.rstrip("/")
-        self._session = aiohttp.ClientSession(connector=connector)
+        self._session = aiohttp.ClientSession(connector=connector, read_bufsize=MAX_LINE_BYTES)
 
     async def __aenter__(self) -> "AgentClient":
         return self
@@ -54,7 +58,7 @@ class AgentClient:
         """The decoded JSON answer to GET `path`."""
         try:
             async with self._session.get(
-                self._base + path, params=query, timeout=aiohttp.ClientTimeout(TIMEOUT_S)
+                self._base + path, params=query, timeout=aiohttp.ClientTimeout(self._timeout_s)
             ) as response:
                 return await _answer(response)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -66,12 +70,12 @@ class AgentClient:
             async with self._session.post(
                 self._base + path,
                 data=msgspec.json.encode(body),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timeout_s),
             ) as response:
                 if response.status != 200:
                     await _answer(response)
                 async for line in response.content:
-                    yield msgspec.json.decode(line)
+                    yield _decoded(line)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._unreachable(error) from error
 
@@ -81,14 +85,23 @@ class AgentClient:
 
 
 async def _answer(response: aiohttp.ClientResponse) -> Any:
-    if (response.content_length or 0) > MAX_ANSWER_BYTES:
-        raise AgentRefused("the agent's answer is too large", 1)
-    body = await response.read()
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise AgentRefused("the agent's answer is too large", 1)
     if response.status == 200:
-        return msgspec.json.decode(body)
+        return _decoded(body)
     try:
         failure = msgspec.json.decode(body)
         message, exit_code = str(failure["error"]), int(failure["exit_code"])
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
-        message, exit_code = f"the agent answered {response.status}: {body[:200]!r}", 1
+        message, exit_code = f"the agent answered {response.status}: {bytes(body[:200])!r}", 1
     raise AgentRefused(message, exit_code)
+
+
+def _decoded(body: bytes | bytearray) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise AgentRefused(f"the agent's answer is not whole or no JSON: {error}", 1) from error

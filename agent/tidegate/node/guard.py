@@ -3,33 +3,41 @@
 Steps, each told as an event: the verdict must be READY (or forced); the service's entry is written; every sidecar
 of the service reports that it runs the new mode; then, for the time of the guard, a known caller that is
 refused brings the former mode back. An address that no workload has is not a known caller: somebody
-who knocks from outside cannot hold a service open. A flip under guard is kept in a file, so that an agent that is
-killed meanwhile takes the guard up again.
+who knocks from outside cannot hold a service open. A flip is kept in a file from before its entry is written until
+its guard is over, so that an agent that is killed at any step goes on with it when it returns.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
+from tidegate.catalog.client import CatalogRefused, CatalogUnreachable
 from tidegate.errors import TidegateError
 from tidegate.intent.entries import Entry, Kind, ServiceDefaults
 from tidegate.model import Instance, MutualTLSMode
+from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
 from tidegate.verdict.evidence import CallerKind
 from tidegate.verdict.readiness import Answer, Reason, ReasonKind, Verdict
 
 POLL_S = 0.25
 ENFORCE_DEADLINE_S = 60.0
+BLIND_GRACE_S = 60.0
+"""How long after its time a guard waits for evidence that it could not see."""
+
+_BLINDING = (ReasonKind.EVIDENCE_MISSING, ReasonKind.EVIDENCE_LOST, ReasonKind.COVERAGE_GAP)
+
+_T = TypeVar("_T")
 
 log = Log("guard")
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One thing that happened during a flip. The last one has an `exit_code`."""
+    """One thing that happened during a flip. The last one, and no other, has an `exit_code`."""
 
     event: str
     message: str
@@ -40,7 +48,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Flip(msgspec.Struct, frozen=True, kw_only=True):
-    """A flip under way, as it is kept in a file from before the entry is written. Times are unix seconds."""
+    """A flip under way, as it is kept in a file. Times are unix seconds."""
 
     service: str
     guard_s: float
@@ -48,8 +56,12 @@ class Flip(msgspec.Struct, frozen=True, kw_only=True):
     """The MutualTLSMode that the service's own entry had; None: it had none and inherited."""
     former_mode: MutualTLSMode
     """What that meant after inheritance."""
+    flipped_at: float
+    """Just before the entry was written: whoever calls without mTLS from then on is or will be refused."""
     enforced_at: float | None = None
     """When every sidecar was known to run strict mode; None while that is not yet so."""
+    back_because: str = ""
+    """Why the flip is being rolled back; empty while it is not."""
 
 
 class Mesh(Protocol):
@@ -75,24 +87,26 @@ class Guard:
         self._running: dict[str, asyncio.Task[None]] = {}
 
     def resume(self) -> None:
-        """Takes up the guards that a former agent left."""
+        """Takes up the flips that a former agent left."""
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in sorted(self._directory.glob("*.json")):
             try:
                 flip = msgspec.json.decode(path.read_bytes(), type=Flip)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
                 log.warning(
                     "cannot read a guard left by a former agent", file=str(path), reason=str(error)
                 )
                 continue
             log.info("guard taken up again", service=flip.service)
-            self._start(flip.service, self._guarded(flip), self._log_event)
+            course = _Course(self._mesh, path, flip.service, _log_event)
+            self._start(course, course.resume(flip), lambda: None)
 
     async def stop(self) -> None:
         """Ends the tasks; flips under guard stay in their files for the next agent."""
-        for task in self._running.values():
+        tasks = list(self._running.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def strict(self, service: str, guard_s: float, *, force: bool) -> "asyncio.Queue[Event | None]":
         """Starts a flip; its events come through the queue, then None. It goes on if nobody reads."""
@@ -102,157 +116,273 @@ class Guard:
             )
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
 
-        def tell(event: Event | None) -> None:
-            self._log_event(event)
-            queue.put_nowait(event)
+        def tell(event: Event) -> None:
+            _log_event(event)
+            # A heartbeat that nobody has read yet is enough.
+            if event.event != "guarding" or queue.empty():
+                queue.put_nowait(event)
 
-        self._start(service, self._flip(service, guard_s, force=force), tell)
+        course = _Course(self._mesh, self._directory / f"{service}.json", service, tell)
+        self._start(course, course.begin(guard_s, force=force), lambda: queue.put_nowait(None))
         return queue
 
     def _start(
-        self, service: str, events: AsyncIterator[Event], tell: Callable[[Event | None], None]
+        self, course: "_Course", steps: Awaitable[None], finished: Callable[[], None]
     ) -> None:
-        async def drain() -> None:
+        service = course.service
+
+        async def run() -> None:
             try:
-                async for event in events:
-                    tell(event)
+                await steps
             except TidegateError as error:
-                tell(_event("failed", service, str(error), exit_code=error.exit_code))
+                course.tell("failed", str(error), exit_code=error.exit_code)
+            except Exception:
+                # Whoever waits for the end must learn of it; the file stays for the next agent.
+                log.exception("a flip failed by a defect of the agent", service=service)
+                course.tell(
+                    "failed",
+                    f"the flip of {service} failed by a defect of the agent; see its log",
+                    exit_code=1,
+                )
             finally:
                 self._running.pop(service, None)
-                tell(None)
+                finished()
 
-        self._running[service] = asyncio.create_task(drain())
+        self._running[service] = asyncio.create_task(run())
 
-    @staticmethod
-    def _log_event(event: Event | None) -> None:
-        if event is not None and event.event != "guarding":
-            log.info(event.message, event=event.event, service=event.service)
 
-    async def _flip(self, service: str, guard_s: float, *, force: bool) -> AsyncIterator[Event]:
+class _Course:
+    """The steps of one flip. Each is kept in the file before it is done, and may be done twice."""
+
+    def __init__(
+        self, mesh: Mesh, path: Path, service: str, tell_event: Callable[[Event], None]
+    ) -> None:
+        self.service = service
+        self._mesh = mesh
+        self._path = path
+        self._tell_event = tell_event
+
+    def tell(
+        self,
+        event: str,
+        message: str,
+        *,
+        reasons: tuple[Reason, ...] = (),
+        remaining_s: float | None = None,
+        exit_code: int | None = None,
+    ) -> None:
+        self._tell_event(
+            Event(
+                event=event,
+                message=message,
+                service=self.service,
+                reasons=reasons,
+                remaining_s=remaining_s,
+                exit_code=exit_code,
+            )
+        )
+
+    async def begin(self, guard_s: float, *, force: bool) -> None:
+        """The whole flip, from the question whether it may be."""
+        service = self.service
+        instances = await self._mesh.instances(service)
+        if not any(one.meshed for one in instances):
+            why = (
+                f"none of the instances of {service} has a sidecar"
+                if instances
+                else f"the catalog knows no instance of {service}"
+            )
+            self.tell("refused", f"{why}: not flipped", exit_code=2)
+            return
         verdict = await self._mesh.verdict(service, None)
         if verdict.mode is MutualTLSMode.STRICT:
-            yield _event("unchanged", service, f"{service} is strict already", exit_code=0)
+            self.tell("unchanged", f"{service} is strict already", exit_code=0)
             return
         if verdict.verdict is not Answer.READY and not force:
-            yield _event(
+            self.tell(
                 "refused",
-                service,
                 f"{service} is {verdict.verdict}: not flipped (--force flips all the same)",
                 reasons=verdict.reasons,
                 exit_code=verdict.exit_code,
             )
             return
+        former = (await self._defaults()).mutual_tls_mode
+        if former is MutualTLSMode.STRICT:
+            raise TidegateError(f"somebody else set {service} to strict just now: not flipped")
         flip = Flip(
             service=service,
             guard_s=guard_s,
-            former_entry_mode=(await self._defaults(service)).mutual_tls_mode,
+            former_entry_mode=former,
             former_mode=verdict.mode,
+            flipped_at=time.time(),
         )
         self._keep(flip)
-        async for event in self._guarded(flip):
-            yield event
+        try:
+            index = await self._write_mode(MutualTLSMode.STRICT)
+        except TidegateError as error:
+            # It may have been written all the same: only the answer is missing.
+            await self._roll_back(flip, f"the server did not confirm the entry ({error})", ())
+            return
+        self.tell("written", f"{service}: MutualTLSMode is strict now")
+        await self._enforce_and_watch(flip, index)
 
-    async def _guarded(self, flip: Flip) -> AsyncIterator[Event]:
-        """From the written file to the end of the guard; every step may be done a second time."""
-        service = flip.service
-        if flip.enforced_at is None:
-            index = await self._write_mode(service, MutualTLSMode.STRICT)
-            yield _event("written", service, f"{service}: MutualTLSMode is strict now")
-            try:
-                async for event in self._enforced(service, index, MutualTLSMode.STRICT):
-                    yield event
-            except TidegateError as error:
-                yield _event("failed", service, f"{error}; rolling back")
-                async for event in self._roll_back(flip, ()):
-                    yield event
-                return
-            flip = msgspec.structs.replace(flip, enforced_at=time.time())
-            self._keep(flip)
-        async for event in self._watch(flip, flip.enforced_at or time.time()):
-            yield event
+    async def resume(self, flip: Flip) -> None:
+        """Goes on where a former agent was killed or stopped."""
+        if flip.back_because:
+            await self._roll_back(flip, flip.back_because, ())
+            return
+        defaults = await self._insist(self._defaults)
+        if defaults.mutual_tls_mode is not MutualTLSMode.STRICT:
+            self._end_unflipped()
+        elif flip.enforced_at is None:
+            await self._enforce_and_watch(flip, defaults.modify_index)
+        else:
+            await self._watch(flip, flip.enforced_at)
 
-    async def _defaults(self, service: str) -> ServiceDefaults:
-        entry = await self._mesh.read_entry(Kind.SERVICE_DEFAULTS, service)
-        return entry if isinstance(entry, ServiceDefaults) else ServiceDefaults(name=service)
+    async def _enforce_and_watch(self, flip: Flip, index: int) -> None:
+        service = self.service
+        try:
+            count = await self._enforced(index, MutualTLSMode.STRICT)
+        except TidegateError as error:
+            await self._roll_back(flip, str(error), ())
+            return
+        self.tell("enforced", f"{service}: {count} of {count} sidecars run strict mode")
+        enforced_at = time.time()
+        flip = msgspec.structs.replace(flip, enforced_at=enforced_at)
+        self._keep_if_possible(flip)
+        await self._watch(flip, enforced_at)
 
-    async def _write_mode(self, service: str, mode: MutualTLSMode | None) -> int:
-        defaults = await self._defaults(service)
-        return await self._mesh.write_entry(msgspec.structs.replace(defaults, mutual_tls_mode=mode))
-
-    async def _enforced(
-        self, service: str, index: int, mode: MutualTLSMode
-    ) -> AsyncIterator[Event]:
-        """Waits until every sidecar of the service runs `mode` by an intent of at least `index`."""
+    async def _enforced(self, index: int, mode: MutualTLSMode) -> int:
+        """Waits until every sidecar of the service runs `mode` by an intent of at least `index`; how many do."""
         deadline = time.monotonic() + ENFORCE_DEADLINE_S
         while True:
-            instances = [one for one in await self._mesh.instances(service) if one.meshed]
+            meshed = [one for one in await self._mesh.instances(self.service) if one.meshed]
             behind = [
-                one.name for one in instances if one.applied_index < index or one.mode is not mode
+                one.name for one in meshed if one.applied_index < index or one.mode is not mode
             ]
-            if not behind:
-                yield _event(
-                    "enforced",
-                    service,
-                    f"{service}: {len(instances)} of {len(instances)} sidecars run {mode} mode",
-                )
-                return
+            if meshed and not behind:
+                return len(meshed)
             if time.monotonic() >= deadline:
+                who = f"of {', '.join(behind)}" if behind else f"of any {self.service}"
                 raise TidegateError(
-                    f"after {ENFORCE_DEADLINE_S:.0f} s these sidecars of {service} do not run {mode}"
-                    f" mode: {', '.join(behind)}; see `tidegate lab status`"
+                    f"after {ENFORCE_DEADLINE_S:.0f} s the sidecar {who} does not run {mode} mode"
                 )
             await asyncio.sleep(POLL_S)
 
-    async def _watch(self, flip: Flip, enforced_at: float) -> AsyncIterator[Event]:
-        service = flip.service
+    async def _watch(self, flip: Flip, enforced_at: float) -> None:
+        """Until the guard's time is over and everything since the flip was seen."""
+        service = self.service
         guard_until = enforced_at + flip.guard_s
+        told_blind = ""
         while True:
             now = time.time()
-            refused = refused_callers(await self._mesh.verdict(service, now - enforced_at))
+            try:
+                verdict = await self._mesh.verdict(service, max(now - flip.flipped_at, POLL_S))
+                if verdict.mode is not MutualTLSMode.STRICT and not await self._is_strict():
+                    self._end_unflipped()
+                    return
+                refused, blind = refused_callers(verdict), _blindness(verdict)
+            except TidegateError as error:
+                refused, blind = (), str(error)
             if refused:
-                async for event in self._roll_back(flip, refused):
-                    yield event
+                await self._roll_back(flip, _names(refused), refused)
                 return
-            if now >= guard_until:
+            if now >= guard_until and not blind:
                 break
-            yield _event(
-                "guarding", service, f"{service}: nobody was refused", remaining_s=guard_until - now
+            if now >= guard_until + BLIND_GRACE_S:
+                self._forget()
+                self.tell(
+                    "unwatched",
+                    f"{service} is strict; whether a known caller was refused is not known: {blind}",
+                    exit_code=2,
+                )
+                return
+            if blind and blind != told_blind:
+                self.tell("blind", f"{service}: the guard cannot see everything: {blind}")
+            told_blind = blind
+            self.tell(
+                "guarding",
+                f"{service}: nobody was refused{', as far as can be seen' if blind else ''}",
+                remaining_s=max(guard_until - now, 0.0),
             )
             await asyncio.sleep(POLL_S)
-        self._forget(service)
-        yield _event(
-            "kept", service, f"{service} is strict; no known caller was refused", exit_code=0
-        )
+        self._forget()
+        self.tell("kept", f"{service} is strict; no known caller was refused", exit_code=0)
 
-    async def _roll_back(self, flip: Flip, refused: tuple[Reason, ...]) -> AsyncIterator[Event]:
-        service, mode = flip.service, flip.former_mode
-        names = ", ".join(dict.fromkeys(one.caller.workload for one in refused if one.caller))
-        why = f"{names} was refused" if names else "not every sidecar followed"
-        yield _event("rolling-back", service, f"{service}: {why}; rolling back", reasons=refused)
-        index = await self._write_mode(service, flip.former_entry_mode)
-        async for event in self._enforced(service, index, mode):
-            yield event
-        self._forget(service)
-        yield _event(
+    async def _roll_back(self, flip: Flip, why: str, refused: tuple[Reason, ...]) -> None:
+        service, mode = self.service, flip.former_mode
+        self._keep_if_possible(msgspec.structs.replace(flip, back_because=why))
+        self.tell("rolling-back", f"{service}: {why}; rolling back", reasons=refused)
+
+        async def restore() -> int:
+            defaults = await self._defaults()
+            if defaults.mutual_tls_mode is not MutualTLSMode.STRICT:
+                return defaults.modify_index
+            return await self._write_mode(flip.former_entry_mode)
+
+        index = await self._insist(restore)
+        try:
+            await self._enforced(index, mode)
+        except TidegateError as error:
+            lag = f"; {error}"
+        else:
+            lag = ""
+        self._forget()
+        self.tell(
             "rolled-back",
-            service,
-            f"{service} is {mode} again, because {why}",
+            f"{service} is {mode} again, because {why}{lag}",
             reasons=refused,
             exit_code=1,
         )
 
+    def _end_unflipped(self) -> None:
+        self._forget()
+        self.tell(
+            "ended",
+            f"{self.service}: its MutualTLSMode is not strict (never written, or changed since); nothing to guard",
+            exit_code=1,
+        )
+
+    async def _defaults(self) -> ServiceDefaults:
+        entry = await self._mesh.read_entry(Kind.SERVICE_DEFAULTS, self.service)
+        return entry if isinstance(entry, ServiceDefaults) else ServiceDefaults(name=self.service)
+
+    async def _is_strict(self) -> bool:
+        return (await self._defaults()).mutual_tls_mode is MutualTLSMode.STRICT
+
+    async def _write_mode(self, mode: MutualTLSMode | None) -> int:
+        defaults = await self._defaults()
+        return await self._mesh.write_entry(msgspec.structs.replace(defaults, mutual_tls_mode=mode))
+
+    async def _insist(self, step: Callable[[], Awaitable[_T]]) -> _T:
+        """Does a step again and again while the intent server is away or out of order."""
+        told = ""
+        while True:
+            try:
+                return await step()
+            except (CatalogUnreachable, CatalogRefused) as error:
+                if isinstance(error, CatalogRefused) and error.status < 500:
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    self.tell("waiting", f"{self.service}: {told}; trying again")
+            await asyncio.sleep(POLL_S)
+
     def _keep(self, flip: Flip) -> None:
-        path = self._path(flip.service)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(flip))
-        temporary.rename(path)
+        try:
+            write_atomically(self._path, msgspec.json.encode(flip))
+        except OSError as error:
+            raise TidegateError(f"{self._path} cannot be written: {error.strerror}") from error
 
-    def _forget(self, service: str) -> None:
-        self._path(service).unlink(missing_ok=True)
+    def _keep_if_possible(self, flip: Flip) -> None:
+        """The former content of the file lets the next agent do this step again."""
+        try:
+            self._keep(flip)
+        except TidegateError as error:
+            log.warning("a flip goes on unrecorded", service=self.service, reason=str(error))
 
-    def _path(self, service: str) -> Path:
-        return self._directory / f"{service}.json"
+    def _forget(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
 def refused_callers(verdict: Verdict) -> tuple[Reason, ...]:
@@ -267,20 +397,19 @@ def refused_callers(verdict: Verdict) -> tuple[Reason, ...]:
     )
 
 
-def _event(
-    event: str,
-    service: str,
-    message: str,
-    *,
-    reasons: tuple[Reason, ...] = (),
-    remaining_s: float | None = None,
-    exit_code: int | None = None,
-) -> Event:
-    return Event(
-        event=event,
-        service=service,
-        message=message,
-        reasons=reasons,
-        remaining_s=remaining_s,
-        exit_code=exit_code,
-    )
+def _blindness(verdict: Verdict) -> str:
+    """Why refused callers may not have been seen; empty when they must have been."""
+    if verdict.coverage.complete:
+        return ""
+    told = (reason.message for reason in verdict.reasons if reason.kind in _BLINDING)
+    return next(told, "not every instance was observed all the time")
+
+
+def _names(refused: tuple[Reason, ...]) -> str:
+    names = list(dict.fromkeys(one.caller.workload for one in refused if one.caller))
+    return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} refused"
+
+
+def _log_event(event: Event) -> None:
+    if event.event != "guarding":
+        log.info(event.message, event=event.event, service=event.service)

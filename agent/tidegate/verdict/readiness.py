@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from tidegate.durations import ago, span
 from tidegate.model import FlowClass, Instance, Interval, MutualTLSMode, ServiceIntent
 from tidegate.verdict import intervals, names, steps
 from tidegate.verdict.evidence import (
@@ -21,7 +22,7 @@ from tidegate.verdict.evidence import (
     InstanceEvidence,
     ServiceEvidence,
 )
-from tidegate.verdict.steps import Environment, span
+from tidegate.verdict.steps import Environment
 
 EVIDENCE_AGE_S = 5.0
 """How old the last observation of an instance may be."""
@@ -370,7 +371,7 @@ def _flow_reasons(
             else ReasonKind.BLOCKING_FLOW,
             message=(
                 f"{who} calls {intent.service}:{flow.port} {_HOW[flow.flow_class]}{refused}: {_amount(flow)}, last "
-                f"seen {span(window.end - flow.last_seen)} ago"
+                f"seen {ago(window.end - flow.last_seen)}"
             ),
             next_step=steps.for_flow(
                 environment,

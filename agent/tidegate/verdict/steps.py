@@ -9,6 +9,7 @@ import enum
 import json
 import shlex
 
+from tidegate.durations import span
 from tidegate.model import FlowClass, ServiceIntent
 from tidegate.verdict.evidence import Caller, CallerKind
 
@@ -21,26 +22,12 @@ _EXCLUDE_INBOUND = "consul.hashicorp.com/transparent-proxy-exclude-inbound-ports
 _EXCLUDE_OUTBOUND = "consul.hashicorp.com/transparent-proxy-exclude-outbound-ports"
 
 
-_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
-
-
 class Environment(enum.StrEnum):
     """Where workloads live, and so how one is onboarded or restarted."""
 
     LAB = "lab"
     KUBERNETES = "kubernetes"
     VM = "vm"
-
-
-def span(seconds: float) -> str:
-    """A duration for a person, its two largest units: 8 s, 3 m 20 s, 24 h, 2 d 6 h."""
-    left = round(max(seconds, 0.0))
-    parts: list[str] = []
-    for unit, size in _UNITS if left >= 2 * _UNITS[0][1] else _UNITS[1:]:
-        amount, left = divmod(left, size)
-        if amount:
-            parts.append(f"{amount} {unit}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def onboard(environment: Environment, caller: Caller) -> str:

@@ -1,0 +1,2 @@
+def measure(part, site):
+    yield from ()
