@@ -20,6 +20,8 @@ import psutil
 from tidegate.kernel import links, netns
 from tidegate.lab import mounts
 
+REPOSITORY = Path(__file__).parents[2]
+
 PREFIX = "tg-bench"
 _OWNED = re.compile(rf"{PREFIX}-(\d+)-.*")
 _PROGRAM = "tests.bench"

@@ -10,8 +10,12 @@
 Failures answer {"error": sentence, "exit_code": n}.
 """
 
+import asyncio
+import contextlib
+import os
 import re
 import socket
+import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -25,6 +29,8 @@ from tidegate.node.mesh import LocalEvidence, MeshView
 
 MAX_BODY_BYTES = 64 << 10
 MAX_WINDOW_S = 30 * 86400.0
+MAX_GUARD_S = 7 * 86400.0
+"""Below MAX_WINDOW_S: a guard asks for everything since its flip, also after a time without agent."""
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -50,13 +56,15 @@ def make_app(
 
     async def get_flows(request: web.Request) -> web.Response:
         service = request.query.get("service")
-        return _json(await mesh.flows(service and _service(service), _window(request)))
+        named = None if service is None else _service(service)
+        return _json(await mesh.flows(named, _window(request)))
 
     async def get_ready(request: web.Request) -> web.Response:
         window = _window(request)
         named = request.match_info.get("service")
         services = (_service(named),) if named else await mesh.services()
-        return _json({"verdicts": [await mesh.verdict(name, window) for name in services]})
+        verdicts = await asyncio.gather(*(mesh.verdict(name, window) for name in services))
+        return _json({"verdicts": verdicts})
 
     async def get_node_evidence(request: web.Request) -> web.Response:
         window = _window(request)
@@ -70,18 +78,20 @@ def make_app(
     async def post_strict(request: web.Request) -> web.StreamResponse:
         try:
             asked = msgspec.json.decode(await request.read(), type=StrictRequest)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InputError(str(error), source="POST /v1/strict") from error
-        if not 0 < asked.guard_s <= MAX_WINDOW_S:
+        if not 0 < asked.guard_s <= MAX_GUARD_S:
             raise InputError(
-                f"a guard of {asked.guard_s} s", field="guard_s", expected="up to 30 days"
+                f"a guard of {asked.guard_s} s", field="guard_s", expected="seconds, up to 7 days"
             )
         events = guard.strict(_service(asked.service), asked.guard_s, force=asked.force)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
-        while (event := await events.get()) is not None:
-            await response.write(msgspec.json.encode(event) + b"\n")
-        await response.write_eof()
+        # Whoever asked may leave; the flip goes on.
+        with contextlib.suppress(ConnectionResetError):
+            while (event := await events.get()) is not None:
+                await response.write(msgspec.json.encode(event) + b"\n")
+            await response.write_eof()
         return response
 
     app = web.Application(middlewares=[_failures], client_max_size=MAX_BODY_BYTES)
@@ -102,25 +112,42 @@ def make_app(
 def listen(path: Path) -> socket.socket:
     """A listening unix socket with mode 0600 from its first moment.
 
-    A socket file that nobody answers at is replaced; TidegateError when somebody does.
+    A socket that nobody answers at is replaced. TidegateError when somebody does, when the path is
+    something else than a socket, and when the file system refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probe = socket.socket(socket.AF_UNIX)
     try:
-        probe.settimeout(1.0)
-        probe.connect(str(path))
-    except (FileNotFoundError, ConnectionRefusedError):
-        path.unlink(missing_ok=True)
-    else:
-        raise TidegateError(f"an agent answers at {path} already")
-    finally:
-        probe.close()
-    listener = socket.socket(socket.AF_UNIX)
-    # Nobody can connect between bind and listen, so the mode is right before anybody could.
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise TidegateError(f"{path} is there and is no socket")
+            if _answers(path):
+                raise TidegateError(f"an agent answers at {path} already")
+            path.unlink()
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            # unix(7): the socket's own mode is that of the file that bind makes.
+            os.fchmod(listener.fileno(), 0o600)
+            listener.bind(str(path))
+            listener.listen(64)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise TidegateError(f"cannot listen at {path}: {error.strerror or error}") from error
     return listener
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens at a unix socket, also if too busy to take another connection now."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except (TimeoutError, BlockingIOError):
+            return True
+    return True
 
 
 @web.middleware
@@ -129,7 +156,15 @@ async def _failures(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except TidegateError as error:
         status = 400 if isinstance(error, InputError) else 409
-        return _json({"error": str(error), "exit_code": error.exit_code}, status)
+        return _failure(status, str(error), error.exit_code)
+    except web.HTTPRequestEntityTooLarge:
+        return _failure(400, f"the body is larger than {MAX_BODY_BYTES} bytes", 2)
+    except web.HTTPException as error:
+        return _failure(error.status, f"{request.method} {request.path}: {error.reason}", 2)
+
+
+def _failure(status: int, error: str, exit_code: int) -> web.Response:
+    return _json({"error": error, "exit_code": exit_code}, status)
 
 
 def _json(answer: object, status: int = 200) -> web.Response:

@@ -1,11 +1,20 @@
 """Configuration of one agent: a YAML file, checked as a whole before anything is touched."""
 
+import ipaddress
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from tidegate.errors import InputError
+from tidegate.identity import spiffe
 from tidegate.verdict.steps import Environment
+
+MAX_DURATION_S = 366 * 86400.0
+LONGEST_SOCKET_PATH = 107
+"""Bytes, without the closing 0 (linux/un.h, UNIX_PATH_MAX)."""
+_SERVER = re.compile(r"unix:///.+|https?://[^/]+/?")
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,10 +61,70 @@ def load_config(path: Path) -> AgentConfig:
         ) from error
     try:
         config = msgspec.yaml.decode(text, type=AgentConfig, dec_hook=_decode_path)
-    except msgspec.DecodeError as error:
-        raise InputError(str(error), source=str(path)) from error
-    if config.window <= 0 or config.leaf_lifetime <= 0:
-        raise InputError(
-            "a duration of zero or less", source=str(path), field="window, leaf_lifetime"
-        )
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # PyYAML's messages have several lines.
+        raise InputError(" ".join(str(error).split()), source=str(path)) from error
+    for field, check in _CHECKS.items():
+        try:
+            check(getattr(config, field))
+        except InputError as error:
+            raise InputError(
+                error.problem, source=str(path), field=field, expected=error.expected
+            ) from error
     return config
+
+
+def _name(text: str) -> None:
+    spiffe.label(text, "")
+
+
+def _server(text: str) -> None:
+    if not _SERVER.fullmatch(text):
+        raise InputError(
+            f"{text!r} is no server address", expected="unix:///path or http://host:port"
+        )
+
+
+def _addresses(texts: tuple[str, ...]) -> None:
+    for text in texts:
+        try:
+            ipaddress.ip_address(text)
+        except ValueError as error:
+            raise InputError(f"{text!r} is no IP address", expected="IPv4 or IPv6") from error
+
+
+def _absolute(path: Path) -> None:
+    if not path.is_absolute():
+        raise InputError(f"{str(path)!r} depends on where the agent is started", expected="/...")
+
+
+def _socket(path: Path) -> None:
+    _absolute(path)
+    if len(bytes(path)) > LONGEST_SOCKET_PATH:
+        raise InputError(
+            f"{str(path)!r} is too long for a unix socket",
+            expected=f"at most {LONGEST_SOCKET_PATH} bytes",
+        )
+
+
+def _duration(seconds: float) -> None:
+    if not 0 < seconds <= MAX_DURATION_S:
+        raise InputError(
+            f"{seconds} is no duration", expected="seconds, more than 0 and at most a year"
+        )
+
+
+_CHECKS: dict[str, Callable[..., object]] = {
+    "node": _name,
+    "server": _server,
+    "workloads": _absolute,
+    "node_addresses": _addresses,
+    "run_dir": _absolute,
+    "state_dir": _absolute,
+    "socket": _socket,
+    "bpffs": _absolute,
+    "trust_domain": spiffe.trust_domain,
+    "datacenter": _name,
+    "window": _duration,
+    "leaf_lifetime": _duration,
+}

@@ -70,7 +70,8 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
         flow_class=key.flow_class,
         path=THROUGH_SIDECAR if redirected else OUTSIDE_SIDECARS,
         observed_at=key.direction,
-        connections=count.connections,
+        # Below zero where connections of before turned out to be something else.
+        connections=max(count.connections, 0),
         bytes_to_server=count.bytes_to_server,
         bytes_to_client=count.bytes_to_client,
         first_seen=count.first_seen,
@@ -78,24 +79,30 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
     )
 
 
-def told_once(rows: Iterable[FlowRow], observed: Collection[str]) -> tuple[FlowRow, ...]:
-    """One row for each pair of ends, port, class and path, whatever addresses and instances' families were used.
+def told_once(
+    rows: Iterable[FlowRow], observed: Collection[tuple[str, str]]
+) -> tuple[FlowRow, ...]:
+    """One row for each pair of ends, port, class and path, whatever addresses and families were used.
 
-    Leaves out the caller's view of flows whose server is among the `observed` workloads (by name), and connections
-    that turned out to be something else since.
+    Leaves out the caller's view of flows whose server is among the `observed` workloads (name and node), and
+    connections that turned out to be something else since.
     """
     merged: dict[tuple[object, ...], FlowRow] = {}
     for one in rows:
-        if one.observed_at is Direction.OUTBOUND and one.server.workload in observed:
+        if one.observed_at is Direction.OUTBOUND and _who(one.server) in observed:
             continue
-        if one.flow_class is FlowClass.EMPTY and one.connections <= 0:
+        if one.flow_class is FlowClass.EMPTY and one.connections == 0:
             continue
         key = (_who(one.caller), _who(one.server), one.port, one.flow_class, one.path)
         merged[key] = _sum(merged[key], one) if key in merged else one
     return tuple(
         sorted(
             merged.values(),
-            key=lambda one: (one.server.service, one.caller.service, one.port, one.flow_class),
+            key=lambda one: (
+                (one.server.service, *_who(one.server)),
+                (one.caller.service, *_who(one.caller)),
+                (one.port, one.flow_class, one.path),
+            ),
         )
     )
 

@@ -20,18 +20,18 @@ from tidegate.node.log import Log
 log = Log("intent")
 
 
-_NOTHING = Snapshot(index=0, entries=(), instances=(), nodes=(), default_allow=False)
-
-
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot as it is kept in a file: entries in Consul's JSON."""
 
     at: float
+    """When the server first answered so."""
     index: int
     entries: tuple[dict[str, Any], ...]
     instances: tuple[Instance, ...]
     nodes: tuple[NodeInfo, ...]
     default_allow: bool
+    trust_domain: str
+    datacenter: str
 
 
 class IntentSource:
@@ -43,11 +43,12 @@ class IntentSource:
         self._snapshot: Snapshot | None = None
         self._answered_at = 0.0
         self._problem = ""
+        self._unkept = ""
         self._recall()
 
     def current(self) -> Snapshot:
         """The latest snapshot; an empty one before the first answer."""
-        return self._snapshot or _NOTHING
+        return self._snapshot or Snapshot()
 
     @property
     def known(self) -> bool:
@@ -56,7 +57,7 @@ class IntentSource:
 
     def problems(self) -> tuple[str, ...]:
         """Why the snapshot may be out of date."""
-        return (self._problem,) if self._problem else ()
+        return tuple(problem for problem in (self._problem, self._unkept) if problem)
 
     async def refresh(self) -> Snapshot:
         """Asks the server; the former snapshot where it does not answer."""
@@ -73,7 +74,7 @@ class IntentSource:
             log.info("the intent server answers again")
             self._problem = ""
         self._answered_at = time.time()
-        if snapshot != self._snapshot:
+        if snapshot != self._snapshot or self._unkept:
             self._snapshot = snapshot
             self._keep(snapshot)
         return snapshot
@@ -86,8 +87,17 @@ class IntentSource:
             instances=snapshot.instances,
             nodes=snapshot.nodes,
             default_allow=snapshot.default_allow,
+            trust_domain=snapshot.trust_domain,
+            datacenter=snapshot.datacenter,
         )
-        write_atomically(self._path, msgspec.json.encode(kept))
+        try:
+            write_atomically(self._path, msgspec.json.encode(kept))
+        except OSError as error:
+            if not self._unkept:
+                log.warning("intent cannot be kept", file=str(self._path), reason=error.strerror)
+            self._unkept = f"{self._path} cannot be written: {error.strerror}"
+        else:
+            self._unkept = ""
 
     def _recall(self) -> None:
         try:
@@ -95,7 +105,7 @@ class IntentSource:
             entries = tuple(from_consul(entry, str(self._path)) for entry in kept.entries)
         except FileNotFoundError:
             return
-        except (msgspec.DecodeError, TidegateError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, TidegateError, OSError) as error:
             log.warning("kept intent is unreadable", file=str(self._path), reason=str(error))
             return
         self._answered_at = kept.at
@@ -105,4 +115,6 @@ class IntentSource:
             instances=kept.instances,
             nodes=kept.nodes,
             default_allow=kept.default_allow,
+            trust_domain=kept.trust_domain,
+            datacenter=kept.datacenter,
         )

@@ -23,6 +23,9 @@ from tidegate.node.intent import IntentSource
 from tidegate.verdict.evidence import InstanceEvidence, MissingNode, ServiceEvidence
 from tidegate.verdict.readiness import Verdict, judge
 
+PEER_TIMEOUT_S = 5.0
+"""How long the agent of another node may take to answer."""
+
 _T = TypeVar("_T")
 
 
@@ -36,8 +39,10 @@ class NodeEvidence(msgspec.Struct, frozen=True, kw_only=True):
 class NodeFlows(msgspec.Struct, frozen=True, kw_only=True):
     """The edges that one agent's ledger has, and what is wrong with it."""
 
+    node: str = ""
+    """Empty where all nodes are summed."""
     observed: tuple[str, ...] = ()
-    """Names of the workloads whose interfaces this agent observes."""
+    """Names of the workloads whose interfaces are observed."""
     flows: tuple[FlowRow, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -78,7 +83,7 @@ class MeshView:
 
     async def verdict(self, service: str, window_s: float | None) -> Verdict:
         """Judges one service over `window_s` seconds, or the configured window."""
-        window = window_s or self._config.window
+        window = self._config.window if window_s is None else window_s
         snapshot = await self._intent.refresh()
         now = time.time()
         concerned = [
@@ -93,13 +98,21 @@ class MeshView:
             lambda agent: agent.get(path, window=str(window)),
             NodeEvidence,
         )
+        living = tuple(one for answer in answers for one in answer.instances)
+        told = {one.instance.id for one in living}
+        silent = {one.node for one in missing}
+        untold = tuple(
+            MissingNode(node=one.node, reason=f"its agent knows nothing of {one.name}")
+            for one in concerned
+            if not one.seen_until and one.id not in told and one.node not in silent
+        )
         return judge(
             self._resolved(snapshot.entries, service, snapshot.default_allow),
             ServiceEvidence(
                 service=service,
-                instances=tuple(one for answer in answers for one in answer.instances),
+                instances=living,
                 departed=tuple(one for answer in answers for one in answer.departed),
-                nodes_missing=missing,
+                nodes_missing=(*missing, *untold),
             ),
             known=snapshot.instances,
             window_s=window,
@@ -110,17 +123,17 @@ class MeshView:
     async def flows(self, service: str | None, window_s: float | None) -> NodeFlows:
         """The edges of all nodes, each connection told once; of one service where it is named."""
         snapshot = await self._intent.refresh()
-        query = {"window": str(window_s)} if window_s else {}
+        query = {} if window_s is None else {"window": str(window_s)}
         answers, missing = await self._ask(
             snapshot.instances,
             self._local.flows(window_s),
             lambda agent: agent.get("/v1/node/flows", **query),
             NodeFlows,
         )
-        observed = {name for answer in answers for name in answer.observed}
+        observed = {(name, answer.node) for answer in answers for name in answer.observed}
         rows = told_once((row for answer in answers for row in answer.flows), observed)
         return NodeFlows(
-            observed=tuple(sorted(observed)),
+            observed=tuple(sorted(name for name, _ in observed)),
             flows=tuple(row for row in rows if _concerns(row, service)),
             problems=(
                 *(problem for answer in answers for problem in answer.problems),
@@ -160,28 +173,37 @@ class MeshView:
         ask: Callable[[AgentClient], Awaitable[Any]],
         kind: type[_T],
     ) -> tuple[list[_T], tuple[MissingNode, ...]]:
-        """This node's answer and those of the other nodes of the instances, at the same time."""
-        apis = {one.node: one.agent_api for one in instances if one.node != self._config.node}
+        """The answers of this node and of the other nodes of the instances, asked at the same time."""
+        apis: dict[str, str] = {}
+        for one in instances:
+            if one.node != self._config.node:
+                apis[one.node] = one.agent_api or apis.get(one.node, "")
 
-        async def one_node(node: str, api: str) -> _T | MissingNode:
-            if not api:
-                return MissingNode(node=node, reason="it has not said where its agent answers")
+        async def of(node: str, answer: Awaitable[_T]) -> _T | MissingNode:
             try:
-                async with AgentClient(api) as agent:
-                    return msgspec.convert(await ask(agent), kind)
+                return await answer
             except TidegateError as error:
                 return MissingNode(node=node, reason=str(error))
             except msgspec.ValidationError as error:
                 return MissingNode(node=node, reason=f"its answer cannot be read: {error}")
 
-        others = asyncio.gather(*(one_node(node, api) for node, api in sorted(apis.items())))
-        answers = [await own]
+        async def over(api: str) -> _T:
+            if not api:
+                raise TidegateError("it has not said where its agent answers")
+            async with AgentClient(api, PEER_TIMEOUT_S) as agent:
+                return msgspec.convert(await ask(agent), kind)
+
+        given = await asyncio.gather(
+            of(self._config.node, own),
+            *(of(node, over(api)) for node, api in sorted(apis.items())),
+        )
+        answers: list[_T] = []
         missing: list[MissingNode] = []
-        for other in await others:
-            if isinstance(other, MissingNode):
-                missing.append(other)
+        for each in given:
+            if isinstance(each, MissingNode):
+                missing.append(each)
             else:
-                answers.append(other)
+                answers.append(each)
         return answers, tuple(missing)
 
 

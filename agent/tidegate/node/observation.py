@@ -13,7 +13,14 @@ from tidegate.errors import TidegateError
 from tidegate.intent.policy import DEFAULT, Policy, policy_from_annotations
 from tidegate.kernel import links, netns
 from tidegate.kernel.errors import KernelError
-from tidegate.model import Direction, Edge, Instance, MutualTLSMode, Workload
+from tidegate.model import (
+    DEFAULT_INBOUND_PORT,
+    Direction,
+    Edge,
+    Instance,
+    MutualTLSMode,
+    Workload,
+)
 from tidegate.node.config import AgentConfig
 from tidegate.node.flows import FlowRow, row
 from tidegate.node.keeper import Keeper, Redirection
@@ -248,6 +255,7 @@ class Observation:
                 row(edge, keeper.workload, keeper.policy if keeper.in_mesh else None, self.labels)
             )
         return NodeFlows(
+            node=self._config.node,
             observed=tuple(
                 keeper.workload.name for key, keeper in own.items() if key in self._attachments
             ),
@@ -268,7 +276,7 @@ def published(keeper: Keeper, config: AgentConfig) -> Instance:
         addresses=workload.addresses,
         port=workload.port,
         meshed=keeper.redirection is Redirection.APPLIED,
-        inbound_port=keeper.policy.inbound.port if keeper.policy else 0,
+        inbound_port=keeper.policy.inbound.port if keeper.policy else DEFAULT_INBOUND_PORT,
         applied_index=keeper.applied_index,
         mode=keeper.mode,
         agent_api=f"unix://{config.socket}",
