@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
-
 from tests.bench import agent, flows, ledger, redirect, report
 from tests.bench.measure import Measurement
 from tests.bench.site import Site, site
+
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
 

@@ -29,6 +29,7 @@ from tests.kernel.packets import (
     ipv6,
     with_extension,
 )
+
 from tidegate.errors import TidegateError
 from tidegate.kernel.bpf import Map, Object
 from tidegate.observe import abi
@@ -68,7 +69,10 @@ def measure(site: Site) -> Iterator[Measurement]:
     compiled = _compile(site.directory)
     yield _classified(compiled)
     yield _beginnings(compiled)
-    yield from veth.measure(PART, site)
+    with Object.open(compiled) as opened:
+        opened.load()
+        with opened.program("nothing") as nothing:
+            yield from veth.measure(PART, site, nothing)
 
 
 class _Steps:
@@ -108,7 +112,8 @@ class _Steps:
     def play(self, packet: Packet, first: int, repetitions: int) -> int:
         """Nanoseconds per packet, stepping included; the field counts up from `first`."""
         frame = self._before(packet, first)
-        return self._step_and_observe.test_run(frame, repetitions).duration_ns
+        taken: int = self._step_and_observe.test_run(frame, repetitions).duration_ns
+        return taken
 
     def next(self, packet: Packet, first: int, repetitions: int) -> float:
         """Nanoseconds per packet, as if the packets had come by themselves."""
@@ -189,10 +194,10 @@ class _Openings:
 def _compile(directory: Path) -> Path:
     """The programs, made by the classifier's own Makefile."""
     compiled = directory / "steps.bpf.o"
-    command = ["make", "--no-print-directory", "-C", _SOURCES]
+    command = ["make", "--no-print-directory", "-C", str(_SOURCES)]
     variables = [f"OUT={directory}", f"VPATH={_PROGRAMS.parent}"]
     done = subprocess.run(
-        [*command, *variables, compiled], text=True, capture_output=True, check=False
+        [*command, *variables, str(compiled)], text=True, capture_output=True, check=False
     )
     if done.returncode:
         raise TidegateError(f"{_PROGRAMS.name} does not compile: {done.stderr.strip()}")
@@ -221,8 +226,7 @@ def _classified(compiled: Path) -> Measurement:
     extended = functools.partial(ipv6, extensions=_EXTENSIONS)
     with contextlib.ExitStack() as stack:
         four, six, extensions = (
-            _Stream(compiled, talk)
-            for talk in (_talk(IPV4), _talk(IPV6), _talk(IPV6, extended))
+            _Stream(compiled, talk) for talk in (_talk(IPV4), _talk(IPV6), _talk(IPV6, extended))
         )
         for stream in (four, six, extensions):
             stack.callback(stream.steps.close)

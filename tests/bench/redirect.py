@@ -24,6 +24,7 @@ from tests.bench.measure import (
     seconds,
 )
 from tests.bench.site import NODE_IPV4, Pair, Site
+
 from tidegate.enforce.redirect import nftables
 from tidegate.intent.policy import DEFAULT, Outbound, Policy, PortRange
 from tidegate.kernel import netns
@@ -148,6 +149,11 @@ def _first_apply(namespaces: list[str], programs: _Programs | None) -> Measureme
     return measured
 
 
+def _for_each(namespaces: list[str], apply: Callable[[str], None]) -> None:
+    for namespace in namespaces:
+        apply(namespace)
+
+
 def _re_apply(namespace: str) -> Measurement:
     nftables.apply(namespace, DEFAULT)
 
@@ -176,7 +182,7 @@ def _re_apply(namespace: str) -> Measurement:
 def _many(namespaces: list[str], programs: _Programs | None) -> Measurement:
     def all_of_them(apply: Callable[[str], None]) -> Callable[[], float]:
         def sample() -> float:
-            took = seconds(lambda: [apply(namespace) for namespace in namespaces])
+            took = seconds(lambda: _for_each(namespaces, apply))
             for namespace in namespaces:
                 nftables.remove(namespace)
             return took

@@ -6,7 +6,6 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
 from tests.bench.measure import Limit, Line, Measurement
 
 PLAIN_WIDTH = 160

@@ -5,15 +5,18 @@ the node's end of the veth, as in production.
 """
 
 import contextlib
+import ctypes
+import functools
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+from msgspec.structs import replace
 from pyroute2 import IPRoute
-
 from tests.bench import peer
 from tests.bench.measure import (
     Alternative,
@@ -21,138 +24,178 @@ from tests.bench.measure import (
     Limit,
     Measurement,
     Unit,
+    from_samples,
     interleaved,
-    microseconds_each,
     seconds,
 )
 from tests.bench.site import NODE_IPV4, REPOSITORY, Pair, Site
+
 from tidegate.kernel import netns
+from tidegate.kernel.bpf import AttachType, Link, Program
 from tidegate.observe.classifier import Classifier, Side, consul_profile
 
 _WORKLOAD = 0x7E57
 _CHUNK = 1 << 20
-_SUPER_SEGMENTS, _SEGMENTS = 768 << 20, 128 << 20
-"""Bytes of one transfer, where the kernel passes super-segments on, and where it cuts them."""
-_TRANSFERS = 12
-_CONNECTIONS, _CONNECTION_ROUNDS = 250, 25
-_REQUESTS, _REQUEST_ROUNDS = 500, 25
+_ROUNDS, _FEW_ROUNDS = 50, 20
+"""Of short samples: so all alternatives meet the machine in the same mood."""
 _REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 _DEADLINE_S = 30.0
 _HELD = Limit(Bound.RATIO_AT_LEAST, 0.97)
 
+_libc = ctypes.CDLL(None)
 
-def measure(part: str, site: Site) -> Iterator[Measurement]:
-    """All measurements of traffic."""
+
+class _Cost(NamedTuple):
+    """What one sample of traffic took, in seconds."""
+
+    wall: float
+    processors: float
+    """Of both ends together, interrupts that they were charged with included."""
+
+
+class _Traffic(NamedTuple):
+    """One kind of traffic: the server for it, and how much of it a sample is, in `unit`."""
+
+    title: str
+    server: str
+    run: Callable[[int], None]
+    """Takes the server's port, and is called in the pod's namespace."""
+    amount: float
+    unit: Unit
+    rounds: int
+    limit: Limit | None = None
+
+
+def measure(part: str, site: Site, nothing: Program) -> Iterator[Measurement]:
+    """All measurements of traffic. `nothing` is an empty TC program."""
     pair = site.pair()
     with contextlib.closing(Classifier.open(site.bpffs() / "veth")) as classifier:
         classifier.set_profile(consul_profile("bench.consul"))
-        path = _Path(pair, classifier)
-
-        def compare(
-            title: str, unit: Unit, rounds: int, run: Callable[[], float], limit: Limit | None
-        ) -> Measurement:
-            alternatives = [
-                Alternative("without the classifier", path.off(run)),
-                Alternative("with the classifier", path.on(run), limit),
-            ]
-            return interleaved(part, title, unit, rounds, alternatives)
-
-        with _serving(pair, "sink") as port:
-            yield compare(
-                "one TCP stream through veth",
-                Unit.GIGABITS_PER_SECOND,
-                _TRANSFERS,
-                lambda: netns.run_in(pair.pod, _transfer, port, _SUPER_SEGMENTS),
-                _HELD,
-            )
-            netns.run_in(pair.pod, _cut_segments)
-            yield compare(
-                "one TCP stream through veth, every packet of at most 1500 bytes",
-                Unit.GIGABITS_PER_SECOND,
-                _TRANSFERS,
-                lambda: netns.run_in(pair.pod, _transfer, port, _SEGMENTS),
-                None,
-            )
-        with _serving(pair, "answer") as port:
-            yield compare(
-                "connections: open, request, answer, close",
-                Unit.PER_SECOND,
-                _CONNECTION_ROUNDS,
-                lambda: netns.run_in(pair.pod, _connections, port),
-                _HELD,
-            )
-            yield compare(
-                "request and answer on an open connection",
-                Unit.MICROSECONDS,
-                _REQUEST_ROUNDS,
-                lambda: netns.run_in(pair.pod, _requests, port),
-                None,
-            )
+        path = _Path(pair, classifier, nothing)
+        yield from _compare(part, path, _STREAM)
+        yield from _compare(part, path, _CONNECTIONS)
+        yield from _compare(part, path, _REQUESTS)
+        netns.run_in(pair.pod, _cut_segments)
+        yield from _compare(part, path, _SMALL_STREAM)
         classifier.remove()
 
 
-class _Path:
-    """The way between pod and node, with the classifier in it or not."""
+def _compare(part: str, path: "_Path", traffic: _Traffic) -> Iterator[Measurement]:
+    """The rate by the clock, and by the processor time that both ends needed."""
+    spent: dict[str, list[float]] = {}
+    with path.serving(traffic.server) as run:
 
-    def __init__(self, pair: Pair, classifier: Classifier) -> None:
+        def alternative(name: str, way: Way, limit: Limit | None = None) -> Alternative:
+            spent[name] = []
+
+            def sample() -> float:
+                with way():
+                    cost = run(traffic.run)
+                spent[name].append(traffic.amount / cost.processors)
+                return traffic.amount / cost.wall
+
+            return Alternative(name, sample, limit)
+
+        alternatives = [
+            alternative("without the classifier", contextlib.nullcontext),
+            alternative("with an empty program instead", path.empty),
+            alternative("with the classifier", path.classified, traffic.limit),
+        ]
+        by_the_clock = [replace(each, limit=None) for each in alternatives]
+        yield interleaved(part, traffic.title, traffic.unit, traffic.rounds, by_the_clock)
+    yield from_samples(
+        part,
+        "  the same per second of processor time, both ends together",
+        traffic.unit,
+        [(each, spent[each.name][-traffic.rounds :]) for each in alternatives],
+    )
+
+
+Way = Callable[[], contextlib.AbstractContextManager[None]]
+"""What is on the veth while a sample is taken."""
+
+
+class _Path:
+    """The way between pod and node, and what is in it."""
+
+    def __init__(self, pair: Pair, classifier: Classifier, nothing: Program) -> None:
         self._pair = pair
         self._classifier = classifier
+        self._nothing = nothing
         self._ifindex = netns.run_in(pair.node, socket.if_nametoindex, "host0")
 
-    def off(self, run: Callable[[], float]) -> Callable[[], float]:
-        """A sample without the classifier."""
-        return run
+    @contextlib.contextmanager
+    def classified(self) -> Iterator[None]:
+        """With the classifier, which has to have seen what happened."""
+        attach = self._classifier.attach
+        netns.run_in(self._pair.node, attach, _WORKLOAD, self._ifindex, Side.HOST, ())
+        before = self._seen()
+        try:
+            yield
+        finally:
+            self._classifier.detach(_WORKLOAD)
+        assert self._seen() > before
 
-    def on(self, run: Callable[[], float]) -> Callable[[], float]:
-        """A sample with it; it has to have seen what happened."""
+    @contextlib.contextmanager
+    def empty(self) -> Iterator[None]:
+        """With an empty program both ways: what any program costs."""
+        with contextlib.ExitStack() as links:
+            for where in (AttachType.TCX_INGRESS, AttachType.TCX_EGRESS):
+                link = netns.run_in(
+                    self._pair.node, Link.attach, self._nothing, self._ifindex, where
+                )
+                links.enter_context(link)
+                links.callback(link.detach)
+            yield
 
-        def sample() -> float:
-            attach = self._classifier.attach
-            netns.run_in(self._pair.node, attach, _WORKLOAD, self._ifindex, Side.HOST, ())
-            before = self._connections()
-            try:
-                value = run()
-            finally:
-                self._classifier.detach(_WORKLOAD)
-            assert self._connections() > before
-            return value
-
-        return sample
-
-    def _connections(self) -> int:
+    def _seen(self) -> int:
         return sum(edge.count.connections for edge in self._classifier.edges())
 
+    @contextlib.contextmanager
+    def serving(self, kind: str) -> Iterator[Callable[[Callable[[int], None]], _Cost]]:
+        """A server in the node's namespace, and what runs traffic towards it from the pod."""
+        address = ("0.0.0.0", 0)
+        with netns.run_in(self._pair.node, socket.create_server, address, backlog=1024) as listener:
+            port: int = listener.getsockname()[1]
+            server = subprocess.Popen(
+                [sys.executable, "-m", peer.__name__, kind, str(listener.fileno())],
+                cwd=REPOSITORY,
+                pass_fds=[listener.fileno()],
+            )
+        try:
+            yield lambda run: netns.run_in(self._pair.pod, _cost, server.pid, run, port)
+        finally:
+            server.kill()
+            server.wait()
 
-@contextlib.contextmanager
-def _serving(pair: Pair, kind: str) -> Iterator[int]:
-    """A server in the node's namespace; its port."""
-    with netns.run_in(pair.node, socket.create_server, ("0.0.0.0", 0), backlog=1024) as listener:
-        port: int = listener.getsockname()[1]
-        server = subprocess.Popen(
-            [sys.executable, "-m", peer.__name__, kind, str(listener.fileno())],
-            cwd=REPOSITORY,
-            pass_fds=[listener.fileno()],
-        )
-    try:
-        yield port
-    finally:
-        server.kill()
-        server.wait()
+
+def _cost(server: int, run: Callable[[int], None], port: int) -> _Cost:
+    clock = _processor_clock(server)
+    before, own = time.clock_gettime(clock), time.thread_time()
+    wall = seconds(lambda: run(port))
+    return _Cost(wall, time.clock_gettime(clock) - before + time.thread_time() - own)
+
+
+def _processor_clock(pid: int) -> int:
+    """The clock of a process's processor time, clock_getcpuclockid(3)."""
+    clock = ctypes.c_int()
+    result = _libc.clock_getcpuclockid(pid, ctypes.byref(clock))
+    if result:
+        raise OSError(result, os.strerror(result))
+    return clock.value
 
 
 def _connect(port: int) -> socket.socket:
     return socket.create_connection((NODE_IPV4, port), _DEADLINE_S)
 
 
-def _transfer(port: int, size: int) -> float:
-    """Gbit/s of one stream, from its first byte until the server says that it has all."""
+def _transfer(size: int, port: int) -> None:
+    """One stream, from its first byte until the server says that it has all."""
     with _connect(port) as connection, open(_zeros(), "rb") as zeros:
-        started = time.perf_counter()
         for _ in range(size // _CHUNK):
             connection.sendfile(zeros, 0, _CHUNK)
         connection.shutdown(socket.SHUT_WR)
         _read_answer(connection)
-        return size * 8 / (time.perf_counter() - started) / 1e9
 
 
 def _zeros() -> int:
@@ -162,29 +205,21 @@ def _zeros() -> int:
     return descriptor
 
 
-def _connections(port: int) -> float:
-    """Connections per second, one after the other."""
-
-    def all_of_them() -> None:
-        for _ in range(_CONNECTIONS):
-            with _connect(port) as connection:
-                connection.sendall(_REQUEST)
-                _read_answer(connection)
-
-    return _CONNECTIONS / seconds(all_of_them)
+def _open_and_close(count: int, port: int) -> None:
+    """Connections, one after the other, each with a request and an answer."""
+    for _ in range(count):
+        with _connect(port) as connection:
+            connection.sendall(_REQUEST)
+            _read_answer(connection)
 
 
-def _requests(port: int) -> float:
-    """Microseconds from a request to its answer."""
+def _ask(count: int, port: int) -> None:
+    """Requests and answers on one connection."""
     with _connect(port) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-        def all_of_them() -> None:
-            for _ in range(_REQUESTS):
-                connection.sendall(_REQUEST)
-                _read_answer(connection)
-
-        return microseconds_each(_REQUESTS, all_of_them)
+        for _ in range(count):
+            connection.sendall(_REQUEST)
+            _read_answer(connection)
 
 
 def _read_answer(connection: socket.socket) -> None:
@@ -201,3 +236,22 @@ def _cut_segments() -> None:
     with IPRoute() as rtnetlink:
         (index,) = rtnetlink.link_lookup(ifname="eth0")
         rtnetlink.link("set", index=index, gso_max_segs=1)
+
+
+def _stream(title: str, megabytes: int, rounds: int, limit: Limit | None = None) -> _Traffic:
+    size = megabytes * _CHUNK
+    run = functools.partial(_transfer, size)
+    return _Traffic(title, "sink", run, size * 8 / 1e9, Unit.GIGABITS_PER_SECOND, rounds, limit)
+
+
+def _dialogue(
+    title: str, count: int, run: Callable[[int, int], None], limit: Limit | None = None
+) -> _Traffic:
+    call = functools.partial(run, count)
+    return _Traffic(title, "answer", call, count, Unit.PER_SECOND, _ROUNDS, limit)
+
+
+_STREAM = _stream("one TCP stream through veth", 192, _ROUNDS, _HELD)
+_SMALL_STREAM = _stream("one TCP stream, no packet larger than 1500 bytes", 24, _FEW_ROUNDS)
+_CONNECTIONS = _dialogue("connections: open, request, answer, close", 100, _open_and_close, _HELD)
+_REQUESTS = _dialogue("request and answer on an open connection", 200, _ask)

@@ -1,6 +1,7 @@
 """`tidegate lab`: pods on this machine, with real sidecars and real traffic."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,8 +150,9 @@ def _labs_to_take_down(args: argparse.Namespace) -> tuple[str, ...]:
     running = runtime.labs()
     if args.all:
         return running
-    if args.lab is not None:
-        return (check_lab_name(args.lab, source="--name"),)
+    named = args.lab or os.environ.get("TIDEGATE_LAB")
+    if named:
+        return (check_lab_name(named, source="--name"),)
     if len(running) > 1:
         raise InputError(
             f"several labs are up: {', '.join(running)}", expected="--name NAME or --all"

@@ -59,7 +59,8 @@ def the_lab(args: argparse.Namespace) -> str:
 
 def server_address(args: argparse.Namespace) -> str:
     """Address of the intent server, as CatalogClient takes it."""
-    address: str | None = args.http_addr or os.environ.get("TIDEGATE_HTTP_ADDR")
+    named: str | None = args.http_addr
+    address = named or ("" if args.lab else os.environ.get("TIDEGATE_HTTP_ADDR"))
     if address:
         return address
     if chosen_lab(args) is None and SERVER_SOCKET.exists():
@@ -69,7 +70,8 @@ def server_address(args: argparse.Namespace) -> str:
 
 def agent_address(args: argparse.Namespace) -> str:
     """Address of an agent that can answer for the whole mesh, as AgentClient takes it."""
-    path: str | None = args.socket or os.environ.get("TIDEGATE_SOCKET")
+    named: str | None = args.socket
+    path = named or ("" if args.lab else os.environ.get("TIDEGATE_SOCKET"))
     if path:
         return f"unix://{path}"
     if chosen_lab(args) is None and AGENT_SOCKET.exists():

@@ -7,8 +7,11 @@ needs a lock. Stopping leaves rules, programs, maps and sidecars in place.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import hashlib
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,19 +20,20 @@ from typing import ParamSpec, TypeVar
 import msgspec
 from aiohttp import web
 
-from tidegate.catalog.client import CatalogClient, LeafMaterial, Snapshot
+from tidegate.catalog.client import CatalogClient, CatalogRefused, LeafMaterial, Snapshot
 from tidegate.catalog.registration import NodeInfo, is_published
 from tidegate.enforce.sidecar import envoy
 from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec, Upstream
-from tidegate.errors import TidegateError
+from tidegate.errors import InputError, TidegateError
 from tidegate.identity import spiffe
 from tidegate.intent.resolve import resolve, upstreams_of
+from tidegate.kernel.errors import KernelError
 from tidegate.model import Instance, ServiceIntent, Workload
 from tidegate.node import api
 from tidegate.node.config import AgentConfig
 from tidegate.node.guard import Guard
 from tidegate.node.intent import IntentSource
-from tidegate.node.keeper import Keeper, Wanted
+from tidegate.node.keeper import Keeper, Wanted, abandoned
 from tidegate.node.log import Log
 from tidegate.node.mesh import LocalEvidence, MeshView, NodeEvidence, NodeFlows
 from tidegate.node.observation import Observation, published
@@ -76,79 +80,102 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def run_agent(config: AgentConfig) -> None:
-    """Runs until SIGTERM or SIGINT."""
-    # The proxy user has to pass run_dir to its sidecar's directory; nobody has to see the state.
-    for directory, mode in ((config.run_dir, 0o711), (config.state_dir, 0o700)):
-        directory.mkdir(parents=True, exist_ok=True)
-        directory.chmod(mode)
-    listener = api.listen(config.socket)
+    """Runs until SIGTERM or SIGINT. TidegateError or KernelError when the agent cannot start."""
+    _make_directories(config)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    catalog = CatalogClient(config.server)
-    daemon = Daemon(config, catalog)
-    try:
-        await daemon.start()
+    async with contextlib.AsyncExitStack() as stack:
+        listener = api.listen(config.socket)
+        stack.callback(_hang_up, config.socket, listener)
+        catalog = await stack.enter_async_context(CatalogClient(config.server))
+        daemon = await Daemon.open(config, catalog)
+        stack.push_async_callback(daemon.close)
         runner = web.AppRunner(daemon.app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
+        stack.push_async_callback(runner.cleanup)
         await web.SockSite(runner, listener).start()
         log.info("agent started", node=config.node, server=config.server)
         await daemon.run(stop)
-        await runner.cleanup()
-    finally:
-        await daemon.close()
-        await catalog.close()
-        listener.close()
-        config.socket.unlink(missing_ok=True)
-        log.info("agent stopped; rules, programs and sidecars stay", node=config.node)
+    log.info("agent stopped; rules, programs and sidecars stay", node=config.node)
+
+
+def _make_directories(config: AgentConfig) -> None:
+    """The proxy user has to pass run_dir to its sidecar's directory; nobody has to see the state."""
+    for directory, mode in ((config.run_dir, 0o711), (config.state_dir, 0o700)):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(mode)
+        except OSError as error:
+            raise TidegateError(f"{directory} cannot be used: {error.strerror}") from error
+
+
+def _hang_up(path: Path, listener: socket.socket) -> None:
+    listener.close()
+    path.unlink(missing_ok=True)
 
 
 class Daemon:
     """The parts of one agent and the round that moves them."""
 
-    def __init__(self, config: AgentConfig, catalog: CatalogClient) -> None:
+    @classmethod
+    async def open(cls, config: AgentConfig, catalog: CatalogClient) -> "Daemon":
+        """Opens the evidence; what a former agent left is found again."""
+        worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="worker")
+        try:
+            loop = asyncio.get_running_loop()
+            observation = await loop.run_in_executor(worker, Observation, config)
+            return cls(config, catalog, worker, observation)
+        except BaseException:
+            worker.shutdown()
+            raise
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        catalog: CatalogClient,
+        worker: concurrent.futures.Executor,
+        observation: Observation,
+    ) -> None:
+        """`observation` is used in the one thread of `worker` only."""
         self._config = config
         self._catalog = catalog
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="worker")
+        self._worker = worker
+        self._observation = observation
         self._source = FileSource(config.workloads)
         self._intent = IntentSource(catalog, config.state_dir / "intent.json")
         self._envoy = envoy.binary()
         self._keepers: dict[str, Keeper] = {}
         self._roots_pem = ""
         self._round_at = 0.0
-        self._problems: dict[str, str] = {}
-        self._observation: Observation
+        self._problems: dict[tuple[str, str], str] = {}
+        """By what it is about and the workload's id, "" for the agent as a whole."""
         local = LocalEvidence(self._evidence, self._flows)
         self._mesh = MeshView(config, self._intent, catalog, local)
         self._guard = Guard(self._mesh, config.state_dir / "guards")
         self.app = api.make_app(self._mesh, local, self._guard, self._status)
 
-    async def start(self) -> None:
-        """Opens the evidence; what a former agent left is found again."""
-        self._observation = await self._work(Observation, self._config)
-        self._guard.resume()
-
     async def close(self) -> None:
         """Ends this process's part; what it set up stays."""
         await self._guard.stop()
-        if hasattr(self, "_observation"):
-            await self._work(self._observation.close)
+        await self._work(self._observation.close)
         self._worker.shutdown()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Round after round until `stop`; a round that fails is told and tried again."""
+        self._guard.resume()
         while not stop.is_set():
             try:
                 await self._round()
-            except TidegateError as error:
+            except (TidegateError, KernelError, OSError) as error:
                 self._tell("round", str(error))
             except Exception:
                 # The kernel and the sidecars go on; an agent that is gone would help nobody.
                 log.exception("a round failed by a defect of the agent")
-                self._problems["round"] = "a round failed by a defect of the agent; see its log"
+                self._tell("round", "a round failed by a defect of the agent; see its log")
             else:
-                self._problems.pop("round", None)
+                self._clear("round")
             try:
                 settling = any(keeper.is_settling for keeper in self._keepers.values())
                 await asyncio.wait_for(stop.wait(), SETTLING_ROUND_S if settling else ROUND_S)
@@ -159,9 +186,14 @@ class Daemon:
         snapshot = await self._intent.refresh()
         workloads = await self._work(self._source.list)
         intents = _intents(snapshot, workloads)
+        instances, faults = callable_instances(snapshot.instances)
+        if faults:
+            self._tell("catalog", f"not called with mTLS: {'; '.join(faults)}")
+        else:
+            self._clear("catalog")
         await self._work(self._follow, workloads, snapshot)
         leaves = await self._leaves(workloads)
-        await self._work(self._reconcile, workloads, snapshot, intents, leaves)
+        await self._work(self._reconcile, workloads, instances, intents, leaves)
         await self._publish(snapshot)
         await self._work(self._collect)
         self._round_at = time.time()
@@ -171,12 +203,21 @@ class Daemon:
         self._observation.labels.replace(snapshot.instances)
         self._observation.look()
         living = {workload.id: workload for workload in workloads}
-        for gone in [key for key in self._keepers if key not in living]:
-            keeper = self._keepers.pop(gone)
+        # A workload whose file cannot be read is not in the list of an agent that has just started.
+        complete = not self._source.problems()
+        gone = [keeper for key, keeper in self._keepers.items() if key not in living]
+        for keeper in gone:
             log.info("workload gone", workload=keeper.workload.name)
             keeper.remove()
+            del self._keepers[keeper.workload.id]
+            for problem in [key for key in self._problems if key[1] == keeper.workload.id]:
+                del self._problems[problem]
+        keys = {keeper.workload.key for keeper in gone}
         for key in self._observation.unclaimed(living.values()):
-            self._observation.detach(key)
+            if complete or key in keys:
+                self._observation.detach(key)
+        if complete:
+            self._remove_abandoned(living.values())
         for workload in living.values():
             if workload.id not in self._keepers:
                 log.info("workload found", workload=workload.name, meshed=workload.meshed)
@@ -186,6 +227,14 @@ class Daemon:
                 )
             self._keepers[workload.id].update(workload)
             self._observation.attach(workload)
+
+    def _remove_abandoned(self, living: Iterable[Workload]) -> None:
+        """Sidecars of workloads that went away while there was no agent."""
+        claimed = {self._directory(workload) for workload in living}
+        for directory in sorted(self._sidecars.glob("*")):
+            if directory not in claimed:
+                log.info("a sidecar was left behind", directory=str(directory))
+                abandoned(directory, self._envoy).remove()
 
     async def _leaves(self, workloads: Iterable[Workload]) -> dict[str, LeafMaterial]:
         """New leaf certificates for the workloads that need one."""
@@ -199,10 +248,10 @@ class Daemon:
                 self._roots_pem = await self._catalog.roots()
                 leaf = await self._catalog.leaf(workload.service, self._config.leaf_lifetime)
             except TidegateError as error:
-                self._tell(f"leaf {workload.name}", f"no leaf for {workload.name}: {error}")
+                self._tell("leaf", f"no leaf for {workload.name}: {error}", workload)
             else:
                 leaves[workload.id] = leaf
-                self._problems.pop(f"leaf {workload.name}", None)
+                self._clear("leaf", workload)
         return leaves
 
     def _identity(self, workload: Workload) -> str:
@@ -216,7 +265,7 @@ class Daemon:
     def _reconcile(
         self,
         workloads: Iterable[Workload],
-        snapshot: Snapshot,
+        instances: Iterable[Instance],
         intents: dict[str, ServiceIntent],
         leaves: dict[str, LeafMaterial],
     ) -> None:
@@ -224,18 +273,18 @@ class Daemon:
             keeper = self._keepers[workload.id]
             if not workload.meshed:
                 keeper.reconcile(None)
+                self._clear("leaf", workload)
+                self._clear("spec", workload)
                 continue
             if not self._intent.known:
                 continue
             intent = intents[workload.service]
             try:
-                spec = sidecar_spec(
-                    self._config, workload, intent, intents, snapshot.instances, keeper.spec
-                )
+                spec = sidecar_spec(self._config, workload, intent, intents, instances, keeper.spec)
             except TidegateError as error:
-                self._tell(f"spec {workload.name}", f"{workload.name} cannot be meshed: {error}")
+                self._tell("spec", f"{workload.name} cannot be meshed: {error}", workload)
                 continue
-            self._problems.pop(f"spec {workload.name}", None)
+            self._clear("spec", workload)
             leaf = leaves.get(workload.id)
             keeper.reconcile(
                 Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem)
@@ -243,49 +292,72 @@ class Daemon:
 
     async def _publish(self, snapshot: Snapshot) -> None:
         """Tells the catalog what its answer does not say yet."""
-        own = [published(keeper, self._config) for keeper in self._keepers.values()]
         known = {
             one.id: one
             for one in snapshot.instances
             if one.node == self._config.node and not one.seen_until
         }
-        news = [one for one in own if not is_published(one, known)]
-        gone = [one for one in known if one not in self._keepers]
+        complete = not self._source.problems()
+        gone = [one for one in known if one not in self._keepers] if complete else []
         address = self._config.node_addresses[0] if self._config.node_addresses else "127.0.0.1"
         node = NodeInfo(
             name=self._config.node, address=address, agent_api=f"unix://{self._config.socket}"
         )
         try:
-            if news:
-                await self._catalog.register(node, news)
+            for keeper in tuple(self._keepers.values()):
+                await self._publish_one(node, keeper, known)
             for instance_id in gone:
                 await self._catalog.deregister(self._config.node, instance_id)
         except TidegateError as error:
             self._tell("publish", f"the catalog does not have the latest of this node: {error}")
         else:
-            self._problems.pop("publish", None)
+            self._clear("publish")
+
+    async def _publish_one(
+        self, node: NodeInfo, keeper: Keeper, known: dict[str, Instance]
+    ) -> None:
+        """One by one, so that an instance that the server does not take stops no other."""
+        instance = published(keeper, self._config)
+        try:
+            if not is_published(instance, known):
+                await self._catalog.register(node, [instance])
+        except CatalogRefused as error:
+            problem = f"the catalog does not take {instance.name}: {error}"
+            self._tell("publish", problem, keeper.workload)
+        else:
+            self._clear("publish", keeper.workload)
 
     def _collect(self) -> None:
         self._observation.collect(time.time(), self._keepers.values())
 
     async def _evidence(self, service: str, window_s: float) -> NodeEvidence:
-        """Evidence up to this moment: a round of reading comes first."""
-
         def read() -> NodeEvidence:
-            self._collect()
             now = time.time()
             return self._observation.evidence(service, now - window_s, now, self._keepers)
 
-        return await self._work(read)
+        return await self._up_to_now(read)
 
     async def _flows(self, window_s: float | None) -> NodeFlows:
         def read() -> NodeFlows:
-            self._collect()
             now = time.time()
-            since = now - window_s if window_s else 0.0
+            since = 0.0 if window_s is None else now - window_s
             return self._observation.flows(since, now, self._keepers)
 
-        return await self._work(read)
+        return await self._up_to_now(read)
+
+    async def _up_to_now(self, read: Callable[[], _T]) -> _T:
+        """Evidence up to this moment: a round of reading comes first."""
+        if not self._round_at:
+            raise TidegateError(f"the agent of {self._config.node} has not looked around yet")
+
+        def collected() -> _T:
+            self._collect()
+            return read()
+
+        try:
+            return await self._work(collected)
+        except KernelError as error:
+            raise TidegateError(f"the kernel's counts cannot be read: {error}") from error
 
     async def _status(self) -> Status:
         def read() -> Status:
@@ -326,22 +398,49 @@ class Daemon:
     def _directory(self, workload: Workload) -> Path:
         """The sidecar's directory: short, and another one for another workload of the same name."""
         digest = hashlib.sha256(workload.id.encode()).hexdigest()[:8]
-        return self._config.run_dir / "sidecars" / f"{workload.name}-{digest}"
+        name = re.sub(r"[^a-z0-9-]", "-", workload.name)[:40]
+        return self._sidecars / f"{name}-{digest}"
+
+    @property
+    def _sidecars(self) -> Path:
+        return self._config.run_dir / "sidecars"
 
     async def _work(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, lambda: function(*args, **kwargs))
 
-    def _tell(self, what: str, problem: str) -> None:
-        if self._problems.get(what) != problem:
+    def _tell(self, what: str, problem: str, workload: Workload | None = None) -> None:
+        key = (what, workload.id if workload else "")
+        if self._problems.get(key) != problem:
             log.warning(problem)
-        self._problems[what] = problem
+        self._problems[key] = problem
+
+    def _clear(self, what: str, workload: Workload | None = None) -> None:
+        self._problems.pop((what, workload.id if workload else ""), None)
 
 
 def _intents(snapshot: Snapshot, workloads: Iterable[Workload]) -> dict[str, ServiceIntent]:
     services = {one.service for one in snapshot.instances}
     services.update(workload.service for workload in workloads)
     return resolve(snapshot.entries, sorted(services), snapshot.default_allow)
+
+
+def callable_instances(
+    instances: Iterable[Instance],
+) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
+    """Those that have a sidecar to call, and what is wrong with others: one fault does not stop the rest."""
+    found = []
+    faults = []
+    for one in sorted(instances, key=lambda one: one.id):
+        if not one.meshed or not one.port or one.seen_until:
+            continue
+        try:
+            endpoints_of(one)
+        except InputError as error:
+            faults.append(f"{one.name} on {one.node}: {error}")
+        else:
+            found.append(one)
+    return tuple(found), tuple(faults)
 
 
 def sidecar_spec(
@@ -352,7 +451,7 @@ def sidecar_spec(
     instances: Iterable[Instance],
     present: SidecarSpec | None,
 ) -> SidecarSpec:
-    """What the sidecar of `workload` should do. `present` is what it does now.
+    """What the sidecar of `workload` should do. `present` is what it does now, `instances` are the callable ones.
 
     An instance becomes reachable with mTLS only when it has published that its sidecar runs the intention that
     allows it; one that is reachable already stays so while the intention lasts.
@@ -362,24 +461,23 @@ def sidecar_spec(
         for upstream in (present.upstreams if present else ())
         for endpoint in upstream.endpoints
     }
-    living = sorted(
-        (one for one in instances if one.meshed and one.port and not one.seen_until),
-        key=lambda one: one.id,
-    )
+    callees: dict[str, list[Instance]] = {}
+    for one in instances:
+        if one.id != workload.id:
+            callees.setdefault(one.service, []).append(one)
     upstreams = []
     for service in upstreams_of(workload.service, intents):
-        callees = [one for one in living if one.service == service and one.id != workload.id]
         endpoints = tuple(
-            Endpoint(address=address, service_port=one.port, proxy_port=one.inbound_port)
-            for one in callees
-            for address in one.addresses
-            if one.applied_index >= intents[service].index or (service, address) in reached
+            endpoint
+            for one in callees.get(service, ())
+            for endpoint in endpoints_of(one)
+            if one.applied_index >= intents[service].index or (service, endpoint.address) in reached
         )
         if endpoints:
             upstreams.append(
                 Upstream(
                     service=service,
-                    namespace=callees[0].namespace,
+                    namespace=callees[service][0].namespace,
                     datacenter=config.datacenter,
                     port=endpoints[0].service_port,
                     endpoints=endpoints,
@@ -396,4 +494,14 @@ def sidecar_spec(
         default_allow=intent.default_allow,
         mesh_destinations_only=intent.mesh_destinations_only,
         upstreams=tuple(upstreams),
+    )
+
+
+def endpoints_of(instance: Instance) -> tuple[Endpoint, ...]:
+    """Where callers reach an instance with mTLS. InputError when what the catalog says cannot be right."""
+    spiffe.label(instance.service, "service")
+    spiffe.label(instance.namespace, "namespace")
+    return tuple(
+        Endpoint(address=address, service_port=instance.port, proxy_port=instance.inbound_port)
+        for address in instance.addresses
     )

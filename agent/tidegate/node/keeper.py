@@ -60,7 +60,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 class _Memory(msgspec.Struct, frozen=True, kw_only=True):
     """What a returning agent must know of a sidecar that it did not start."""
 
+    workload: Workload
     spec: SidecarSpec
+    policy: Policy
+    leaf_for: str
+    """SPIFFE URI that the leaf certificate was fetched for."""
     leaf_from: float
     leaf_until: float
 
@@ -70,19 +74,19 @@ class Keeper:
 
     def __init__(self, workload: Workload, directory: Path, envoy: Path, node_id: str) -> None:
         self.workload = workload
-        self.policy: Policy | None = None
+        self._memory_path = directory / "memory.json"
+        self._memory = _remembered(self._memory_path)
+        self.policy: Policy | None = self._memory.policy if self._memory else None
         """The policy in force: the latest that had no fault."""
         self.redirection = Redirection.NONE
         self.applied_index = 0
-        self.mode = MutualTLSMode.STRICT
-        """Mode that the sidecar is known to run."""
+        self.mode = self._memory.spec.mode if self._memory else MutualTLSMode.STRICT
+        """Mode that the sidecar is known to run; before it was first asked, what it was last told."""
         self._problems: dict[str, str] = {}
         self._node_id = node_id
         self._files = SidecarFiles(directory, uid=DEFAULT_PROXY_UID, gid=DEFAULT_PROXY_UID)
         self._envoy = EnvoyProcess(self._files, workload.netns, envoy=envoy)
         self._admin = SidecarAdmin(self._files.working)
-        self._memory_path = directory / "memory.json"
-        self._memory = self._remember()
         self._state = State()
         self._was_ready = False
         self._applied: SidecarSpec | None = None
@@ -117,7 +121,7 @@ class Keeper:
     def needs_leaf(self, now: float, service_id: str) -> bool:
         """Whether a new leaf certificate has to be fetched before the next `reconcile`."""
         memory = self._memory
-        if memory is None or identity(memory.spec) != service_id:
+        if memory is None or memory.leaf_for != service_id:
             return True
         return now >= memory.leaf_from + RENEW_AT * (memory.leaf_until - memory.leaf_from)
 
@@ -145,9 +149,10 @@ class Keeper:
         """One step towards `wanted`, or out of the mesh when it is None."""
         if wanted is None:
             self._leave()
-        elif self.policy is not None or self._memory is not None:
-            self._attempt("sidecar", lambda: self._keep_sidecar(wanted))
-            self._attempt("redirect", self._keep_rules)
+        elif self.policy is not None:
+            policy = self.policy
+            self._attempt("sidecar", lambda: self._keep_sidecar(wanted, policy))
+            self._attempt("redirect", lambda: self._keep_rules(policy))
             if not self._runs(wanted):
                 self._unsettled_since = self._unsettled_since or time.monotonic()
             else:
@@ -157,30 +162,35 @@ class Keeper:
         return self.in_mesh and self._applied == wanted.spec
 
     def remove(self) -> None:
-        """The workload is gone: ends its sidecar and takes its directory away."""
+        """The workload is gone, often with its namespace: nothing of it stays."""
+        if Path(self.workload.netns).exists():
+            self._attempt("redirect", self._remove_rules)
         self._attempt("sidecar", lambda: self._envoy.stop(STOP_DEADLINE_S))
-        self._files.remove()
+        self._attempt("files", self._files.remove)
 
     def _leave(self) -> None:
-        def rules() -> None:
-            if redirect.remove(self.workload.netns) is redirect.Change.REMOVED:
-                log.info("redirection removed", workload=self.workload.name)
-            self.redirection = Redirection.NONE
-            self._was_ready = False
+        if self._attempt("redirect", self._remove_rules):
+            self._attempt("sidecar", self._remove_sidecar)
 
-        def sidecar() -> None:
-            if self._memory is None:
-                return
-            self._envoy.stop(STOP_DEADLINE_S)
-            self._files.remove()
-            self._memory = None
-            self._state = State()
-            log.info("sidecar removed", workload=self.workload.name)
+    def _remove_rules(self) -> None:
+        if redirect.remove(self.workload.netns) is redirect.Change.REMOVED:
+            log.info("redirection removed", workload=self.workload.name)
+        self.redirection = Redirection.NONE
+        self._was_ready = False
 
-        if self._attempt("redirect", rules):
-            self._attempt("sidecar", sidecar)
+    def _remove_sidecar(self) -> None:
+        if not self._files.directory.exists():
+            return
+        self._envoy.stop(STOP_DEADLINE_S)
+        self._files.remove()
+        self._memory = None
+        self._state = State()
+        self._applied = None
+        self._unsettled_since = None
+        self.applied_index = 0
+        log.info("sidecar removed", workload=self.workload.name)
 
-    def _keep_sidecar(self, wanted: Wanted) -> None:
+    def _keep_sidecar(self, wanted: Wanted, policy: Policy) -> None:
         self._files.prepare()
         self._files.write_bootstrap(render.bootstrap(self._node_id, wanted.spec.service))
         if wanted.leaf is not None:
@@ -188,10 +198,22 @@ class Keeper:
             self._files.write_secrets(
                 render.render_secrets(leaf.certificate_pem, leaf.key_pem, wanted.roots_pem)
             )
-            self._memorise(wanted.spec, leaf.not_before, leaf.not_after)
+            memory = _Memory(
+                workload=self.workload,
+                spec=wanted.spec,
+                policy=policy,
+                leaf_for=identity(wanted.spec),
+                leaf_from=leaf.not_before,
+                leaf_until=leaf.not_after,
+            )
             log.info("leaf certificate written", workload=self.workload.name)
         elif self._memory is None:
             raise SidecarError(f"{self.workload.name} has no leaf certificate yet")
+        else:
+            memory = msgspec.structs.replace(
+                self._memory, workload=self.workload, spec=wanted.spec, policy=policy
+            )
+        self._memorise(memory)
         configuration = render.render(wanted.spec)
         if self._files.write_configuration(configuration):
             log.info(
@@ -200,8 +222,6 @@ class Keeper:
                 version=configuration.version,
                 mode=wanted.spec.mode,
             )
-        if self._memory and self._memory.spec != wanted.spec:
-            self._memorise(wanted.spec, self._memory.leaf_from, self._memory.leaf_until)
         before = self._state
         self._state = self._envoy.ensure(time.monotonic())
         if self._state.pid != before.pid or self._state.phase is not before.phase:
@@ -221,15 +241,11 @@ class Keeper:
                 f"the sidecar of {self.workload.name} refuses its configuration: {rejection}"
             )
 
-    def _keep_rules(self) -> None:
-        if self.policy is None:
-            left = redirect.current(self.workload.netns) is not None
-            self.redirection = Redirection.APPLIED if left else Redirection.NONE
-            return
-        if not self._was_ready and redirect.check(self.workload.netns, self.policy):
+    def _keep_rules(self, policy: Policy) -> None:
+        if not self._was_ready and redirect.check(self.workload.netns, policy):
             self.redirection = Redirection.WAITING
             return
-        change = redirect.apply(self.workload.netns, self.policy)
+        change = redirect.apply(self.workload.netns, policy)
         if change is not redirect.Change.UNCHANGED:
             log.info("redirection applied", workload=self.workload.name, change=change)
         self.redirection = Redirection.APPLIED
@@ -254,15 +270,27 @@ class Keeper:
         if self._problems.pop(what, None):
             log.info("well again", workload=self.workload.name, step=what)
 
-    def _remember(self) -> _Memory | None:
-        try:
-            return msgspec.json.decode(self._memory_path.read_bytes(), type=_Memory)
-        except (FileNotFoundError, msgspec.DecodeError):
-            return None
+    def _memorise(self, memory: _Memory) -> None:
+        if memory != self._memory:
+            write_atomically(self._memory_path, msgspec.json.encode(memory))
+            self._memory = memory
 
-    def _memorise(self, spec: SidecarSpec, leaf_from: float, leaf_until: float) -> None:
-        self._memory = _Memory(spec=spec, leaf_from=leaf_from, leaf_until=leaf_until)
-        write_atomically(self._memory_path, msgspec.json.encode(self._memory))
+
+def abandoned(directory: Path, envoy: Path) -> Keeper:
+    """The keeper of a directory that a former agent left and whose workload is gone: to be removed."""
+    memory = _remembered(directory / "memory.json")
+    unknown = Workload(id="", name=directory.name, service="", node="", netns="/nonexistent")
+    return Keeper(memory.workload if memory else unknown, directory, envoy, directory.name)
+
+
+def _remembered(path: Path) -> _Memory | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Memory)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, UnicodeDecodeError, TidegateError, OSError) as error:
+        log.warning("what a former agent knew is unreadable", file=str(path), reason=str(error))
+        return None
 
 
 def identity(spec: SidecarSpec) -> str:

@@ -1,0 +1,187 @@
+"""Edges as people read them: both ends named, each connection told once."""
+
+import pytest
+
+from tidegate.intent.policy import DEFAULT, policy_from_annotations
+from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass, Instance, Workload
+from tidegate.node.flows import OUTSIDE_SIDECARS, THROUGH_SIDECAR, row, told_once
+from tidegate.observe.labels import Labels
+
+API = Workload(
+    id="id-api",
+    name="api-1",
+    service="api",
+    node="n1",
+    netns="/run/netns/api",
+    port=8080,
+    addresses=("10.1.0.2", "fd00:1::2"),
+    meshed=True,
+)
+WEB = Workload(
+    id="id-web",
+    name="web-1",
+    service="web",
+    node="n2",
+    netns="/run/netns/web",
+    addresses=("10.2.0.3", "fd00:2::3"),
+)
+
+
+def instance(workload):
+    return Instance(
+        id=workload.id,
+        name=workload.name,
+        service=workload.service,
+        node=workload.node,
+        addresses=workload.addresses,
+        port=workload.port,
+        meshed=workload.meshed,
+        seen_from=1.0,
+    )
+
+
+@pytest.fixture
+def labels():
+    known = Labels()
+    known.replace((instance(API), instance(WEB)))
+    return known
+
+
+def edge(at=API, direction=Direction.INBOUND, peer="10.2.0.3", port=8080, **fields):
+    key = EdgeKey(
+        workload=at.key,
+        direction=direction,
+        peer=peer,
+        port=port,
+        flow_class=fields.pop("flow_class", FlowClass.PLAINTEXT),
+    )
+    whole = {
+        "connections": 1,
+        "bytes_to_server": 10,
+        "bytes_to_client": 20,
+        "first_seen": 100.0,
+        "last_seen": 200.0,
+    }
+    return Edge(key=key, count=EdgeCount(**{**whole, **fields}))
+
+
+def outbound(peer="10.1.0.2", **fields):
+    return edge(at=WEB, direction=Direction.OUTBOUND, peer=peer, **fields)
+
+
+def test_an_inbound_edge_names_its_caller_and_an_outbound_one_its_server(labels):
+    inbound = row(edge(), API, None, labels)
+    assert (inbound.caller.workload, inbound.server.workload) == ("web-1", "api-1")
+    assert (inbound.caller.service, inbound.caller.node) == ("web", "n2")
+    assert inbound.server.meshed
+    assert not inbound.caller.meshed
+    other_way = row(outbound(), WEB, None, labels)
+    assert (other_way.caller.workload, other_way.server.workload) == ("web-1", "api-1")
+
+
+def test_a_stranger_has_an_address_and_no_name(labels):
+    caller = row(edge(peer="192.0.2.1"), API, None, labels).caller
+    assert (caller.address, caller.workload, caller.service) == ("192.0.2.1", "", "")
+
+
+@pytest.mark.parametrize(
+    ("peer", "own"),
+    [("10.2.0.3", "10.1.0.2"), ("fd00:2::3", "fd00:1::2"), ("192.0.2.1", "10.1.0.2")],
+)
+def test_the_workload_has_its_address_of_the_peers_family(labels, peer, own):
+    assert row(edge(peer=peer), API, None, labels).server.address == own
+
+
+def test_a_workload_without_an_address_of_that_family_has_none(labels):
+    assert row(outbound(peer="fd00:9::9"), WEB, None, labels).caller.address == "fd00:2::3"
+    only_ipv4 = Workload(
+        id="x", name="x", service="x", node="n1", netns="", addresses=("10.1.0.9",)
+    )
+    assert row(edge(peer="fd00:2::3"), only_ipv4, None, labels).server.address == ""
+
+
+def test_the_path_is_that_of_the_policy_in_force(labels):
+    policy = policy_from_annotations(
+        {
+            "consul.hashicorp.com/transparent-proxy-exclude-inbound-ports": "9000",
+            "consul.hashicorp.com/transparent-proxy-exclude-outbound-ports": "5432",
+        }
+    )
+
+    def path(one, own, by=policy):
+        return row(one, own, by, labels).path
+
+    assert path(edge(port=8080), API) == THROUGH_SIDECAR
+    assert path(edge(port=9000), API) == OUTSIDE_SIDECARS
+    assert path(edge(port=5432), API) == THROUGH_SIDECAR
+    assert path(outbound(port=5432), WEB) == OUTSIDE_SIDECARS
+    assert path(outbound(port=9000), WEB) == THROUGH_SIDECAR
+    assert path(edge(port=20000), API) == THROUGH_SIDECAR, "the sidecar's own port"
+    assert path(edge(port=8080), API, None) == OUTSIDE_SIDECARS
+
+
+def test_both_families_of_a_pair_are_one_row(labels):
+    four = row(edge(first_seen=50.0), API, None, labels)
+    six = row(edge(peer="fd00:2::3", connections=4, last_seen=300.0), API, None, labels)
+    for order in ((four, six), (six, four)):
+        [merged] = told_once(order, {("api-1", "n1")})
+        assert (merged.connections, merged.bytes_to_server, merged.bytes_to_client) == (5, 20, 40)
+        assert (merged.first_seen, merged.last_seen) == (50.0, 300.0)
+        assert merged.caller.address == "fd00:2::3", "the address that was used last"
+
+
+def test_what_differs_in_class_port_path_or_stranger_stays_apart(labels):
+    rows = [
+        row(edge(), API, None, labels),
+        row(edge(), API, DEFAULT, labels),
+        row(edge(port=8081), API, None, labels),
+        row(edge(flow_class=FlowClass.MESH), API, None, labels),
+        row(edge(peer="192.0.2.1"), API, None, labels),
+        row(edge(peer="192.0.2.2"), API, None, labels),
+    ]
+    assert len(told_once(rows, ())) == len(rows)
+
+
+def test_a_flow_between_observed_workloads_is_told_from_the_servers_side(labels):
+    rows = [row(edge(), API, None, labels), row(outbound(), WEB, None, labels)]
+    [told] = told_once(rows, {("api-1", "n1"), ("web-1", "n2")})
+    assert told.observed_at is Direction.INBOUND
+
+
+def test_the_callers_view_stays_where_the_server_is_not_observed(labels):
+    rows = [row(outbound(), WEB, None, labels), row(outbound(peer="192.0.2.1"), WEB, None, labels)]
+    assert len(told_once(rows, {("web-1", "n2")})) == 2
+
+
+def test_a_namesake_on_another_node_does_not_hide_a_flow(labels):
+    rows = [row(outbound(), WEB, None, labels)]
+    assert len(told_once(rows, {("api-1", "n9")})) == 1
+
+
+def test_connections_that_turned_out_to_be_something_else_are_not_shown(labels):
+    empty = row(edge(flow_class=FlowClass.EMPTY, connections=0), API, None, labels)
+    corrected = row(edge(flow_class=FlowClass.EMPTY, connections=-2), API, None, labels)
+    assert told_once([empty, corrected], ()) == ()
+    unknown = row(edge(flow_class=FlowClass.UNKNOWN, connections=-1), API, None, labels)
+    assert unknown.connections == 0, "a count is never below zero"
+
+
+def test_a_correction_in_one_family_takes_nothing_from_the_other(labels):
+    four = row(edge(flow_class=FlowClass.EMPTY, connections=3), API, None, labels)
+    six = row(edge(flow_class=FlowClass.EMPTY, connections=-2, peer="fd00:2::3"), API, None, labels)
+    [told] = told_once([four, six], ())
+    assert told.connections == 3
+
+
+def test_a_connection_that_was_opened_before_the_window_is_shown(labels):
+    [told] = told_once([row(edge(connections=0), API, None, labels)], ())
+    assert told.connections == 0
+
+
+def test_the_order_does_not_depend_on_the_order_of_the_nodes_answers(labels):
+    rows = [
+        row(edge(peer=f"192.0.2.{n}", port=port), API, None, labels)
+        for n in range(3)
+        for port in (8080, 8081)
+    ]
+    assert told_once(rows, ()) == told_once(reversed(rows), ())
