@@ -4,8 +4,8 @@
  *
  * Theory of operation. Two programs watch a workload's interface, one for each way. A SYN opens a flow, counted as
  * empty. The client's first bytes are put together by stream position (prefix.h) and looked at as they grow
- * (hello.h), until they are or are not a TLS ClientHello; then the flow is settled and its connection moves to the
- * edge of its class (edges.h). Settled flows only count bytes.
+ * (hello.h), until they are or are not a TLS ClientHello; meanwhile the flow is unknown. Then it is settled and its
+ * connection moves to the edge of its class (edges.h). Settled flows only count bytes.
  *
  * The programs stand in the path of the packets: what a server acknowledges has been here before. If it
  * acknowledges bytes that were not seen, they never will be, and the flow is unknown.
@@ -330,6 +330,9 @@ static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_ke
 	if (!is_settled(flow) && segment->length && part_of(flow, segment, &part) &&
 	    !first_byte_decides(skb, key, flow, &part))
 		collect(skb, key, flow, &part);
+	/* Payload that does not decide yet. If nothing follows, the flow was not empty and is not known. */
+	if (segment->length && !is_settled(flow) && flow_class(flow) == TG_EMPTY)
+		give_verdict(key, flow, TG_UNKNOWN);
 	if (gain)
 		count_bytes(key, flow, TG_CLIENT, gain);
 	if (is_settled(flow))

@@ -109,11 +109,10 @@ class _Steps:
         """Nanoseconds per packet, which is the same again and again."""
         return self._from_pod.test_run(packet.frame, _REPETITIONS).duration_ns
 
-    def play(self, packet: Packet, first: int, repetitions: int) -> int:
+    def play(self, packet: Packet, first: int, repetitions: int) -> float:
         """Nanoseconds per packet, stepping included; the field counts up from `first`."""
         frame = self._before(packet, first)
-        taken: int = self._step_and_observe.test_run(frame, repetitions).duration_ns
-        return taken
+        return self._step_and_observe.test_run(frame, repetitions).duration_ns
 
     def next(self, packet: Packet, first: int, repetitions: int) -> float:
         """Nanoseconds per packet, as if the packets had come by themselves."""

@@ -53,7 +53,7 @@ def measure(site: Site) -> Iterator[Measurement]:
     namespaces = [site.namespace() for _ in range(_WORKLOADS)]
     programs = _programs(namespaces[0])
     yield _first_apply(namespaces, programs)
-    yield _re_apply(namespaces[0])
+    yield _re_apply(namespaces)
     yield _many(namespaces, programs)
     for namespace in namespaces:
         site.remove_namespace(namespace)
@@ -154,28 +154,37 @@ def _for_each(namespaces: list[str], apply: Callable[[str], None]) -> None:
         apply(namespace)
 
 
-def _re_apply(namespace: str) -> Measurement:
-    nftables.apply(namespace, DEFAULT)
+def _re_apply(namespaces: list[str]) -> Measurement:
+    still, changing = namespaces[:2]
+    policies = itertools.cycle((DEFAULT, _excluding(10)))
+    nftables.apply(still, DEFAULT)
+    nftables.apply(changing, next(policies))
 
     def again() -> None:
-        change = nftables.apply(namespace, DEFAULT)
+        change = nftables.apply(still, DEFAULT)
         assert change is nftables.Change.UNCHANGED, change
+
+    def changed() -> None:
+        change = nftables.apply(changing, next(policies))
+        assert change is nftables.Change.REPLACED, change
 
     limit = Limit(Bound.MEDIAN_AT_MOST, 1.0)
     measured = interleaved(
         PART,
-        "apply of an unchanged policy",
+        "apply where there are rules, in-process",
         Unit.MILLISECONDS,
         _REAPPLIES,
         [
-            Alternative("in-process", lambda: milliseconds(again), limit),
+            Alternative("unchanged policy", lambda: milliseconds(again), limit),
+            Alternative("changed policy", lambda: milliseconds(changed)),
             Alternative(
-                "of that: entering the namespace",
-                lambda: milliseconds(lambda: netns.run_in(namespace, int)),
+                "of both: entering the namespace",
+                lambda: milliseconds(lambda: netns.run_in(still, int)),
             ),
         ],
     )
-    nftables.remove(namespace)
+    for namespace in (still, changing):
+        nftables.remove(namespace)
     return measured
 
 

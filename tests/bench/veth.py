@@ -105,7 +105,7 @@ def _compare(part: str, path: "_Path", traffic: _Traffic) -> Iterator[Measuremen
         yield interleaved(part, traffic.title, traffic.unit, traffic.rounds, by_the_clock)
     yield from_samples(
         part,
-        "  the same per second of processor time, both ends together",
+        f"{traffic.title}, per second of both ends' processor time",
         traffic.unit,
         [(each, spent[each.name][-traffic.rounds :]) for each in alternatives],
     )

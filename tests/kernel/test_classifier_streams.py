@@ -645,6 +645,15 @@ def test_streams_cut_and_mixed_at_random_have_the_class_of_the_whole(bench: Benc
     assert all(flow.settled for flow in bench.flows())
 
 
+@pytest.mark.parametrize("length", [1, 5, 11, 100])
+def test_a_hello_that_stalls_is_unknown_until_it_goes_on(bench: Bench, length: int) -> None:
+    talk = talk_of(4)
+    bench.play([*talk.opening(), talk.up(0, MESH[:length])], Direction.INBOUND)
+    assert bench.classes() == {FlowClass.UNKNOWN: 1}
+    bench.play([talk.up(length, MESH[length:])], Direction.INBOUND)
+    assert bench.classes() == {FlowClass.MESH: 1}
+
+
 def test_a_prefix_that_had_to_make_room_leaves_its_flow_unknown(bench: Bench) -> None:
     first = talk_of(4, 1000)
     bench.play([*first.opening(), first.up(0, MESH[:50])], Direction.OUTBOUND)
@@ -652,7 +661,7 @@ def test_a_prefix_that_had_to_make_room_leaves_its_flow_unknown(bench: Bench) ->
         talk = talk_of(4, port)
         bench.play([talk.syn(), talk.up(0, MESH[:50])], Direction.OUTBOUND)
     bench.play([first.up(50, MESH[50:])], Direction.OUTBOUND)
-    assert bench.classes() == {FlowClass.UNKNOWN: 1, FlowClass.EMPTY: 4096}
+    assert bench.classes() == {FlowClass.UNKNOWN: 1 + 4096}
     assert bench.counted() == {"prefix_evicted": 1}
 
 
@@ -679,5 +688,5 @@ def test_a_prefix_of_an_evicted_flow_is_not_taken_for_that_of_the_next(bench: Be
     bench.play([*first.opening(), first.up(0, OWN_TLS[:50])], Direction.OUTBOUND)
     bench.evict_flows()
     bench.play([*second.opening(), *second.segments(MESH, 100)], Direction.OUTBOUND)
-    assert bench.classes() == {FlowClass.EMPTY: 1, FlowClass.MESH: 1}
+    assert bench.classes() == {FlowClass.UNKNOWN: 1, FlowClass.MESH: 1}
     assert bench.counted() == {}

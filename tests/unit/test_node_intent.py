@@ -7,7 +7,7 @@ import pytest
 
 from tidegate.catalog.client import CatalogUnreachable, Snapshot
 from tidegate.catalog.registration import NodeInfo
-from tidegate.intent.entries import Mesh, ServiceDefaults, ServiceIntentions
+from tidegate.intent.entries import Action, Mesh, ServiceDefaults, ServiceIntentions, Source
 from tidegate.intent.resolve import resolve
 from tidegate.model import Instance, MutualTLSMode
 from tidegate.node import intent as intent_module
@@ -21,7 +21,11 @@ SNAPSHOT = Snapshot(
     entries=(
         Mesh(allow_enabling_permissive_mutual_tls=True, modify_index=3),
         ServiceDefaults(name="api", mutual_tls_mode=MutualTLSMode.PERMISSIVE, modify_index=12),
-        ServiceIntentions(name="api", modify_index=4),
+        ServiceIntentions(
+            name="api",
+            sources=(Source(name="web", action=Action.ALLOW, precedence=9),),
+            modify_index=4,
+        ),
     ),
     instances=(API,),
     nodes=(NodeInfo(name="n1", address="10.0.0.254"),),

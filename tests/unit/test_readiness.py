@@ -197,6 +197,16 @@ def test_a_connection_opened_before_the_window_and_used_in_it_blocks():
     assert "on connections opened before" in reason.message
 
 
+@pytest.mark.parametrize("connections", [0, -1])
+def test_a_class_that_all_its_connections_have_left_was_not_seen(connections):
+    left = msgspec.structs.replace(
+        flow(FlowClass.UNKNOWN, connections=connections), bytes_to_server=0, bytes_to_client=0
+    )
+    judged = verdict(seen(MESH, left))
+    assert judged.verdict is Answer.READY
+    assert [each.flow_class for each in judged.callers] == [FlowClass.MESH]
+
+
 def test_one_line_for_one_caller_over_instances_and_address_families():
     judged = verdict(
         seen(flow(connections=2, ago=90), flow(peer="fd00:2::4", connections=3, ago=30)),

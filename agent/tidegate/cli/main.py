@@ -42,14 +42,15 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        parser.exit(message=f"tidegate {importlib.metadata.version('tidegate')}\n")
+        print(f"tidegate {importlib.metadata.version('tidegate')}")
+        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 good, 1 failed or not ready, 2 bad input or unknown."""
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser(argv[0] if argv else None).parse_args(argv)
     try:
+        args = make_parser(argv[0] if argv else None).parse_args(argv)
         status: int = args.run(args)
         sys.stdout.flush()
     except TidegateError as error:

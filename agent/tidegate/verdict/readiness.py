@@ -295,6 +295,11 @@ class _Seen(msgspec.Struct):
         return (*who, self.edge.flow_class, str(self.edge.port), self.effect)
 
 
+def _came_to_nothing(edge: EdgeEvidence) -> bool:
+    """Whether all that was seen on the edge turned out to be of another class, and is counted there."""
+    return edge.connections <= 0 and edge.bytes_to_server <= 0 and edge.bytes_to_client <= 0
+
+
 def _caller_flows(
     instances: Iterable[InstanceEvidence], window: Interval, known: Sequence[Instance]
 ) -> tuple[CallerFlow, ...]:
@@ -302,7 +307,7 @@ def _caller_flows(
     groups: dict[tuple[str, ...], list[_Seen]] = {}
     for at in instances:
         for edge in at.edges:
-            if edge.last_seen >= window.start:
+            if edge.last_seen >= window.start and not _came_to_nothing(edge):
                 instance = names.name_at(index, edge.peer, edge.last_seen)
                 seen = _Seen(edge, instance, effect_of(edge, at))
                 groups.setdefault(seen.group, []).append(seen)

@@ -1,0 +1,180 @@
+"""What a workload's sidecar is told to do: which instances it calls with mTLS, and from when on."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec
+from tidegate.errors import InputError
+from tidegate.model import Instance, IntentionRule, MutualTLSMode, ServiceIntent, Workload
+from tidegate.node.config import AgentConfig
+from tidegate.node.daemon import callable_instances, sidecar_spec
+
+CONFIG = AgentConfig(
+    node="n1",
+    server="unix:///run/s.sock",
+    workloads=Path("/run/w"),
+    trust_domain="mesh.consul",
+    datacenter="dc2",
+)
+WEB = Workload(id="id-web", name="web", service="web", node="n1", netns="/run/netns/web", port=8000)
+ALLOW_WEB = IntentionRule(source="web", allow=True)
+WEB_INTENT = ServiceIntent(service="web", mode=MutualTLSMode.PERMISSIVE, index=3)
+API_INTENT = ServiceIntent(service="api", intentions=(ALLOW_WEB,), index=10)
+INTENTS = {"web": WEB_INTENT, "api": API_INTENT}
+
+
+def api(name="api-1", *addresses, **fields):
+    whole = {
+        "id": f"id-{name}",
+        "name": name,
+        "service": "api",
+        "node": "n2",
+        "addresses": addresses or ("10.2.0.2", "fd00:2::2"),
+        "port": 8080,
+        "meshed": True,
+        "applied_index": 10,
+    }
+    return Instance(**{**whole, **fields})
+
+
+def spec_for(*instances, workload=WEB, intents=INTENTS, present=None) -> SidecarSpec:
+    found, _ = callable_instances(instances)
+    return sidecar_spec(CONFIG, workload, intents[workload.service], intents, found, present)
+
+
+def called(spec):
+    return {
+        (upstream.service, endpoint.address)
+        for upstream in spec.upstreams
+        for endpoint in upstream.endpoints
+    }
+
+
+BOTH = {("api", "10.2.0.2"), ("api", "fd00:2::2")}
+
+
+def test_the_sidecar_is_the_services_own():
+    spec = spec_for()
+    assert (spec.service, spec.mode, spec.service_ports) == (
+        "web",
+        MutualTLSMode.PERMISSIVE,
+        (8000,),
+    )
+    assert (spec.trust_domain, spec.datacenter) == ("mesh.consul", "dc2")
+    assert spec.upstreams == ()
+
+
+def test_who_may_call_is_taken_over_from_the_intent():
+    intent = ServiceIntent(
+        service="web", intentions=(ALLOW_WEB,), default_allow=True, mesh_destinations_only=True
+    )
+    spec = spec_for(intents={"web": intent})
+    assert spec.intentions == (ALLOW_WEB,)
+    assert spec.default_allow
+    assert spec.mesh_destinations_only
+
+
+def test_a_workload_that_only_calls_has_no_service_port():
+    caller = msgspec.structs.replace(WEB, port=0)
+    assert spec_for(workload=caller).service_ports == ()
+
+
+def test_an_instance_that_enforces_the_intention_is_called_in_both_families():
+    spec = spec_for(api())
+    assert called(spec) == BOTH
+    [upstream] = spec.upstreams
+    assert (upstream.port, upstream.datacenter, upstream.namespace) == (8080, "dc2", "default")
+    assert upstream.endpoints[0] == Endpoint(
+        address="10.2.0.2", service_port=8080, proxy_port=20000
+    )
+
+
+@pytest.mark.parametrize("applied", [0, 9])
+def test_an_instance_that_does_not_enforce_the_intention_yet_is_not_called(applied):
+    assert spec_for(api(applied_index=applied)).upstreams == ()
+
+
+@pytest.mark.parametrize("applied", [10, 11])
+def test_an_instance_is_called_from_the_index_of_its_services_intent_on(applied):
+    assert called(spec_for(api(applied_index=applied))) == BOTH
+
+
+def test_one_instance_that_lags_behind_does_not_hold_the_others_back():
+    spec = spec_for(api(), api("api-2", "10.2.0.9", applied_index=9))
+    assert called(spec) == BOTH
+
+
+def test_an_instance_that_is_called_stays_called_while_it_takes_in_a_later_intent():
+    present = spec_for(api())
+    later = INTENTS | {"api": msgspec.structs.replace(API_INTENT, index=20)}
+    assert called(spec_for(api(), intents=later, present=present)) == BOTH
+    assert called(spec_for(api(), intents=later)) == set()
+
+
+def test_an_instance_that_comes_later_is_not_called_because_others_are():
+    present = spec_for(api())
+    later = INTENTS | {"api": msgspec.structs.replace(API_INTENT, index=20)}
+    spec = spec_for(api(), api("api-2", "10.2.0.9"), intents=later, present=present)
+    assert called(spec) == BOTH
+
+
+def test_without_the_intention_the_service_is_no_upstream_any_more():
+    present = spec_for(api())
+    for intentions in ((), (IntentionRule(source="web", allow=False),)):
+        gone = INTENTS | {"api": msgspec.structs.replace(API_INTENT, intentions=intentions)}
+        assert spec_for(api(), intents=gone, present=present).upstreams == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seen_until": 5.0}, {"meshed": False}, {"port": 0}],
+    ids=["departed", "left the mesh", "has no port"],
+)
+def test_an_instance_that_cannot_be_called_is_dropped_also_where_it_was_called(change):
+    present = spec_for(api())
+    assert spec_for(msgspec.structs.replace(api(), **change), present=present).upstreams == ()
+    assert spec_for(present=present).upstreams == ()
+
+
+def test_an_address_that_another_service_has_now_is_not_called_as_the_former():
+    present = spec_for(api())
+    other = api(service="db")
+    intents = INTENTS | {
+        "api": msgspec.structs.replace(API_INTENT, index=20),
+        "db": ServiceIntent(service="db", intentions=(ALLOW_WEB,), index=30),
+    }
+    assert spec_for(other, intents=intents, present=present).upstreams == ()
+
+
+def test_a_workload_never_calls_itself_but_its_siblings():
+    intents = {"web": msgspec.structs.replace(WEB_INTENT, intentions=(ALLOW_WEB,))}
+    own = api("web", "10.1.0.1", service="web", id="id-web", port=8000)
+    sibling = api("web-2", "10.1.0.2", service="web", port=8000)
+    assert called(spec_for(own, sibling, intents=intents)) == {("web", "10.1.0.2")}
+
+
+def test_an_instance_with_a_fault_is_told_and_the_others_are_called():
+    bad = [
+        api("port", "10.9.0.1", port=70000),
+        api("proxy", "10.9.0.2", inbound_port=-1),
+        api("address", "10.9.0.300"),
+        api("name", "10.9.0.4", service="Not_A_Name"),
+    ]
+    found, faults = callable_instances([*bad, api()])
+    assert [one.name for one in found] == ["api-1"]
+    assert len(faults) == len(bad)
+    for one, told in zip(sorted(bad, key=lambda one: one.id), faults, strict=True):
+        assert told.startswith(f"{one.name} on n2: ")
+
+
+def test_the_order_in_which_the_catalog_answers_changes_nothing():
+    first, second = api(), api("api-2", "10.2.0.9")
+    assert spec_for(first, second) == spec_for(second, first)
+
+
+def test_a_workload_that_cannot_have_a_sidecar_is_an_error_for_a_person():
+    odd = msgspec.structs.replace(WEB, service="Not_A_Name")
+    with pytest.raises(InputError, match="Not_A_Name"):
+        spec_for(workload=odd, intents={"Not_A_Name": ServiceIntent(service="Not_A_Name")})
