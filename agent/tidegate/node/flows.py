@@ -72,8 +72,8 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
         observed_at=key.direction,
         # Below zero where connections of before turned out to be something else.
         connections=max(count.connections, 0),
-        bytes_to_server=count.bytes_to_server,
-        bytes_to_client=count.bytes_to_client,
+        bytes_to_server=max(count.bytes_to_server, 0),
+        bytes_to_client=max(count.bytes_to_client, 0),
         first_seen=count.first_seen,
         last_seen=count.last_seen,
     )
@@ -91,7 +91,7 @@ def told_once(
     for one in rows:
         if one.observed_at is Direction.OUTBOUND and _who(one.server) in observed:
             continue
-        if one.flow_class is FlowClass.EMPTY and one.connections == 0:
+        if not (one.connections or one.bytes_to_server or one.bytes_to_client):
             continue
         key = (_who(one.caller), _who(one.server), one.port, one.flow_class, one.path)
         merged[key] = _sum(merged[key], one) if key in merged else one
