@@ -1,11 +1,13 @@
 """The agent under traffic: stopped, killed, returning; sidecars that die; nothing lost and nothing open."""
 
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
-from labs import Lab, eventually, lab_up, tidegate
+from labs import DEMO_FILE, Lab, eventually, lab_up, tidegate
 
 NODE = "node1"
 HOME_OF_API = NODE
@@ -87,3 +89,23 @@ def test_a_sidecar_that_dies_is_started_again_and_shows_in_the_status(lab: Lab) 
     eventually(is_back, "the sidecar to be back")
     answered = lab.answered("web")
     eventually(lambda: lab.answered("web") > answered + 5, "mesh requests to be answered again")
+
+
+def test_certificates_are_rotated_under_traffic_without_a_failed_request(tmp_path: Path) -> None:
+    file = tmp_path / "lab.yaml"
+    file.write_text(
+        DEMO_FILE.read_text().replace("leaf_lifetime: 1h", "leaf_lifetime: 6s"), encoding="utf-8"
+    )
+    with lab_up("rotate", file) as lab:
+        [leaf] = lab.root.glob("nodes/*/run/sidecars/web-*/envoy/leaf.json")
+        presented = {leaf.read_bytes()}
+
+        def rotated(times: int) -> bool:
+            presented.add(leaf.read_bytes())
+            return len(presented) > times
+
+        answered, began = lab.answered("web"), time.monotonic()
+        eventually(lambda: rotated(3), "three rotations")
+        assert time.monotonic() - began > 2 * 3, "a certificate is used for most of its life"
+        assert lab.answered("web") > answered
+        assert lab.failures() == []

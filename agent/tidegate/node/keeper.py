@@ -66,6 +66,7 @@ class _Memory(msgspec.Struct, frozen=True, kw_only=True):
     leaf_for: str
     """SPIFFE URI that the leaf certificate was fetched for."""
     leaf_from: float
+    """When it was fetched: its own notBefore lies earlier, for clocks that run behind."""
     leaf_until: float
 
 
@@ -203,7 +204,7 @@ class Keeper:
                 spec=wanted.spec,
                 policy=policy,
                 leaf_for=identity(wanted.spec),
-                leaf_from=leaf.not_before,
+                leaf_from=time.time(),
                 leaf_until=leaf.not_after,
             )
             log.info("leaf certificate written", workload=self.workload.name)

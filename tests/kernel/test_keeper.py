@@ -1,0 +1,381 @@
+"""One workload kept as it should be: a real namespace pair, a real Envoy, real rules, real connections."""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from namespaces import Pair, landing, serving
+
+from tidegate.catalog.client import LeafMaterial
+from tidegate.enforce.redirect import nftables
+from tidegate.enforce.sidecar import render
+from tidegate.enforce.sidecar.envoy import Phase, binary
+from tidegate.enforce.sidecar.spec import SidecarSpec
+from tidegate.identity.ca import MeshCA
+from tidegate.kernel import netns
+from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
+from tidegate.node.keeper import Keeper, Redirection, Wanted, abandoned, identity
+
+DEADLINE_S = 20
+PORT = 8080
+EXCLUDE = "consul.hashicorp.com/transparent-proxy-exclude-inbound-ports"
+SPEC = SidecarSpec(
+    service="api",
+    trust_domain="0f1e2d3c.consul",
+    mode=MutualTLSMode.PERMISSIVE,
+    service_ports=(PORT,),
+)
+STRICT = msgspec.structs.replace(SPEC, mode=MutualTLSMode.STRICT)
+
+
+class Site:
+    """One pod and what its keeper is given."""
+
+    def __init__(self, directory: Path, pair: Pair) -> None:
+        self.pair = pair
+        self.directory = directory / "sidecars" / "api-0"
+        self.ca = MeshCA.create(directory / "ca", SPEC.trust_domain)
+        self.workload = Workload(
+            id="id-api",
+            name="api-1",
+            service="api",
+            node="n1",
+            netns=pair.pod,
+            port=PORT,
+            addresses=(pair.pod_ipv4, pair.pod_ipv6),
+            meshed=True,
+        )
+
+    def keeper(self, envoy: Path | None = None, **annotations: str) -> Keeper:
+        """A keeper as an agent that has just started makes it."""
+        keeper = Keeper(self.workload, self.directory, envoy or binary(), "api-1.n1")
+        keeper.update(msgspec.structs.replace(self.workload, annotations=annotations))
+        return keeper
+
+    def leaf(self, spec: SidecarSpec = SPEC) -> LeafMaterial:
+        leaf = self.ca.issue(identity(spec), 3600)
+        return LeafMaterial(
+            service=spec.service,
+            spiffe_uri=identity(spec),
+            certificate_pem=leaf.certificate_pem,
+            key_pem=leaf.key_pem,
+            not_before=leaf.not_before,
+            not_after=leaf.not_after,
+            serial=leaf.serial,
+        )
+
+    def wanted(
+        self, spec: SidecarSpec = SPEC, index: int = 1, leaf: LeafMaterial | None = None
+    ) -> Wanted:
+        return Wanted(spec=spec, index=index, leaf=leaf, roots_pem=self.ca.roots_pem)
+
+    def rules(self) -> bool:
+        return nftables.current(self.pair.pod) is not None
+
+    def envoys(self) -> list[int]:
+        """Processes of the proxy user in the pod."""
+        found = []
+        for pid in netns.pids(self.pair.pod):
+            with contextlib.suppress(FileNotFoundError):
+                if Path(f"/proc/{pid}").stat().st_uid == DEFAULT_PROXY_UID:
+                    found.append(pid)
+        return found
+
+    def reaches_application(self) -> bool:
+        """Whether a plaintext caller's connection arrives at the application's own port."""
+        return landing(self.pair.peer, self.pair.pod_ipv4, PORT).port == PORT
+
+    def until_meshed(self, keeper: Keeper, wanted: Wanted) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        keeper.reconcile(wanted)
+        wanted = msgspec.structs.replace(wanted, leaf=None)
+        while not (keeper.in_mesh and keeper.applied_index == wanted.index):
+            assert time.monotonic() < deadline, keeper.problems
+            time.sleep(0.02)
+            keeper.reconcile(wanted)
+
+
+@pytest.fixture
+def site(pair: Pair) -> Iterator[Site]:
+    """The directory is one that the proxy user can pass, which pytest's own are not."""
+    directory = Path(tempfile.mkdtemp(prefix="tidegate-test-"))
+    directory.chmod(0o711)
+    made = Site(directory, pair)
+    try:
+        with serving(pair.pod, "api", [PORT]):
+            yield made
+    finally:
+        for pid in made.envoys() if Path(pair.pod).exists() else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def meshed(site: Site) -> Keeper:
+    """A keeper whose workload is in the mesh."""
+    keeper = site.keeper()
+    site.until_meshed(keeper, site.wanted(leaf=site.leaf()))
+    return keeper
+
+
+def test_rules_come_only_once_envoy_works_by_exactly_these_files(site: Site) -> None:
+    keeper = site.keeper()
+    wanted = site.wanted(leaf=site.leaf())
+    version = render.render(SPEC).version
+    deadline = time.monotonic() + DEADLINE_S
+    states = []
+    while not keeper.in_mesh:
+        assert not site.rules()
+        assert keeper.applied_index == 0
+        assert time.monotonic() < deadline, keeper.problems
+        keeper.reconcile(wanted)
+        wanted = msgspec.structs.replace(wanted, leaf=None)
+        states.append(keeper.redirection)
+    assert site.rules()
+    assert keeper.admin.applied_version() == version
+    assert states[0] is Redirection.WAITING
+    assert states[-1] is Redirection.APPLIED
+    assert keeper.sidecar.phase is Phase.RUNNING
+    assert (keeper.applied_index, keeper.mode) == (1, MutualTLSMode.PERMISSIVE)
+    assert keeper.problems == ()
+    assert site.reaches_application(), "permissive lets plaintext through the sidecar"
+    assert keeper.admin.sidecar_stats().permissive_connections == 1
+
+
+def test_without_a_leaf_nothing_is_redirected_and_the_problem_says_so(site: Site) -> None:
+    keeper = site.keeper()
+    keeper.reconcile(site.wanted())
+    assert keeper.redirection is Redirection.WAITING
+    assert keeper.problems == ("api-1 has no leaf certificate yet",)
+    assert not site.rules()
+    assert site.envoys() == []
+    assert site.reaches_application()
+
+
+def test_an_envoy_that_does_not_start_keeps_the_workload_out_of_the_mesh(site: Site) -> None:
+    keeper = site.keeper(envoy=Path(shutil.which("false")))
+    wanted = site.wanted(leaf=site.leaf())
+    deadline = time.monotonic() + DEADLINE_S
+    while "exited with status 1" not in "".join(keeper.problems):
+        assert time.monotonic() < deadline, keeper.problems
+        keeper.reconcile(wanted)
+    assert keeper.redirection is Redirection.WAITING
+    assert not site.rules()
+    assert site.reaches_application()
+
+
+def test_out_of_the_mesh_nothing_stays(site: Site, meshed: Keeper) -> None:
+    pid = meshed.sidecar.pid
+    meshed.reconcile(None)
+    assert not site.rules()
+    assert pid not in netns.pids(site.pair.pod)
+    assert not site.directory.exists()
+    assert (meshed.in_mesh, meshed.spec, meshed.applied_index) == (False, None, 0)
+    assert meshed.problems == ()
+    assert site.reaches_application()
+    meshed.reconcile(None)
+    site.until_meshed(meshed, site.wanted(leaf=site.leaf()))
+
+
+def test_while_its_rules_cannot_be_removed_the_sidecar_stays(
+    site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_netns: str) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nftables, "remove", refuse)
+        meshed.reconcile(None)
+    assert site.envoys() == [meshed.sidecar.pid]
+    assert meshed.problems != ()
+    meshed.reconcile(None)
+    assert site.envoys() == []
+    assert meshed.problems == ()
+
+
+def test_a_returning_keeper_adopts_envoy_rules_and_leaf(site: Site, meshed: Keeper) -> None:
+    returned = site.keeper()
+    assert returned.spec == SPEC
+    assert not returned.needs_leaf(time.time(), identity(SPEC))
+    returned.reconcile(site.wanted())
+    assert returned.in_mesh
+    assert (returned.applied_index, returned.mode) == (1, MutualTLSMode.PERMISSIVE)
+    assert returned.sidecar.pid == meshed.sidecar.pid
+    assert returned.sidecar.restarts == 0
+    assert site.envoys() == [meshed.sidecar.pid]
+    assert returned.problems == ()
+
+
+def test_a_returning_keeper_takes_a_workload_out_of_the_mesh(site: Site, meshed: Keeper) -> None:
+    site.keeper().reconcile(None)
+    assert not site.rules()
+    assert site.envoys() == []
+    assert not site.directory.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe"])
+def test_a_returning_keeper_with_a_damaged_memory_asks_for_a_leaf_and_adopts(
+    site: Site, meshed: Keeper, content: bytes
+) -> None:
+    (site.directory / "memory.json").write_bytes(content)
+    returned = site.keeper()
+    assert returned.needs_leaf(time.time(), identity(SPEC))
+    site.until_meshed(returned, site.wanted(leaf=site.leaf()))
+    assert returned.sidecar.pid == meshed.sidecar.pid
+    (site.directory / "memory.json").write_bytes(content)
+    site.keeper().reconcile(None)
+    assert site.envoys() == [], "it leaves nothing behind either"
+
+
+def test_a_faulty_annotation_is_named_and_the_policy_stays(site: Site) -> None:
+    keeper = site.keeper(**{EXCLUDE: "9000"})
+    site.until_meshed(keeper, site.wanted(leaf=site.leaf()))
+    good = keeper.policy
+    keeper.update(msgspec.structs.replace(site.workload, annotations={EXCLUDE: "nine"}))
+    keeper.reconcile(site.wanted())
+    assert keeper.policy == good
+    [problem] = keeper.problems
+    assert EXCLUDE in problem
+    assert "nine" in problem
+    assert "the policy stays as it was" in problem
+    assert keeper.in_mesh
+    assert nftables.check(site.pair.pod, good) == ()
+
+    returned = site.keeper(**{EXCLUDE: "nine"})
+    returned.reconcile(site.wanted())
+    assert returned.policy == good, "also for the next agent"
+    assert returned.in_mesh
+    assert nftables.check(site.pair.pod, good) == ()
+
+    returned.update(msgspec.structs.replace(site.workload, annotations={EXCLUDE: "9001"}))
+    returned.reconcile(site.wanted())
+    assert returned.problems == ()
+    assert nftables.check(site.pair.pod, good) != ()
+    assert nftables.check(site.pair.pod, returned.policy) == ()
+
+
+def test_a_workload_whose_annotations_were_never_good_is_left_alone(site: Site) -> None:
+    keeper = site.keeper(**{EXCLUDE: "nine"})
+    keeper.reconcile(site.wanted(leaf=site.leaf()))
+    assert keeper.redirection is Redirection.NONE
+    assert "it has no policy" in keeper.problems[0]
+    assert not site.rules()
+    assert site.envoys() == []
+
+
+def test_rules_that_somebody_removed_are_put_back(site: Site, meshed: Keeper) -> None:
+    nftables.remove(site.pair.pod)
+    meshed.reconcile(site.wanted())
+    assert nftables.check(site.pair.pod, meshed.policy) == ()
+
+
+def test_the_rules_stay_when_envoy_is_killed_and_it_is_started_again(
+    site: Site, meshed: Keeper
+) -> None:
+    pid = meshed.sidecar.pid
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + DEADLINE_S
+    while "killed by SIGKILL" not in "".join(meshed.problems):
+        assert time.monotonic() < deadline, meshed.problems
+        meshed.reconcile(site.wanted())
+        assert site.rules()
+        assert meshed.in_mesh
+    with pytest.raises(ConnectionRefusedError):
+        site.reaches_application()
+    while meshed.problems:
+        assert time.monotonic() < deadline, meshed.problems
+        meshed.reconcile(site.wanted())
+        assert site.rules()
+        assert meshed.in_mesh
+    assert meshed.sidecar.pid not in (0, pid)
+    assert meshed.sidecar.restarts == 1
+    assert site.reaches_application()
+
+
+def test_a_keeper_that_returns_while_envoy_is_dead_leaves_the_rules(
+    site: Site, meshed: Keeper
+) -> None:
+    meshed._envoy.stop(5)
+    returned = site.keeper()
+    returned.reconcile(site.wanted())
+    assert site.rules()
+    assert returned.in_mesh
+    site.until_meshed(returned, site.wanted())
+    assert site.reaches_application()
+
+
+def test_a_flip_counts_only_once_envoy_works_by_it(site: Site, meshed: Keeper) -> None:
+    pid = meshed.sidecar.pid
+    deadline = time.monotonic() + DEADLINE_S
+    wanted = site.wanted(STRICT, index=2)
+    version = render.render(STRICT).version
+    while meshed.applied_index != 2:
+        assert meshed.mode is MutualTLSMode.PERMISSIVE
+        assert time.monotonic() < deadline, meshed.problems
+        meshed.reconcile(wanted)
+    assert meshed.mode is MutualTLSMode.STRICT
+    assert meshed.admin.applied_version() == version
+    assert meshed.sidecar.pid == pid
+    with pytest.raises(ConnectionError):
+        site.reaches_application()
+
+
+def test_a_leaf_is_renewed_in_time_and_whenever_the_identity_changes(
+    site: Site, meshed: Keeper
+) -> None:
+    memory = meshed._memory
+    life = memory.leaf_until - memory.leaf_from
+    assert not meshed.needs_leaf(memory.leaf_from + 0.6 * life, identity(SPEC))
+    assert meshed.needs_leaf(memory.leaf_from + 0.7 * life, identity(SPEC))
+    renamed = msgspec.structs.replace(SPEC, service="billing")
+    assert meshed.needs_leaf(time.time(), identity(renamed))
+    meshed.reconcile(site.wanted(renamed, index=2))
+    assert meshed.spec == renamed
+    assert meshed.needs_leaf(time.time(), identity(renamed)), "it still has the other one's leaf"
+    meshed.reconcile(site.wanted(renamed, index=2, leaf=site.leaf(renamed)))
+    assert not meshed.needs_leaf(time.time(), identity(renamed))
+
+
+def test_of_a_workload_that_is_gone_nothing_stays(site: Site, meshed: Keeper) -> None:
+    meshed.remove()
+    assert not site.rules(), "a namespace that outlives its workload is not cut off"
+    assert site.envoys() == []
+    assert not site.directory.exists()
+    assert meshed.problems == ()
+    assert site.reaches_application()
+
+
+def test_a_workload_that_is_gone_with_its_namespace_leaves_no_envoy(
+    site: Site, meshed: Keeper
+) -> None:
+    pid = meshed.sidecar.pid
+    netns.delete(Path(site.pair.pod).name)
+    try:
+        meshed.remove()
+        assert not site.directory.exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    finally:
+        netns.create(Path(site.pair.pod).name)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_a_former_agent_left_of_a_workload_can_be_removed(
+    site: Site, meshed: Keeper, damaged: bool
+) -> None:
+    pid = meshed.sidecar.pid
+    if damaged:
+        (site.directory / "memory.json").write_bytes(b"{")
+    abandoned(site.directory, binary()).remove()
+    assert site.envoys() == []
+    assert not site.directory.exists()
+    assert site.rules() is damaged, "without the memory nobody knows whose namespace it was"
+    assert pid not in netns.pids(site.pair.pod)
