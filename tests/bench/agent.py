@@ -181,7 +181,14 @@ class _Agent:
         path.write_bytes(msgspec.yaml.encode(config))
         argv = [sys.executable, "-m", "tidegate.cli.main", *command.split(), "--config", str(path)]
         with (self._directory / f"{name}.log").open("wb") as log:
-            process = netns.spawn(self._node, argv, stdout=log, stderr=log, cwd=str(REPOSITORY))
+            process = netns.spawn(
+                self._node,
+                argv,
+                stdout=log,
+                stderr=log,
+                cwd=str(REPOSITORY),
+                start_new_session=True,
+            )
         self._processes.callback(_end, process)
         return process.pid
 

@@ -96,7 +96,7 @@ def site() -> Iterator[Site]:
 def sweep() -> None:
     """Removes what this process, or benchmarks that do not run any more, have left on the machine."""
     names = [name for name in netns.names() if _is_left(name)]
-    left = [psutil.Process(pid) for name in names for pid in _pids(name)]
+    left = [process for name in names for process in _processes(name)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -113,10 +113,12 @@ def _as_interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _pids(name: str) -> list[int]:
-    """Processes in a namespace; a name without a namespace behind it has none."""
-    path = netns.path(name)
-    return [pid for pid in netns.pids(path) if pid != os.getpid()]
+def _processes(name: str) -> Iterator[psutil.Process]:
+    """Those in a namespace; a name without a namespace behind it has none."""
+    for pid in netns.pids(netns.path(name)):
+        if pid != os.getpid():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                yield psutil.Process(pid)
 
 
 def _is_left(name: str) -> bool:

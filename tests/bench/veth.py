@@ -9,7 +9,6 @@ import ctypes
 import functools
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -157,10 +156,12 @@ class _Path:
         address = ("0.0.0.0", 0)
         with netns.run_in(self._pair.node, socket.create_server, address, backlog=1024) as listener:
             port: int = listener.getsockname()[1]
-            server = subprocess.Popen(
+            server = netns.spawn(
+                self._pair.node,
                 [sys.executable, "-m", peer.__name__, kind, str(listener.fileno())],
-                cwd=REPOSITORY,
+                cwd=str(REPOSITORY),
                 pass_fds=[listener.fileno()],
+                start_new_session=True,
             )
         try:
             yield lambda run: netns.run_in(self._pair.pod, _cost, server.pid, run, port)

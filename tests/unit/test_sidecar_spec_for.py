@@ -169,6 +169,11 @@ def test_an_instance_with_a_fault_is_told_and_the_others_are_called():
         assert told.startswith(f"{one.name} on n2: ")
 
 
+def test_workloads_that_only_call_or_are_not_meshed_are_no_fault():
+    others = [api(port=0), api(meshed=False), api(seen_until=5.0, inbound_port=-1)]
+    assert callable_instances(others) == ((), ())
+
+
 def test_the_order_in_which_the_catalog_answers_changes_nothing():
     first, second = api(), api("api-2", "10.2.0.9")
     assert spec_for(first, second) == spec_for(second, first)
