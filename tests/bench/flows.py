@@ -166,7 +166,7 @@ class _Openings:
         self._talk = talk
         packet = talk.syn()
         at = _ETHERNET + _SOURCE_ENDS[packet.frame[_ETHERNET] >> 4] - 4
-        (self._client,) = struct.unpack_from("!I", packet.frame, at)
+        self._client: int = struct.unpack_from("!I", packet.frame, at)[0]
         self.steps = _Steps(compiled, at, 1)
 
     def syn(self) -> float:
