@@ -21,7 +21,9 @@ class InputError(TidegateError):
 
     exit_code = 2
 
-    def __init__(self, problem: str, *, source: str = "", field: str = "", expected: str = "") -> None:
+    def __init__(
+        self, problem: str, *, source: str = "", field: str = "", expected: str = ""
+    ) -> None:
         self.problem = problem
         self.source = source
         self.field = field

@@ -21,7 +21,9 @@ NOT_READY = 1
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL
+    )
 
 
 def commands(document: Path) -> list[str]:

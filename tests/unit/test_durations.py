@@ -18,7 +18,9 @@ def test_a_duration_is_a_number_with_units_or_seconds(text, seconds):
     assert durations.parse(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "x", "1 h", "-1s", "1hour", "s", "1h30", "1e3", "٣s", "9" * 20])
+@pytest.mark.parametrize(
+    "text", ["", "x", "1 h", "-1s", "1hour", "s", "1h30", "1e3", "٣s", "9" * 20]
+)
 def test_anything_else_is_no_duration(text):
     assert durations.parse(text) is None
 

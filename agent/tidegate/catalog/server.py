@@ -109,7 +109,7 @@ def load_config(path: Path) -> ServerConfig:
             f"cannot be read: {error.strerror}", source=source, expected="a server configuration"
         ) from error
     except msgspec.DecodeError as error:
-        raise InputError(str(error), source=source) from error
+        raise InputError(" ".join(str(error).split()), source=source) from error
     try:
         spiffe.trust_domain(config.trust_domain)
         spiffe.label(config.datacenter, "datacenter")
