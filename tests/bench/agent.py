@@ -42,7 +42,7 @@ _WORKLOADS = (0, 20, 100)
 _READINGS, _ROUNDS = 7, 2
 """Of each number of workloads, and rounds of one reading."""
 _DEADLINE_S = 60.0
-_STARTS = 7
+_STARTS = 5
 _MEMORY = Limit(Bound.MEDIAN_AT_MOST, 60)
 _POD_INTERFACE = "eth0"
 

@@ -34,8 +34,8 @@ NO_PROGRAM = "redirect by processes: there is no nft program (Debian has it in n
 
 _WORKLOADS = 110
 _FIRST_APPLIES = 25
-_REAPPLIES = 60
-_NODES_ROUNDS = 4
+_REAPPLIES = 40
+_NODES_ROUNDS = 3
 _CONNECTIONS = 100
 _CONNECTION_ROUNDS = 40
 

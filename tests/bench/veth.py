@@ -35,7 +35,7 @@ from tidegate.observe.classifier import Classifier, Side, consul_profile
 
 _WORKLOAD = 0x7E57
 _CHUNK = 1 << 20
-_ROUNDS, _FEW_ROUNDS = 50, 20
+_ROUNDS, _FEW_ROUNDS = 40, 16
 """Of short samples: so all alternatives meet the machine in the same mood."""
 _REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 _DEADLINE_S = 30.0

@@ -21,7 +21,7 @@ from tidegate.verdict.evidence import (
     WitnessReading,
 )
 from tidegate.verdict.readiness import Answer, Effect, ReasonKind, Verdict, judge
-from tidegate.verdict.steps import Environment, span
+from tidegate.verdict.steps import Environment, Place, span
 
 NOW = 1_700_000_000.0
 DAY = 86_400.0
@@ -247,7 +247,7 @@ def test_a_strict_service_is_not_ready_while_callers_are_refused():
     judged = verdict(seen(flow()), intent=strict)
     assert judged.mode is MutualTLSMode.STRICT
     assert judged.verdict is Answer.NOT_READY
-    assert "is refused" in judged.reasons[0].message
+    assert "which strict mode refuses" in judged.reasons[0].message
     assert verdict(seen(MESH), intent=strict).verdict is Answer.READY
 
 
@@ -510,13 +510,15 @@ def test_the_share_says_how_much_of_the_window_is_observed():
 )
 def test_the_next_step_is_the_one_for_this_caller(what, catalog, edge, environment, says):
     known = (API, catalog) if catalog is WEB else (API, WEB, catalog)
-    [reason] = verdict(seen(edge), known=known, environment=environment).reasons
+    [reason] = verdict(seen(edge), known=known, place=Place(environment=environment)).reasons
     assert says in reason.next_step, what
 
 
 def test_names_in_commands_are_quoted():
     hostile = instance("x'; reboot #", "10.2.0.4", service="x'; reboot #", meshed=False)
-    [reason] = verdict(seen(flow()), known=(API, WEB, hostile), environment=Environment.LAB).reasons
+    [reason] = verdict(
+        seen(flow()), known=(API, WEB, hostile), place=Place(environment=Environment.LAB)
+    ).reasons
     assert "onboard 'x'\"'\"'; reboot #'" in reason.next_step
 
 
@@ -571,3 +573,36 @@ def test_a_verdict_has_a_bounded_number_of_callers_and_those_that_block_come_fir
 )
 def test_spans_are_told_in_their_two_largest_units(seconds, text):
     assert span(seconds) == text
+
+
+def test_the_steps_for_two_callers_do_not_take_back_each_other():
+    cron = instance("cron", "10.2.0.9", meshed=False)
+    edges = (flow(), flow(peer="10.2.0.9"))
+    one, other = verdict(seen(*edges), known=(*CATALOG, cron)).reasons
+    [written] = {reason.next_step.partition("allow it: ")[2] for reason in (one, other)}
+    for source in ("cron", "legacy", "web"):
+        assert f'"Name": "{source}"' in written
+
+
+def test_a_command_of_a_lab_names_the_lab():
+    place = Place(environment=Environment.LAB, lab="second")
+    [reason] = verdict(seen(flow()), place=place).reasons
+    assert "`tidegate lab onboard legacy --lab second`" in reason.next_step
+    assert "| tidegate config write - --lab second`" in reason.next_step
+
+
+@pytest.mark.parametrize(
+    ("mode", "edges", "first"),
+    [
+        (MutualTLSMode.STRICT, (flow(),), True),
+        (MutualTLSMode.STRICT, (), False),
+        (MutualTLSMode.PERMISSIVE, (flow(),), False),
+    ],
+)
+def test_onboarding_a_service_does_not_cut_off_its_plaintext_callers(mode, edges, first):
+    bare = msgspec.structs.replace(API, meshed=False)
+    intent = msgspec.structs.replace(INTENT, mode=mode)
+    judged = verdict(seen(*edges, of=bare, inbound_redirected=False), intent=intent)
+    [step] = [one.next_step for one in judged.reasons if one.kind is ReasonKind.NOT_MESHED]
+    assert ("First make api permissive, or its sidecar refuses legacy" in step) is first
+    assert f"nboard {API.name}: " in step

@@ -9,7 +9,7 @@ from tidegate.intent.entries import (
     ServiceDefaults,
     parse_entries,
 )
-from tidegate.intent.resolve import resolve, upstreams_of
+from tidegate.intent.resolve import resolve, turned_strict, upstreams_of
 from tidegate.model import MutualTLSMode
 
 PERMISSIVE = MutualTLSMode.PERMISSIVE
@@ -36,6 +36,20 @@ def intentions(destination, **actions):
         (STRICT, None, STRICT),
     ],
 )
+def test_a_change_that_makes_services_strict_is_found_whatever_entry_made_it():
+    loose = MutualTLSMode.PERMISSIVE
+    defaults = ProxyDefaults(name="global", mutual_tls_mode=loose)
+    api = ServiceDefaults(name="api", mutual_tls_mode=loose)
+    bare = ServiceDefaults(name="api", protocol="grpc")
+    strict = ServiceDefaults(name="api", mutual_tls_mode=MutualTLSMode.STRICT)
+    assert turned_strict([api], [bare], ["api", "web"]) == ("api",)
+    assert turned_strict([api], [], ["api"]) == ("api",)
+    assert turned_strict([defaults], [], ["web", "api"]) == ("api", "web")
+    assert turned_strict([defaults, api], [defaults, bare], ["api"]) == ()
+    assert turned_strict([defaults], [defaults, strict], ["api", "web"]) == ("api",)
+    assert turned_strict([], [api], ["api"]) == ()
+
+
 def test_the_services_own_mode_is_over_the_mesh_wide_one_and_strict_is_the_default(
     proxy, service, expected
 ):

@@ -16,6 +16,7 @@ from tidegate.cli.target import add_options, server_address
 from tidegate.errors import InputError
 from tidegate.intent.entries import Entry, make_kind, parse_entries, to_consul, warning_for
 from tidegate.intent.hcl import MAX_TEXT
+from tidegate.intent.resolve import turned_strict
 
 T = TypeVar("T")
 
@@ -52,7 +53,8 @@ def run_write(args: argparse.Namespace) -> int:
     for entry in entries:
         label = f"{entry.kind}/{entry.name}"
         try:
-            written = _ask(args, _writing(entry, args.modify_index if args.cas else None))
+            cas = args.modify_index if args.cas else None
+            written, strict = _ask(args, _telling(_writing(entry, cas)))
         except _CatalogErrors as error:
             return _error(f"Error writing config entry {label}: {error}")
         if not written:
@@ -60,6 +62,7 @@ def run_write(args: argparse.Namespace) -> int:
         print(f"Config entry written: {label}")
         if warning := warning_for(entry):
             print(f"WARNING: {warning}", file=sys.stderr)
+        _warn_of(strict)
     return 0
 
 
@@ -102,12 +105,14 @@ def run_delete(args: argparse.Namespace) -> int:
     label = f"{kind}/{args.name}"
     cas = args.modify_index if args.cas else None
     try:
-        deleted = _ask(args, lambda client: client.delete_entry(kind, args.name, cas))
+        deleting = _telling(lambda client: client.delete_entry(kind, args.name, cas))
+        deleted, strict = _ask(args, deleting)
     except _CatalogErrors as error:
         return _error(f"Error deleting config entry {label}: {error}")
     if not deleted:
         return _error(f"Config entry not deleted: {label}")
     print(f"Config entry deleted: {label}")
+    _warn_of(strict)
     return 0
 
 
@@ -155,6 +160,31 @@ def _missing(args: argparse.Namespace) -> str:
 
 def _writing(entry: Entry, cas: int | None) -> Callable[[CatalogClient], Awaitable[bool]]:
     return lambda client: client.write_entry(entry, cas)
+
+
+def _telling(
+    change: Callable[[CatalogClient], Awaitable[bool]],
+) -> Callable[[CatalogClient], Awaitable[tuple[bool, tuple[str, ...]]]]:
+    """A change that also tells which services with a sidecar it made strict."""
+
+    async def change_and_compare(client: CatalogClient) -> tuple[bool, tuple[str, ...]]:
+        before = await client.snapshot()
+        done = await change(client)
+        after = await client.snapshot()
+        meshed = {one.service for one in after.living().values() if one.meshed}
+        return done, turned_strict(before.entries, after.entries, meshed)
+
+    return change_and_compare
+
+
+def _warn_of(strict: tuple[str, ...]) -> None:
+    for service in strict:
+        print(
+            f"WARNING: {service} is strict now, and nobody guards it: callers without mTLS are refused. "
+            f"`tidegate strict {service}` looks first and guards. To go back, write "
+            'MutualTLSMode = "permissive" again.',
+            file=sys.stderr,
+        )
 
 
 def _ask(args: argparse.Namespace, question: Callable[[CatalogClient], Awaitable[T]]) -> T:

@@ -417,9 +417,7 @@ def check_write(existing: Entry | None, proposed: Entry, mesh_entry: Mesh | None
         )
 
 
-_HOW_TO_LIST = (
-    "`tidegate config list -kind service-defaults -filter 'MutualTLSMode == \"permissive\"'`"
-)
+_HOW_TO_LIST = "`tidegate config list -kind service-defaults`"
 
 
 def warning_for(entry: Entry) -> str | None:
@@ -436,14 +434,14 @@ def warning_for(entry: Entry) -> str | None:
                 "MutualTLSMode=permissive is insecure. It holds for every service without a mode "
                 "of its own; prefer `strict` here, and `permissive` in service-defaults where "
                 "needed. "
-                f"These services set it themselves: {_HOW_TO_LIST}."
+                f"Services with settings of their own: {_HOW_TO_LIST}."
             )
         case Mesh(allow_enabling_permissive_mutual_tls=True):
             return (
                 "AllowEnablingPermissiveMutualTLS=true allows insecure MutualTLSMode=permissive "
                 "in proxy-defaults and service-defaults. Setting it back to false stops more "
                 "services from becoming permissive and changes none that is. "
-                f"These services are permissive: {_HOW_TO_LIST}."
+                f"Look among {_HOW_TO_LIST} for those that are."
             )
     return None
 

@@ -66,6 +66,19 @@ def effective_mode(
     return MutualTLSMode.STRICT
 
 
+def turned_strict(
+    before: Iterable[Entry], after: Iterable[Entry], services: Iterable[str]
+) -> tuple[str, ...]:
+    """The services, sorted, that were permissive by the entries `before` and are not by those `after`."""
+    names = sorted(services)
+    then, now = (resolve(entries, names, default_allow=False) for entries in (before, after))
+    return tuple(
+        name
+        for name in names
+        if then[name].mode is MutualTLSMode.PERMISSIVE and now[name].mode is MutualTLSMode.STRICT
+    )
+
+
 def upstreams_of(service: str, intents: Mapping[str, ServiceIntent]) -> tuple[str, ...]:
     """The services that an intention lets `service` call, sorted: its upstreams.
 

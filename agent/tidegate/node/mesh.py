@@ -22,6 +22,7 @@ from tidegate.node.flows import FlowRow, told_once
 from tidegate.node.intent import IntentSource
 from tidegate.verdict.evidence import InstanceEvidence, MissingNode, ServiceEvidence
 from tidegate.verdict.readiness import Verdict, judge
+from tidegate.verdict.steps import Place
 
 PEER_TIMEOUT_S = 5.0
 """How long the agent of another node may take to answer."""
@@ -117,7 +118,7 @@ class MeshView:
             known=snapshot.instances,
             window_s=window,
             now=time.time(),
-            environment=self._config.environment,
+            place=Place(environment=self._config.environment, lab=self._config.lab),
         )
 
     async def flows(self, service: str | None, window_s: float | None) -> NodeFlows:

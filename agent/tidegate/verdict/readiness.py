@@ -22,7 +22,7 @@ from tidegate.verdict.evidence import (
     InstanceEvidence,
     ServiceEvidence,
 )
-from tidegate.verdict.steps import Environment
+from tidegate.verdict.steps import Place
 
 EVIDENCE_AGE_S = 5.0
 """How old the last observation of an instance may be."""
@@ -36,6 +36,9 @@ TOLERANCE_SHARE = 0.25
 MAX_CALLERS = 1_000
 """Lines of callers in one verdict: whoever can open connections could otherwise make it any
 size."""
+
+
+_ANYWHERE = Place()
 
 
 class Answer(enum.StrEnum):
@@ -198,7 +201,7 @@ def judge(
     known: Sequence[Instance],
     window_s: float,
     now: float,
-    environment: Environment = Environment.KUBERNETES,
+    place: Place = _ANYWHERE,
     evidence_age_s: float = EVIDENCE_AGE_S,
     attach_s: float = ATTACH_S,
 ) -> Verdict:
@@ -220,14 +223,14 @@ def judge(
     observed_since = everywhere[0].start if everywhere else None
     young = observed_since is None or observed_since > window.start
     reasons = [
-        *_flow_reasons(flows[:MAX_CALLERS], intent, environment, window),
+        *_flow_reasons(flows[:MAX_CALLERS], intent, place, window),
         *_open_plaintext(evidence, flows, intent, window),
-        *_presence(evidence, environment),
-        *_missing(evidence, environment),
+        *_presence(evidence, flows, intent, place),
+        *_missing(evidence, place),
         *_lost(evidence, window_s),
         *_gap_reasons(covered, evidence, observed_since if young else None, window),
         *_witness_reasons(evidence, window),
-        *_unknown_sources(intent, known),
+        *_unknown_sources(intent, known, place),
     ]
     reasons.sort(key=lambda reason: (_SHOWN_FIRST.index(reason.kind), -(reason.last_seen or 0.0)))
     return Verdict(
@@ -359,17 +362,21 @@ def _caller(latest: _Seen, addresses: set[str]) -> Caller:
 
 
 def _flow_reasons(
-    flows: Iterable[CallerFlow], intent: ServiceIntent, environment: Environment, window: Interval
+    flows: Iterable[CallerFlow], intent: ServiceIntent, place: Place, window: Interval
 ) -> Iterator[Reason]:
-    for flow in flows:
-        if flow.effect is not Effect.BLOCKS:
-            continue
+    blocking = [flow for flow in flows if flow.effect is Effect.BLOCKS]
+    to_allow = {
+        flow.caller.service
+        for flow in blocking
+        if flow.caller.service and not intent.allows(flow.caller.service)
+    }
+    for flow in blocking:
         who = (
             f"{flow.caller.workload} ({flow.caller.address})"
             if flow.caller.workload
             else f"{flow.caller.address}, which the catalog does not know,"
         )
-        refused = " and is refused" if intent.mode is MutualTLSMode.STRICT else ""
+        refused = ", which strict mode refuses" if intent.mode is MutualTLSMode.STRICT else ""
         yield Reason(
             kind=ReasonKind.UNKNOWN_FLOW
             if flow.flow_class is FlowClass.UNKNOWN
@@ -379,11 +386,12 @@ def _flow_reasons(
                 f"seen {ago(window.end - flow.last_seen)}"
             ),
             next_step=steps.for_flow(
-                environment,
+                place,
                 intent,
                 flow.caller,
                 flow.flow_class,
                 flow.port,
+                to_allow=to_allow,
                 window_s=window.end - window.start,
             ),
             caller=flow.caller,
@@ -432,12 +440,19 @@ def _open_plaintext(
 # Reasons: what is missing
 
 
-def _presence(evidence: ServiceEvidence, environment: Environment) -> Iterator[Reason]:
+def _presence(
+    evidence: ServiceEvidence, flows: Iterable[CallerFlow], intent: ServiceIntent, place: Place
+) -> Iterator[Reason]:
+    outside_mesh = [
+        flow.caller.workload or flow.caller.address
+        for flow in flows
+        if flow.effect is Effect.UNPROTECTED and flow.flow_class.blocks_strict
+    ]
     if not evidence.instances and not evidence.nodes_missing:
         yield Reason(
             kind=ReasonKind.NO_INSTANCE,
             message=f"no instance of {evidence.service} is known",
-            next_step=steps.for_no_instance(evidence.service),
+            next_step=steps.for_no_instance(place, evidence.service),
         )
     for each in evidence.instances:
         if not (each.instance.meshed and each.inbound_redirected):
@@ -453,11 +468,11 @@ def _presence(evidence: ServiceEvidence, environment: Environment) -> Iterator[R
             yield Reason(
                 kind=ReasonKind.NOT_MESHED,
                 message=f"{each.instance.name} has no sidecar in its path: strict mode would not protect it",
-                next_step=steps.for_unmeshed_instance(environment, own),
+                next_step=steps.for_unmeshed_instance(place, intent, own, outside_mesh),
             )
 
 
-def _missing(evidence: ServiceEvidence, environment: Environment) -> Iterator[Reason]:
+def _missing(evidence: ServiceEvidence, place: Place) -> Iterator[Reason]:
     for node in evidence.nodes_missing:
         yield Reason(
             kind=ReasonKind.EVIDENCE_MISSING,
@@ -469,13 +484,13 @@ def _missing(evidence: ServiceEvidence, environment: Environment) -> Iterator[Re
             yield Reason(
                 kind=ReasonKind.EVIDENCE_MISSING,
                 message=f"sidecar of {each.instance.name}: {each.sidecar_problem}",
-                next_step=steps.for_sidecar(environment, each.instance.name),
+                next_step=steps.for_sidecar(place, each.instance.name),
             )
         elif _has_witness(each) and each.witness.agrees is None:
             yield Reason(
                 kind=ReasonKind.EVIDENCE_MISSING,
                 message=f"no second witness for {each.instance.name}: {each.witness.detail}",
-                next_step=steps.for_sidecar(environment, each.instance.name),
+                next_step=steps.for_sidecar(place, each.instance.name),
             )
 
 
@@ -513,7 +528,9 @@ def _witness_reasons(evidence: ServiceEvidence, window: Interval) -> Iterator[Re
             )
 
 
-def _unknown_sources(intent: ServiceIntent, known: Iterable[Instance]) -> Iterator[Reason]:
+def _unknown_sources(
+    intent: ServiceIntent, known: Iterable[Instance], place: Place
+) -> Iterator[Reason]:
     services = {instance.service for instance in known}
     for rule in intent.intentions:
         if rule.allow and rule.source != "*" and rule.source not in services:
@@ -522,7 +539,7 @@ def _unknown_sources(intent: ServiceIntent, known: Iterable[Instance]) -> Iterat
                 message=(
                     f"an intention lets {rule.source} call {intent.service}, but the catalog knows no {rule.source}"
                 ),
-                next_step=steps.for_unknown_source(intent.service, rule.source),
+                next_step=steps.for_unknown_source(place, intent.service, rule.source),
                 caller=Caller(address="", service=rule.source),
             )
 

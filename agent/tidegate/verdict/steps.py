@@ -8,9 +8,13 @@ an argument.
 import enum
 import json
 import shlex
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import msgspec
 
 from tidegate.durations import span
-from tidegate.model import FlowClass, ServiceIntent
+from tidegate.model import FlowClass, MutualTLSMode, ServiceIntent
 from tidegate.verdict.evidence import Caller, CallerKind
 
 EXACT_DESTINATION_PRECEDENCE = 8
@@ -30,12 +34,29 @@ class Environment(enum.StrEnum):
     VM = "vm"
 
 
-def onboard(environment: Environment, caller: Caller) -> str:
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a person stands: decides which commands there are, and makes them work when pasted."""
+
+    environment: Environment = Environment.KUBERNETES
+    lab: str = ""
+    """Name of the lab, in a lab."""
+
+    def tidegate(self, *words: str) -> str:
+        """A tidegate command, for a shell."""
+        lab = ("--lab", self.lab) if self.lab else ()
+        return shlex.join(["tidegate", *words, *lab])
+
+    def write(self, entry: dict[str, Any]) -> str:
+        """The command that writes a config entry, for a shell."""
+        return f"echo {shlex.quote(json.dumps(entry))} | {self.tidegate('config', 'write', '-')}"
+
+
+def onboard(place: Place, caller: Caller) -> str:
     """How the caller gets a sidecar."""
     name = caller.workload
-    match environment:
+    match place.environment:
         case Environment.LAB:
-            return f"`{shlex.join(['tidegate', 'lab', 'onboard', name])}`"
+            return f"`{place.tidegate('lab', 'onboard', name)}`"
         case Environment.KUBERNETES:
             command = [
                 *("kubectl", "--namespace", caller.namespace or "default"),
@@ -46,33 +67,35 @@ def onboard(environment: Environment, caller: Caller) -> str:
             return f'set the annotation tidegate.io/mesh: "true" of {name} on {caller.node}'
 
 
-def allow(intent: ServiceIntent, source: str) -> str:
-    """The command that writes the intention which lets `source` call: the whole entry, with what
-    it has already."""
-    sources = [
+def allow(place: Place, intent: ServiceIntent, callers: Iterable[str]) -> str:
+    """The command that writes the intentions which let all `callers` call: the whole entry, with
+    what it has already. It is the same for each of them, so that no step takes back another."""
+    named = sorted(set(callers))
+    present = [
         {"Name": rule.source, "Action": "allow" if rule.allow else "deny"}
         for rule in intent.intentions
-        if rule.precedence >= EXACT_DESTINATION_PRECEDENCE and rule.source != source
+        if rule.precedence >= EXACT_DESTINATION_PRECEDENCE and rule.source not in named
     ]
     entry = {
         "Kind": "service-intentions",
         "Name": intent.service,
-        "Sources": [{"Name": source, "Action": "allow"}, *sources],
+        "Sources": [*({"Name": name, "Action": "allow"} for name in named), *present],
     }
-    return f"`echo {shlex.quote(json.dumps(entry))} | tidegate config write -`"
+    return f"`{place.write(entry)}`"
 
 
 def for_flow(
-    environment: Environment,
+    place: Place,
     intent: ServiceIntent,
     caller: Caller,
     flow_class: FlowClass,
     port: int,
     *,
+    to_allow: Collection[str],
     window_s: float,
 ) -> str:
     """The next step for a caller whose flows strict mode would refuse. First matching line of
-    the list wins."""
+    the list wins. `to_allow`: the services of all such callers that no intention allows yet."""
     name = caller.workload or caller.address
     if flow_class is FlowClass.UNKNOWN:
         return (
@@ -91,12 +114,12 @@ def for_flow(
             else ""
         )
         allowed = intent.allows(caller.service)
-        then = "" if allowed else f", and allow it: {allow(intent, caller.service)}"
-        return f"Onboard {name}: {onboard(environment, caller)}{then}{carries}"
+        then = "" if allowed else f", and allow it: {allow(place, intent, to_allow)}"
+        return f"Onboard {name}: {onboard(place, caller)}{then}{carries}"
     if not intent.allows(caller.service):
         return (
             f"{name} is in the mesh, but no intention lets {caller.service} call {intent.service}: "
-            f"{allow(intent, caller.service)}"
+            f"{allow(place, intent, to_allow)}"
         )
     return (
         f"{name} is in the mesh and allowed: wait; if it is seen again, restart it (connections opened before its "
@@ -119,8 +142,9 @@ def for_missing_node(node: str) -> str:
     return f"See on {node} why its agent does not answer: `tidegate doctor`"
 
 
-def for_sidecar(environment: Environment, instance: str) -> str:
-    command = "tidegate lab status" if environment is Environment.LAB else "tidegate doctor"
+def for_sidecar(place: Place, instance: str) -> str:
+    in_lab = place.environment is Environment.LAB
+    command = place.tidegate("lab", "status") if in_lab else "tidegate doctor"
     return f"See how the sidecar of {instance} is doing: `{command}`"
 
 
@@ -135,16 +159,31 @@ def for_disagreement(instance: str) -> str:
     )
 
 
-def for_unknown_source(service: str, source: str) -> str:
+def for_unknown_source(place: Place, service: str, source: str) -> str:
     return (
         f"Start {source} so that it can be seen, or take it out of the intentions of {service}: "
-        f"`{shlex.join(['tidegate', 'config', 'read', '-kind', 'service-intentions', '-name', service])}`"
+        f"`{place.tidegate('config', 'read', '-kind', 'service-intentions', '-name', service)}`"
     )
 
 
-def for_unmeshed_instance(environment: Environment, instance: Caller) -> str:
-    return f"Onboard {instance.workload}: {onboard(environment, instance)}"
+def for_unmeshed_instance(
+    place: Place, intent: ServiceIntent, instance: Caller, outside_mesh: Iterable[str]
+) -> str:
+    """How an instance gets a sidecar, without cutting off the callers that do not use the mesh yet."""
+    step = f"nboard {instance.workload}: {onboard(place, instance)}"
+    callers = ", ".join(sorted(set(outside_mesh)))
+    if not callers or intent.mode is MutualTLSMode.PERMISSIVE:
+        return f"O{step}"
+    entry = {
+        "Kind": "service-defaults",
+        "Name": intent.service,
+        "MutualTLSMode": MutualTLSMode.PERMISSIVE.value,
+    }
+    return (
+        f"First make {intent.service} permissive, or its sidecar refuses {callers}: `{place.write(entry)}`; then "
+        f"o{step}"
+    )
 
 
-def for_no_instance(service: str) -> str:
-    return f"Start an instance of {service}, or see whether the name is right: `tidegate ready`"
+def for_no_instance(place: Place, service: str) -> str:
+    return f"Start an instance of {service}, or see whether the name is right: `{place.tidegate('flows')}`"
