@@ -36,20 +36,6 @@ def intentions(destination, **actions):
         (STRICT, None, STRICT),
     ],
 )
-def test_a_change_that_makes_services_strict_is_found_whatever_entry_made_it():
-    loose = MutualTLSMode.PERMISSIVE
-    defaults = ProxyDefaults(name="global", mutual_tls_mode=loose)
-    api = ServiceDefaults(name="api", mutual_tls_mode=loose)
-    bare = ServiceDefaults(name="api", protocol="grpc")
-    strict = ServiceDefaults(name="api", mutual_tls_mode=MutualTLSMode.STRICT)
-    assert turned_strict([api], [bare], ["api", "web"]) == ("api",)
-    assert turned_strict([api], [], ["api"]) == ("api",)
-    assert turned_strict([defaults], [], ["web", "api"]) == ("api", "web")
-    assert turned_strict([defaults, api], [defaults, bare], ["api"]) == ()
-    assert turned_strict([defaults], [defaults, strict], ["api", "web"]) == ("api",)
-    assert turned_strict([], [api], ["api"]) == ()
-
-
 def test_the_services_own_mode_is_over_the_mesh_wide_one_and_strict_is_the_default(
     proxy, service, expected
 ):
@@ -129,3 +115,17 @@ def test_upstreams_are_what_an_intention_allows_and_not_what_the_default_allows(
     intents = resolve(entries, ["api", "db", "pay", "other"], default_allow=True)
     assert upstreams_of("web", intents) == ("api", "pay")
     assert upstreams_of("job", intents) == ("db", "pay")
+
+
+def test_a_change_that_makes_services_strict_is_found_whatever_entry_made_it():
+    loose = MutualTLSMode.PERMISSIVE
+    defaults = ProxyDefaults(mutual_tls_mode=loose)
+    api = ServiceDefaults(name="api", mutual_tls_mode=loose)
+    bare = ServiceDefaults(name="api", protocol="grpc")
+    strict = ServiceDefaults(name="api", mutual_tls_mode=MutualTLSMode.STRICT)
+    assert turned_strict([api], [bare], ["api", "web"]) == ("api",)
+    assert turned_strict([api], [], ["api"]) == ("api",)
+    assert turned_strict([defaults], [], ["web", "api"]) == ("api", "web")
+    assert turned_strict([defaults, api], [defaults, bare], ["api"]) == ()
+    assert turned_strict([defaults], [defaults, strict], ["api", "web"]) == ("api",)
+    assert turned_strict([], [api], ["api"]) == ()

@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tidegate.cli.target import require_root
-from tidegate.kernel.features import probe_all
+from tidegate.enforce.sidecar import envoy
+from tidegate.errors import TidegateError
+from tidegate.kernel.features import Feature, probe_all
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,10 +25,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run)
 
 
+def _envoy() -> Feature:
+    """The sidecar's program, which is no feature of the kernel and is needed all the same."""
+    try:
+        found, detail = True, str(envoy.binary())
+    except TidegateError as error:
+        found, detail = False, str(error)
+    return Feature(
+        name="Envoy",
+        present=found,
+        detail=detail,
+        lost_without="no workload gets a sidecar here; observation works",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Probes and prints; 0 when everything is there."""
     require_root()
-    features = probe_all()
+    features = (*probe_all(), _envoy())
     if args.json:
         print(json.dumps({"features": msgspec.to_builtins(features)}, indent=2))
     else:

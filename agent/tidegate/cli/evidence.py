@@ -99,7 +99,10 @@ async def _flows(args: argparse.Namespace) -> int:
         if args.json and not args.follow:
             print(json.dumps(await fetch(), indent=2))
         elif not args.follow and args.follow_for is None:
-            tables.console().print(tables.flows(await fetch(), time.time()))
+            answer = await fetch()
+            tables.console().print(tables.flows(answer, time.time()))
+            for problem in answer.get("problems", ()):
+                print(f"tidegate: {problem}", file=sys.stderr)
         else:
             deadline = time.monotonic() + args.follow_for if args.follow_for else None
             await _follow(fetch, deadline, json_lines=args.json)
@@ -149,6 +152,8 @@ async def _ready(args: argparse.Namespace) -> int:
     if args.json:
         shown = verdicts[0] if args.service else verdicts
         print(json.dumps(shown, indent=2))
+    elif not verdicts:
+        print("no service has a sidecar yet: there is nothing that could go strict")
     else:
         console = tables.console()
         for verdict in verdicts:
@@ -181,7 +186,10 @@ async def _wait_ready(
             clean = min(
                 (tables.clean_share(verdict, time.time()) for verdict in verdicts), default=0
             )
-            bar.update(task, completed=clean)
+            why = next(
+                (reason["message"] for verdict in verdicts for reason in verdict["reasons"]), ""
+            )
+            bar.update(task, completed=clean, description=why[:60] or "observing")
             await asyncio.sleep(REFRESH_S)
             answer = dict(await agent.get(path, **query))
 
@@ -189,7 +197,15 @@ async def _wait_ready(
 def run_strict(args: argparse.Namespace) -> int:
     """Flips and guards; prints events as they come."""
     require_root()
-    return asyncio.run(_strict(args))
+    try:
+        return asyncio.run(_strict(args))
+    except KeyboardInterrupt:
+        print(
+            f"\nthe flip of {args.service} and its guard go on in the agent; "
+            f"`tidegate ready {args.service}` shows the mode",
+            file=sys.stderr,
+        )
+        raise
 
 
 async def _strict(args: argparse.Namespace) -> int:

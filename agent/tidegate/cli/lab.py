@@ -38,7 +38,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="FILE",
         help="lab file (default: the lab's own, if it is up, else that of the demo)",
     )
-    up.add_argument("--lab", "--name", metavar="NAME", help="name in place of the file's")
+    up.add_argument(
+        "--lab", "--name", metavar="NAME", help="name in place of the file's (TIDEGATE_LAB)"
+    )
     up.set_defaults(run=run_up)
 
     status = commands.add_parser("status", help="nodes, pods, sidecars and traffic")
@@ -129,13 +131,20 @@ def run_down(args: argparse.Namespace) -> int:
 
 
 def _wanted(args: argparse.Namespace) -> LabSpec:
-    if args.lab is not None:
-        check_lab_name(args.lab, source="--lab")
+    name = _named(args)
     if args.file is None:
-        present = state.read(LabPaths(args.lab or DEFAULT_LAB_NAME).spec, LabSpec)
+        present = state.read(LabPaths(name or DEFAULT_LAB_NAME).spec, LabSpec)
         if present is not None:
             return present
-    return load(args.file or DEMO_FILE, name=args.lab)
+    return load(args.file or DEMO_FILE, name=name)
+
+
+def _named(args: argparse.Namespace) -> str | None:
+    """The lab that the option or the environment names, which need not be up."""
+    if args.lab is not None:
+        return check_lab_name(args.lab, source="--lab")
+    name = os.environ.get("TIDEGATE_LAB")
+    return check_lab_name(name, source="TIDEGATE_LAB") if name else None
 
 
 def _add_lab_option(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +159,9 @@ def _labs_to_take_down(args: argparse.Namespace) -> tuple[str, ...]:
     running = runtime.labs()
     if args.all:
         return running
-    named = args.lab or os.environ.get("TIDEGATE_LAB")
+    named = _named(args)
     if named:
-        return (check_lab_name(named, source="--name"),)
+        return (named,)
     if len(running) > 1:
         raise InputError(
             f"several labs are up: {', '.join(running)}", expected="--name NAME or --all"

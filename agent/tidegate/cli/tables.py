@@ -35,12 +35,11 @@ def _name(party: dict[str, Any]) -> str:
 
 def flows(answer: dict[str, Any], now: float) -> Table:
     """The ledger's edges, busiest service first."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("caller", "", "service", "port", "class", "path"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("connections", justify="right")
-    table.add_column("bytes", justify="right")
-    table.add_column("last seen", no_wrap=True)
+    table = _table("caller", "", "service", "port", "class")
+    table.add_column("path", overflow="fold")
+    table.add_column("connections", justify="right", no_wrap=True, min_width=5, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("last seen", overflow="fold")
     for row in answer["flows"]:
         table.add_row(
             _name(row["caller"]),
@@ -55,8 +54,14 @@ def flows(answer: dict[str, Any], now: float) -> Table:
         )
     if not answer["flows"]:
         table.add_row("no flows yet")
-    for problem in answer.get("problems", ()):
-        table.add_row(Text(problem, "yellow"))
+    return table
+
+
+def _table(*titles: str) -> Table:
+    """A table whose columns keep their words whole; others, added later, give way in a narrow terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, no_wrap=True)
     return table
 
 
@@ -91,12 +96,13 @@ def print_verdict(out: Console, verdict: dict[str, Any], now: float) -> None:
         if reason["next_step"]:
             out.print(Text(f"    next: {reason['next_step']}", "cyan"), soft_wrap=True)
     if verdict["callers"]:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("  caller", "address", "class", "port"):
-            table.add_column(title, no_wrap=True)
-        table.add_column("connections", justify="right")
-        table.add_column("last seen", no_wrap=True)
-        table.add_column("", no_wrap=True)
+        table = _table("  caller")
+        table.add_column("address", overflow="fold")
+        table.add_column("class", no_wrap=True)
+        table.add_column("port", no_wrap=True)
+        table.add_column("connections", justify="right", no_wrap=True)
+        table.add_column("last seen", overflow="fold")
+        table.add_column("", overflow="fold")
         for caller in verdict["callers"]:
             table.add_row(
                 f"  {caller['caller']['workload'] or '-'}",

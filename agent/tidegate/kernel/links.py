@@ -138,7 +138,12 @@ def _create_veth(name: str, peer_name: str, peer_netns: int) -> None:
 def _delete_link(interface: str) -> None:
     with _rtnetlink(f"delete interface {interface}") as socket:
         for index in socket.link_lookup(ifname=interface):
-            socket.link("del", index=index)
+            try:
+                socket.link("del", index=index)
+            except NetlinkError as error:
+                # It went by itself meanwhile, with its other end.
+                if error.code != errno.ENODEV:
+                    raise
 
 
 def _set_up(interface: str) -> None:

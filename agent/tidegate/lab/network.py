@@ -123,12 +123,6 @@ def namespaces(lab: str) -> tuple[str, ...]:
     return tuple(name for name in netns.names() if name.startswith(f"tg-{lab}-"))
 
 
-def labs_with_namespaces() -> tuple[str, ...]:
-    """Names of the labs that have a network namespace, sorted."""
-    parts = (name.split("-", 2) for name in netns.names() if name.startswith("tg-"))
-    return tuple(sorted({part[1] for part in parts if len(part) == 3 and part[1]}))
-
-
 def stale(layout: Layout) -> tuple[str, ...]:
     """Namespaces of the lab that no node or pod of the layout has, or has at these addresses."""
     wanted = {namespace(layout.lab, name) for name in (OUTSIDE, *layout.nodes, *layout.pods)}

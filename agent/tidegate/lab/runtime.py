@@ -16,7 +16,7 @@ from typing import NoReturn
 import msgspec
 
 from tidegate.errors import InputError, InputErrors
-from tidegate.intent.entries import parse_entries
+from tidegate.intent.entries import Entry, Mesh, check_write, parse_entries
 from tidegate.intent.policy import policy_from_annotations
 from tidegate.kernel import netns
 from tidegate.lab import apps, control, mounts, network, processes, state, traffic
@@ -64,6 +64,7 @@ def up(
     check(spec)
     paths = LabPaths(spec.name)
     with state.locked(paths):
+        _refuse_other_identity(spec, paths)
         try:
             _bring_up(spec, paths, parts, progress)
         except BaseException:
@@ -71,6 +72,21 @@ def up(
                 _clear(paths)
             raise
         state.write_bytes(paths.complete, b"")
+
+
+def _refuse_other_identity(spec: LabSpec, paths: LabPaths) -> None:
+    """Certificates and server names of a lab that is up cannot become others."""
+    present = state.read(paths.spec, LabSpec)
+    if present is None or not paths.complete.exists():
+        return
+    for field in ("trust_domain", "datacenter"):
+        before, after = getattr(present, field), getattr(spec, field)
+        if before != after:
+            raise InputError(
+                f"lab {spec.name} is up with {before!r} and cannot change to {after!r}",
+                field=field,
+                expected=f"`tidegate lab down --name {spec.name}` first",
+            )
 
 
 def down(lab: str) -> None:
@@ -85,16 +101,21 @@ def down(lab: str) -> None:
 
 
 def labs() -> tuple[str, ...]:
-    """Names of the labs of which anything is there, sorted."""
-    return tuple(sorted({*state.labs(), *network.labs_with_namespaces()}))
+    """Names of the labs that have a directory, sorted; `down` also cleans up without one, if it is named."""
+    return state.labs()
 
 
 def check(spec: LabSpec) -> None:
     """Check what the lab file says in other languages: config entries and annotations. Raises InputErrors."""
     faults: list[InputError] = []
+    entries: list[tuple[str, Entry]] = []
     for text in spec.config:
         with _collecting(faults):
-            parse_entries(text.text, text.source)
+            entries += [(text.source, entry) for entry in parse_entries(text.text, text.source)]
+    mesh = next((entry for _, entry in entries if isinstance(entry, Mesh)), None)
+    for source, entry in entries:
+        with _collecting(faults, f"{source}: {entry.kind}/{entry.name}"):
+            check_write(None, entry, mesh)
     for pod in spec.pods:
         with _collecting(faults, f"pod {pod.name}"):
             policy_from_annotations(pod.annotations)
