@@ -39,7 +39,7 @@ from tidegate.node.client import AgentClient, AgentUnreachable
 PART = "agent"
 
 _WORKLOADS = (0, 20, 100)
-_READINGS, _ROUNDS = 7, 2
+_READINGS, _ROUNDS = 6, 2
 """Of each number of workloads, and rounds of one reading."""
 _DEADLINE_S = 60.0
 _STARTS = 5

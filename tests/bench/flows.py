@@ -39,7 +39,7 @@ PART = "flows"
 _REPETITIONS = 20_000
 _OPENED = 5_000
 """Fewer than the flow map holds, or the oldest would be gone before their first bytes come."""
-_ROUNDS = 40
+_ROUNDS = 25
 
 _SOURCES = Path(__file__).parents[2] / "bpf"
 _PROGRAMS = Path(__file__).parent / "steps.bpf.c"

@@ -31,7 +31,7 @@ PART = "ledger"
 _EDGES = 10_000
 _WORKLOADS = 100
 _FEW = 100
-_ROUNDS = 12
+_ROUNDS = 8
 _FIRST_PEER = int(ipaddress.ip_address("::ffff:10.9.0.1"))
 
 

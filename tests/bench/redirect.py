@@ -35,9 +35,9 @@ NO_PROGRAM = "redirect by processes: there is no nft program (Debian has it in n
 _WORKLOADS = 110
 _FIRST_APPLIES = 25
 _REAPPLIES = 40
-_NODES_ROUNDS = 3
+_NODES_ROUNDS = 2
 _CONNECTIONS = 100
-_CONNECTION_ROUNDS = 40
+_CONNECTION_ROUNDS = 80
 
 _DIALLED = 9000
 """TCP port that the connections go to."""

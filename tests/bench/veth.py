@@ -252,7 +252,7 @@ def _dialogue(
     return _Traffic(title, "answer", call, count, Unit.PER_SECOND, _ROUNDS, limit)
 
 
-_STREAM = _stream("one TCP stream through veth", 192, _ROUNDS, _HELD)
-_SMALL_STREAM = _stream("one TCP stream, no packet larger than 1500 bytes", 24, _FEW_ROUNDS)
+_STREAM = _stream("one TCP stream through veth", 128, _ROUNDS, _HELD)
+_SMALL_STREAM = _stream("one TCP stream, no packet larger than 1500 bytes", 16, _FEW_ROUNDS)
 _CONNECTIONS = _dialogue("connections: open, request, answer, close", 100, _open_and_close, _HELD)
 _REQUESTS = _dialogue("request and answer on an open connection", 200, _ask)

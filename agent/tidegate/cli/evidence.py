@@ -16,7 +16,7 @@ from tidegate.cli import tables
 from tidegate.cli.arguments import duration
 from tidegate.cli.target import add_options, agent_address, require_root
 from tidegate.errors import TidegateError
-from tidegate.node.client import AgentClient
+from tidegate.node.client import AgentClient, AgentUnreachable
 
 REFRESH_S = 0.5
 
@@ -42,7 +42,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "ready",
         help="can this service go strict?",
         description="Says READY (exit 0), NOT READY (1) or UNKNOWN (2), with every reason, the caller "
-        "behind it and what to do next. Without SERVICE: every service, exit code of the worst.",
+        "behind it and what to do next. Without SERVICE: every service, exit code of the worst. "
+        "Exits 2 too when no agent can be asked.",
     )
     add_options(ready)
     ready.add_argument("service", nargs="?", metavar="SERVICE")
@@ -138,7 +139,12 @@ async def _follow(fetch: Callable[[], Any], deadline: float | None, *, json_line
 def run_ready(args: argparse.Namespace) -> int:
     """Prints the verdict of one service or of all; the exit code is the verdict."""
     require_root()
-    return asyncio.run(_ready(args))
+    try:
+        return asyncio.run(_ready(args))
+    except AgentUnreachable as error:
+        # Whoever cannot be asked has not said NOT READY.
+        error.exit_code = tables.EXIT_CODES["UNKNOWN"]
+        raise
 
 
 async def _ready(args: argparse.Namespace) -> int:
