@@ -10,10 +10,11 @@ BIN := $(VENV)/bin
 PYTHON := /usr/bin/python3
 
 # What the product needs from Debian: Python, the two libraries it speaks to the kernel with, and the
-# compiler for the eBPF programs. The lab's users also want something to send requests with.
+# compiler for the eBPF programs. The lab's users also want something to send requests with, and the tests
+# look at the rules with nft, which the product itself does not start.
 PACKAGES := python3 python3-venv libbpf1 libnftables1 \
 	clang llvm libbpf-dev linux-libc-dev libc6-dev \
-	ca-certificates curl iproute2 openssl
+	ca-certificates curl iproute2 nftables openssl
 
 # A virtual environment holds absolute paths: it is made again when the repository has moved.
 STAMP := $(VENV)/ready

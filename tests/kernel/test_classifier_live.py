@@ -335,6 +335,27 @@ def test_the_next_agent_finds_everything_and_no_connection_in_between_is_lost(
         )
 
 
+@pytest.mark.parametrize("lost", ["edges", "flows", "attachments", "counters"])
+def test_where_a_map_is_gone_observation_begins_anew_and_says_since_when(
+    pins: Path, pair: Pair, certificate: ssl.SSLContext, lost: str
+) -> None:
+    first = Classifier.open(pins)
+    before, generation = observe(first, pair), first.generation
+    first.close()
+    (pins / "classifier" / "maps" / lost).unlink()
+    second = Classifier.open(pins)
+    try:
+        assert second.attachments() == [], "programs that count into a lost map observe nothing"
+        assert second.generation != generation
+        again = observe(second, pair)
+        assert again.attached_at > before.attached_at
+        with answering(pair.pod, certificate):
+            ask(connect(pair.peer, pair.pod_ipv4, PORT))
+        assert counts(second) == {FlowClass.PLAINTEXT: 1}
+    finally:
+        second.remove()
+
+
 @pytest.mark.parametrize("side", Side)
 def test_attaching_again_changes_nothing_but_the_ports(
     classifier: Classifier, pair: Pair, side: Side
@@ -466,8 +487,8 @@ def test_an_interface_that_is_not_there_is_refused_and_nothing_stays_behind(
 def test_maps_of_another_layout_are_refused(pins: Path) -> None:
     Classifier.open(pins).close()
     maps = pins / "classifier" / "maps"
-    (maps / "edges").unlink()
-    (maps / "counters").rename(maps / "edges")
+    for old, new in (("edges", "between"), ("counters", "edges"), ("between", "counters")):
+        (maps / old).rename(maps / new)
     with pytest.raises(KernelError, match="map edges exists with another layout: its type is 6"):
         Classifier.open(pins)
 

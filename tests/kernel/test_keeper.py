@@ -275,6 +275,7 @@ def test_rules_that_somebody_removed_are_put_back(site: Site, meshed: Keeper) ->
     nftables.remove(site.pair.pod)
     meshed.reconcile(site.wanted())
     assert nftables.check(site.pair.pod, meshed.policy) == ()
+    assert meshed.repairs(0.0) == 1, "and it is counted: what came meanwhile passed the sidecar by"
 
 
 def test_the_rules_stay_when_envoy_is_killed_and_it_is_started_again(

@@ -1,8 +1,9 @@
 """Redirection by nftables: real connections in real namespaces land where the policy says."""
 
 import json
+import socket
+import struct
 import subprocess
-import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -41,6 +42,8 @@ from tidegate.model import Direction
 INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 5432
 PORTS = (INBOUND, OUTBOUND, APP, OTHER)
 PROXY_UID = 5995
+PYTHON = "/usr/bin/python3"
+"""One that every user may run, wherever the repository lies."""
 
 EXCLUDING = policy_from_annotations(
     {
@@ -187,7 +190,7 @@ def test_a_process_of_the_sidecars_user_is_left_alone(redirected):
     seen = {}
     for uid in (PROXY_UID, 1234):
         process = netns.spawn(
-            redirected.pod, [sys.executable, "-c", client], user=uid, group=uid, cwd="/",
+            redirected.pod, [PYTHON, "-c", client], user=uid, group=uid, cwd="/",
             stdout=subprocess.PIPE, env={},
         )  # fmt: skip
         seen[uid] = process.communicate(timeout=DEADLINE_S)[0].decode().strip()
@@ -317,6 +320,26 @@ def test_connections_that_are_older_than_the_first_rules_live_on(lab, version):
             assert echoes(out)
             assert echoes(into)
         assert landing(lab.pod, lab.peer_address(version), APP).server == "pod"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_rules_that_come_back_know_nothing_of_connections_from_before(lab, version):
+    address, port = lab.peer_address(version), 40_001
+    redirect.apply(lab.pod, DEFAULT)
+    before, landed = dial(lab.pod, address, APP, source_port=port)
+    assert landed.server == "pod"
+    before.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    before.close()
+    redirect.remove(lab.pod)
+    direct, landed = dial(lab.pod, address, APP, source_port=port)
+    with direct:
+        assert landed.server == "peer"
+        assert redirect.apply(lab.pod, DEFAULT) is Change.CREATED
+        try:
+            for _ in range(3):
+                assert echoes(direct)
+        finally:
+            redirect.remove(lab.pod)
 
 
 DRIFTS = {

@@ -32,7 +32,7 @@ class Observation:
         self.failing = None
         self.closed = False
 
-    def look(self):
+    def look(self, living):
         pass
 
     def attach(self, workload):

@@ -41,6 +41,8 @@ def instance(name, node, agent_api="", **fields):
 class Intent:
     """Stands for node.intent: one snapshot for ever."""
 
+    outdated = ""
+
     def __init__(self, *instances):
         self.snapshot = Snapshot(index=1, instances=instances)
 

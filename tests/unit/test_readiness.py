@@ -137,9 +137,16 @@ def test_one_flow_of_a_blocking_class_makes_it_not_ready_and_names_the_caller(fl
     ("what", "edge", "fields", "effect"),
     [
         ("no payload", flow(FlowClass.EMPTY), {}, Effect.EMPTY),
-        ("a probe", flow(peer="10.1.0.1"), {}, Effect.PROBE),
-        ("a probe over IPv6", flow(peer="fd00:1:0::1"), {}, Effect.PROBE),
-        ("a mapped probe", flow(peer="::ffff:10.1.0.1"), {}, Effect.PROBE),
+        ("a probe", flow(peer="10.1.0.1"), {}, Effect.REFUSED_PROBE),
+        ("a probe over IPv6", flow(peer="fd00:1:0::1"), {}, Effect.REFUSED_PROBE),
+        ("a mapped probe", flow(peer="::ffff:10.1.0.1"), {}, Effect.REFUSED_PROBE),
+        ("a probe of the sidecar", flow(peer="10.1.0.1", port=20000), {}, Effect.PROBE),
+        (
+            "a probe on an excluded port",
+            flow(peer="10.1.0.1"),
+            {"excluded_inbound_ports": ((8080, 8080),)},
+            Effect.PROBE,
+        ),
         (
             "an excluded port",
             flow(),
@@ -154,7 +161,7 @@ def test_one_flow_of_a_blocking_class_makes_it_not_ready_and_names_the_caller(fl
             Effect.REFUSED_ANYWAY,
         ),
         ("a port without a permissive chain", flow(port=9999), {}, Effect.REFUSED_ANYWAY),
-        ("mesh traffic to the service's port", flow(FlowClass.MESH), {}, Effect.MESH),
+        ("mesh traffic", flow(FlowClass.MESH, port=20000), {}, Effect.MESH),
     ],
 )
 def test_flows_that_strict_mode_does_not_touch_are_listed_and_do_not_block(
@@ -171,6 +178,7 @@ def test_flows_that_strict_mode_does_not_touch_are_listed_and_do_not_block(
     ("what", "edge", "fields"),
     [
         ("beside an excluded range", flow(), {"excluded_inbound_ports": ((8081, 9000),)}),
+        ("TLS with the mesh's name that comes to the service's port", flow(FlowClass.MESH), {}),
         ("from the node of another instance", flow(peer="10.2.0.1"), {}),
         ("to an instance whose port nobody knows", flow(port=5), {"of": msgspec.structs.replace(API, port=0)}),
     ],
@@ -247,7 +255,7 @@ def test_a_strict_service_is_not_ready_while_callers_are_refused():
     judged = verdict(seen(flow()), intent=strict)
     assert judged.mode is MutualTLSMode.STRICT
     assert judged.verdict is Answer.NOT_READY
-    assert "which strict mode refuses" in judged.reasons[0].message
+    assert "in plaintext" in judged.reasons[0].message
     assert verdict(seen(MESH), intent=strict).verdict is Answer.READY
 
 
@@ -304,13 +312,13 @@ def test_plaintext_connections_still_open_block_though_they_are_idle():
             ReasonKind.WITNESS_DISAGREES,
             (seen(witness=WitnessReading(agrees=False, detail="9 and 5")),),
             {},
-            "disagree (now): 9 and 5",
+            "disagree: 9 and 5",
         ),
         (
             ReasonKind.WITNESS_DISAGREES,
             (seen(witness=WitnessReading(agrees=True, disagreed_at=NOW - 3600)),),
             {},
-            "disagree (1 h ago)",
+            "disagreed 1 h ago",
         ),
         (
             ReasonKind.CALLER_UNKNOWN,
@@ -606,3 +614,12 @@ def test_onboarding_a_service_does_not_cut_off_its_plaintext_callers(mode, edges
     [step] = [one.next_step for one in judged.reasons if one.kind is ReasonKind.NOT_MESHED]
     assert ("First make api permissive, or its sidecar refuses legacy" in step) is first
     assert f"nboard {API.name}: " in step
+
+
+def test_an_intent_that_may_be_out_of_date_is_never_ready():
+    evidence = ServiceEvidence(
+        service="api", instances=(seen(MESH),), intent_problem="no server answers; 40 s old"
+    )
+    judged = judge(INTENT, evidence, known=CATALOG, window_s=DAY, now=NOW)
+    assert judged.verdict is Answer.UNKNOWN
+    assert "no server answers; 40 s old" in judged.reasons[0].message

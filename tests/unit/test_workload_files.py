@@ -34,10 +34,18 @@ def test_workloads_come_and_go_with_their_files(tmp_path: Path) -> None:
     assert source.problems() == ()
 
 
-def test_a_directory_that_is_not_there_has_no_workloads(tmp_path: Path) -> None:
-    source = FileSource(tmp_path / "none")
+def test_a_directory_that_goes_away_takes_no_workload_with_it(tmp_path: Path) -> None:
+    directory = tmp_path / "workloads"
+    source = FileSource(directory)
     assert source.list() == ()
+    assert str(directory) in source.problems()[0], "a missing directory is told from the beginning"
+    directory.mkdir()
+    put(directory, workload("a", meshed=True))
+    assert [one.name for one in source.list()] == ["a"]
     assert source.problems() == ()
+    directory.rename(tmp_path / "elsewhere")
+    assert [one.name for one in source.list()] == ["a"]
+    assert str(directory) in source.problems()[0]
 
 
 @pytest.mark.parametrize(

@@ -201,8 +201,8 @@ class Daemon:
     def _follow(self, workloads: Iterable[Workload], snapshot: Snapshot) -> None:
         """Takes in which workloads there are; observes them all."""
         self._observation.labels.replace(snapshot.instances)
-        self._observation.look()
         living = {workload.id: workload for workload in workloads}
+        self._observation.look(living.values())
         # A workload whose file cannot be read is not in the list of an agent that has just started.
         complete = not self._source.problems()
         gone = [keeper for key, keeper in self._keepers.items() if key not in living]
@@ -368,6 +368,7 @@ class Daemon:
                 problems=(
                     *self._problems.values(),
                     *self._intent.problems(),
+                    *self._guard.problems(),
                     *self._source.problems(),
                     *self._observation.problems(),
                 ),

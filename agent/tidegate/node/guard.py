@@ -85,6 +85,11 @@ class Guard:
         self._mesh = mesh
         self._directory = directory
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._unreadable: tuple[str, ...] = ()
+
+    def problems(self) -> tuple[str, ...]:
+        """Flips that nobody guards although somebody should."""
+        return self._unreadable
 
     def resume(self) -> None:
         """Takes up the flips that a former agent left."""
@@ -93,9 +98,9 @@ class Guard:
             try:
                 flip = msgspec.json.decode(path.read_bytes(), type=Flip)
             except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-                log.warning(
-                    "cannot read a guard left by a former agent", file=str(path), reason=str(error)
-                )
+                problem = f"the flip of {path.stem} is not guarded: {path} cannot be read ({error})"
+                log.warning(problem)
+                self._unreadable += (problem,)
                 continue
             log.info("guard taken up again", service=flip.service)
             course = _Course(self._mesh, path, flip.service, _log_event)

@@ -3,6 +3,7 @@
 An unreachable server changes nothing: the last answer stays in force, and how old it is shows as a problem.
 """
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tidegate.intent.entries import from_consul, to_consul
 from tidegate.model import Instance
 from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
+
+ANSWER_S = 2.0
+"""How long a round waits for the server; sidecars and rules are looked after without it."""
 
 log = Log("intent")
 
@@ -59,16 +63,23 @@ class IntentSource:
         """Why the snapshot may be out of date."""
         return tuple(problem for problem in (self._problem, self._unkept) if problem)
 
+    @property
+    def outdated(self) -> str:
+        """Why what should be may be something else by now; empty when the server has just said it."""
+        return self._problem
+
     async def refresh(self) -> Snapshot:
         """Asks the server; the former snapshot where it does not answer."""
         try:
-            snapshot = await self._catalog.snapshot()
-        except TidegateError as error:
+            async with asyncio.timeout(ANSWER_S):
+                snapshot = await self._catalog.snapshot()
+        except (TidegateError, TimeoutError) as error:
+            reason = str(error) or f"the intent server does not answer within {ANSWER_S:.0f} s"
             if not self._problem:
-                log.warning("no answer from the intent server", reason=str(error))
+                log.warning("no answer from the intent server", reason=reason)
             age = time.time() - self._answered_at
             old = f"; intent is {age:.0f} s old" if self.known else ""
-            self._problem = f"{error}{old}"
+            self._problem = f"{reason}{old}"
             return self.current()
         if self._problem:
             log.info("the intent server answers again")

@@ -5,6 +5,7 @@ Envoy works by exactly these files, rules. Out of it: rules first. Rules stay wh
 passes unseen while it is started again. What fails is told by `problems` and tried again; it never stops the rest.
 """
 
+import collections
 import enum
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
 
 STOP_DEADLINE_S = 5.0
+REPAIRS_KEPT = 1000
 SETTLE_S = 5.0
 """How long a change is looked after at the faster pace."""
 RENEW_AT = 0.66
@@ -90,6 +92,9 @@ class Keeper:
         self._admin = SidecarAdmin(self._files.working)
         self._state = State()
         self._was_ready = False
+        self._redirected_by: Policy | None = None
+        """The policy by which the rules were last applied."""
+        self._repairs: collections.deque[float] = collections.deque(maxlen=REPAIRS_KEPT)
         self._applied: SidecarSpec | None = None
         """What Envoy is known to work by."""
         self._unsettled_since: float | None = None
@@ -145,6 +150,10 @@ class Keeper:
         """Whether it is worth looking again soon: the sidecar was told something moments ago."""
         since = self._unsettled_since
         return since is not None and time.monotonic() - since < SETTLE_S
+
+    def repairs(self, since: float) -> int:
+        """How often since `since` the redirection had been changed by somebody else, and was repaired."""
+        return sum(at >= since for at in self._repairs)
 
     def reconcile(self, wanted: Wanted | None) -> None:
         """One step towards `wanted`, or out of the mesh when it is None."""
@@ -248,7 +257,14 @@ class Keeper:
             return
         change = redirect.apply(self.workload.netns, policy)
         if change is not redirect.Change.UNCHANGED:
-            log.info("redirection applied", workload=self.workload.name, change=change)
+            if self.redirection is Redirection.APPLIED and self._redirected_by == policy:
+                self._repairs.append(time.time())
+                log.warning(
+                    "redirection was not as it should be; repaired", workload=self.workload.name
+                )
+            else:
+                log.info("redirection applied", workload=self.workload.name, change=change)
+        self._redirected_by = policy
         self.redirection = Redirection.APPLIED
 
     def _attempt(self, what: str, step: Callable[[], None]) -> bool:

@@ -114,6 +114,7 @@ class MeshView:
                 instances=living,
                 departed=tuple(one for answer in answers for one in answer.departed),
                 nodes_missing=(*missing, *untold),
+                intent_problem=self._intent.outdated,
             ),
             known=snapshot.instances,
             window_s=window,

@@ -70,10 +70,13 @@ class Observation:
         """What costs evidence on this node."""
         return (*self._problems.values(), *self._ledger.problems())
 
-    def look(self) -> None:
-        """Asks the kernel what is being observed; the beginning of each round."""
+    def look(self, living: Iterable[Workload]) -> None:
+        """Asks the kernel what is being observed, and forgets problems of workloads that are gone; the
+        beginning of each round."""
         found = self._classifier.attachments()
         self._attachments = {each.workload_key: each for each in found}
+        keys = {workload.key for workload in living}
+        self._problems = {key: text for key, text in self._problems.items() if key in keys}
 
     def attach(self, workload: Workload) -> None:
         """Sees to it that a workload's interface is observed; a failure is kept as its problem."""
@@ -204,7 +207,7 @@ class Observation:
             inbound_redirected=keeper.in_mesh and policy is not None and policy.inbound.enabled,
             excluded_inbound_ports=_excluded(keeper),
             coverage=self._ledger.coverage(workload.key),
-            losses=losses,
+            losses=losses | _named("redirection_repaired", keeper.repairs(since)),
             edges=self._edges(workload, since, until),
             witness=state.reading,
             node_addresses=self._config.node_addresses,
@@ -282,6 +285,10 @@ def published(keeper: Keeper, config: AgentConfig) -> Instance:
         agent_api=f"unix://{config.socket}",
         seen_from=workload.created_at,
     )
+
+
+def _named(name: str, count: int) -> dict[str, int]:
+    return {name: count} if count else {}
 
 
 def _excluded(keeper: Keeper) -> tuple[tuple[int, int], ...]:

@@ -213,10 +213,15 @@ class Classifier:
         """
         directory = pin_dir / _DIRECTORY
         map_dir = directory / "maps"
-        map_dir.mkdir(parents=True, exist_ok=True)
-        (directory / "links").mkdir(exist_ok=True)
         with contextlib.ExitStack() as undo, Object.open(object_path) as compiled:
             names = [name for name in compiled.map_names() if name != _SCRATCH]
+            if (directory / "links").exists() and not all(
+                (map_dir / name).exists() for name in names
+            ):
+                # Programs that count into a map which nobody can read look like observation and are none.
+                _remove_all(directory)
+            map_dir.mkdir(parents=True, exist_ok=True)
+            (directory / "links").mkdir(exist_ok=True)
             pinned = {
                 name: undo.enter_context(Map.open_pinned(map_dir / name))
                 for name in names
@@ -414,10 +419,7 @@ class Classifier:
     def remove(self) -> None:
         """Takes everything out of the kernel: programs, links, maps and all that was counted."""
         self.close()
-        for directory in (self._directory / "links").iterdir():
-            _remove_links(directory)
-        for name in ("links", "programs", "maps"):
-            _remove_tree(self._directory / name)
+        _remove_all(self._directory)
         self._directory.rmdir()
 
     def _link_dir(self, interface: abi.Interface) -> Path:
@@ -490,6 +492,14 @@ class Classifier:
         for directory in (self._directory / "links").iterdir():
             if directory not in known:
                 _remove_links(directory)
+
+
+def _remove_all(directory: Path) -> None:
+    """Links first: a program must not run on an interface that it has no entry for."""
+    for links in (directory / "links").iterdir():
+        _remove_links(links)
+    for name in ("links", "programs", "maps"):
+        _remove_tree(directory / name)
 
 
 def _u32(number: int) -> bytes:

@@ -130,3 +130,5 @@ class ServiceEvidence(msgspec.Struct, frozen=True, kw_only=True):
     """Those that lived before: their coverage and what was seen at them still counts, their
     witness does not."""
     nodes_missing: tuple[MissingNode, ...] = ()
+    intent_problem: str = ""
+    """Why mode, intentions or instances may be others by now; empty when they have just been read."""

@@ -55,6 +55,8 @@ class Effect(enum.StrEnum):
     UNPROTECTED = "unprotected"
     """Does not pass the sidecar, in neither mode."""
     PROBE = "probe"
+    REFUSED_PROBE = "refused-probe"
+    """A probe on the service's own, redirected port: it does not block, and strict mode refuses it."""
     REFUSED_ANYWAY = "refused-anyway"
     """Comes to a filter chain that takes nothing but mTLS, in both modes."""
     EMPTY = "empty"
@@ -65,6 +67,7 @@ _NOTES: dict[Effect, str] = {
     Effect.MESH: "",
     Effect.UNPROTECTED: "unprotected: passes the sidecar by",
     Effect.PROBE: "probe from the node",
+    Effect.REFUSED_PROBE: "probe from the node; strict refuses it: probe another port, and exclude that",
     Effect.REFUSED_ANYWAY: "refused in both modes",
     Effect.EMPTY: "no payload",
 }
@@ -91,6 +94,7 @@ _REFUSES = frozenset({ReasonKind.BLOCKING_FLOW, ReasonKind.UNKNOWN_FLOW, ReasonK
 
 _HOW: dict[FlowClass, str] = {
     FlowClass.TLS: "with its own TLS",
+    FlowClass.MESH: "with TLS that bears the mesh's name and does not come from a sidecar",
     FlowClass.PLAINTEXT: "in plaintext",
     FlowClass.SERVER_FIRST: "in plaintext (the server speaks first)",
     FlowClass.STARTTLS: "in plaintext that turns into TLS",
@@ -262,19 +266,23 @@ def effect_of(edge: EdgeEvidence, at: InstanceEvidence) -> Effect:
 
     The mTLS chain of the sidecar takes every destination port but the service's own (consul-k8s,
     permissive chain: match on LocalServicePort alone), so only flows to that port depend on the
-    mode.
+    mode. Sidecars dial each other's own port: what comes to the service's port with the mesh's
+    server name is somebody's own TLS, which the permissive chain hands to the application.
     """
     if edge.flow_class is FlowClass.EMPTY:
         return Effect.EMPTY
-    if names.canonical(edge.peer) in {names.canonical(own) for own in at.node_addresses}:
-        return Effect.PROBE
+    from_node = names.canonical(edge.peer) in {names.canonical(own) for own in at.node_addresses}
     to_sidecar_itself = edge.port == at.instance.inbound_port
     excluded = any(first <= edge.port <= last for first, last in at.excluded_inbound_ports)
-    if not to_sidecar_itself and (excluded or not at.inbound_redirected):
+    bypasses = not to_sidecar_itself and (excluded or not at.inbound_redirected)
+    if from_node:
+        on_service_port = at.instance.port in (0, edge.port) and not to_sidecar_itself
+        return Effect.REFUSED_PROBE if on_service_port and not bypasses else Effect.PROBE
+    if bypasses:
         return Effect.UNPROTECTED
-    if not edge.flow_class.blocks_strict:
-        return Effect.MESH
-    if to_sidecar_itself or at.instance.port not in (0, edge.port):
+    if to_sidecar_itself:
+        return Effect.REFUSED_ANYWAY if edge.flow_class.blocks_strict else Effect.MESH
+    if at.instance.port not in (0, edge.port):
         return Effect.REFUSED_ANYWAY
     return Effect.BLOCKS
 
@@ -376,13 +384,12 @@ def _flow_reasons(
             if flow.caller.workload
             else f"{flow.caller.address}, which the catalog does not know,"
         )
-        refused = ", which strict mode refuses" if intent.mode is MutualTLSMode.STRICT else ""
         yield Reason(
             kind=ReasonKind.UNKNOWN_FLOW
             if flow.flow_class is FlowClass.UNKNOWN
             else ReasonKind.BLOCKING_FLOW,
             message=(
-                f"{who} calls {intent.service}:{flow.port} {_HOW[flow.flow_class]}{refused}: {_amount(flow)}, last "
+                f"{who} calls {intent.service}:{flow.port} {_HOW[flow.flow_class]}: {_amount(flow)}, last "
                 f"seen {ago(window.end - flow.last_seen)}"
             ),
             next_step=steps.for_flow(
@@ -473,6 +480,12 @@ def _presence(
 
 
 def _missing(evidence: ServiceEvidence, place: Place) -> Iterator[Reason]:
+    if evidence.intent_problem:
+        yield Reason(
+            kind=ReasonKind.EVIDENCE_MISSING,
+            message=f"mode, intentions and callers may have changed: {evidence.intent_problem}",
+            next_step=steps.for_intent_server(),
+        )
     for node in evidence.nodes_missing:
         yield Reason(
             kind=ReasonKind.EVIDENCE_MISSING,
@@ -515,14 +528,12 @@ def _witness_reasons(evidence: ServiceEvidence, window: Interval) -> Iterator[Re
         witness = each.witness
         disagreed_in_window = witness.disagreed_at and witness.disagreed_at >= window.start
         if witness.agrees is False or disagreed_in_window:
-            when = (
-                "now"
-                if witness.agrees is False
-                else f"{span(window.end - witness.disagreed_at)} ago"
-            )
+            between = f"sidecar and ledger of {each.instance.name}"
             yield Reason(
                 kind=ReasonKind.WITNESS_DISAGREES,
-                message=f"sidecar and ledger of {each.instance.name} disagree ({when}): {witness.detail}",
+                message=f"{between} disagree: {witness.detail}"
+                if witness.agrees is False
+                else f"{between} disagreed {ago(window.end - witness.disagreed_at)}",
                 next_step=steps.for_disagreement(each.instance.name),
                 last_seen=witness.disagreed_at or None,
             )

@@ -142,6 +142,10 @@ def for_missing_node(node: str) -> str:
     return f"See on {node} why its agent does not answer: `tidegate doctor`"
 
 
+def for_intent_server() -> str:
+    return "See why the intent server does not answer: its log says what it met last"
+
+
 def for_sidecar(place: Place, instance: str) -> str:
     in_lab = place.environment is Environment.LAB
     command = place.tidegate("lab", "status") if in_lab else "tidegate doctor"

@@ -27,11 +27,16 @@ class FileSource:
     def list(self) -> tuple[Workload, ...]:
         """Read the directory; workloads in the order of their file names.
 
-        A directory that is not there has no workloads; one that cannot be read leaves all as they were.
+        A directory that is not there, or cannot be read, is a problem and leaves all as they were: an empty one has
+        no workloads, a missing one is a mistake.
         """
         problems: list[str] = []
         try:
-            names = sorted(path.name for path in self._directory.glob("[!.]*.json"))
+            names = sorted(
+                entry.name
+                for entry in self._directory.iterdir()
+                if entry.suffix == ".json" and not entry.name.startswith(".")
+            )
         except OSError as error:
             self._problems = (f"{self._directory} cannot be read: {error.strerror}",)
             return tuple(self._known.values())

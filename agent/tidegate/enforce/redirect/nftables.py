@@ -29,7 +29,7 @@ from tidegate.enforce.redirect.rules import (
     rules_for,
 )
 from tidegate.intent.policy import Family, Policy, PortRange
-from tidegate.kernel import netns, nftables
+from tidegate.kernel import conntrack, netns, nftables
 from tidegate.kernel.nftables import Object
 from tidegate.model import Direction
 
@@ -129,6 +129,9 @@ def _remove() -> Change:
     if nftables.list_table(FAMILY, TABLE) is None:
         return Change.UNCHANGED
     nftables.run([_DELETE])
+    # Translations outlive the rules, for days. With the next rules they would come to life again, and reset a new
+    # connection that has the ports of an old one.
+    conntrack.flush()
     return Change.REMOVED
 
 
