@@ -75,7 +75,13 @@ class Bench:
             self._flows.delete(key)
 
     def edges(self) -> list[Edge]:
-        return [edge for edge in self.classifier.edges() if edge.key.workload == self.workload]
+        """The edges that have connections or bytes."""
+        return [
+            edge
+            for edge in self.classifier.edges()
+            if edge.key.workload == self.workload
+            and (edge.count.connections or edge.count.bytes_to_server or edge.count.bytes_to_client)
+        ]
 
     def classes(self) -> dict[FlowClass, int]:
         """Connections by class; classes without any are left out."""

@@ -338,7 +338,7 @@ class Classifier:
                 self._maps["edges"].delete(key)
 
     def edges(self) -> list[Edge]:
-        """All edges of all workloads that have connections or bytes.
+        """All edges of all workloads, also those that every connection has left: who saw one come must see it go.
 
         A connection is on one edge at a time. It moves when its class becomes known, so the counts of class
         empty, and of server-first and unknown, can go down again.
@@ -354,8 +354,6 @@ class Classifier:
             )
             for key, count in pairs:
                 to_server, to_client = count.bytes
-                if not (count.connections or to_server or to_client):
-                    continue
                 edges.append(
                     Edge(
                         key=EdgeKey(
