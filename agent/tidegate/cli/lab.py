@@ -190,7 +190,7 @@ def _nodes(status: LabStatus) -> Table:
 
 def _pods(status: LabStatus) -> Table:
     table = _table(
-        "pod", "node", "service", "addresses", "app", "sidecar", "requests made", "failed", "served"
+        "pod", "node", "service", "addresses", "app", "sidecar", "requests", "failed", "served"
     )
     for pod in status.pods:
         table.add_row(
@@ -198,7 +198,7 @@ def _pods(status: LabStatus) -> Table:
             pod.node,
             f"{pod.service}:{pod.port}" if pod.port else pod.service,
             " ".join(pod.addresses),
-            f"{pod.app_kind} {_process(pod.app_pid, alive=pod.app_alive)}",
+            _application(pod),
             _sidecar(pod),
             *_counts(pod),
         )
@@ -208,8 +208,15 @@ def _pods(status: LabStatus) -> Table:
 def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:
-        table.add_column(title, no_wrap=True)
+        # In a narrow terminal long texts give way, names and numbers do not.
+        gives_way = title in ("addresses", "sidecar")
+        table.add_column(title, no_wrap=not gives_way, overflow="fold")
     return table
+
+
+def _application(pod: PodStatus) -> str:
+    well = pod.app_alive or not pod.app_pid
+    return str(pod.app_kind) if well else f"{pod.app_kind}, [red]has ended[/]"
 
 
 def _process(pid: int, *, alive: bool) -> str:
