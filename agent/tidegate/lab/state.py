@@ -75,10 +75,6 @@ class LabPaths:
     def agent_pins(self, node: str) -> Path:
         return self.bpf / node
 
-    def first_agent_socket(self) -> Path:
-        """Socket of the agent of the lab file's first node. LabError when the lab is not up."""
-        return self.agent_socket(read_spec(self).nodes[0])
-
     def workloads(self, node: str) -> Path:
         return self.node(node) / "workloads"
 
