@@ -47,7 +47,7 @@ venv: packages
 	fi
 
 bpf: packages
-	@$(MAKE) --no-print-directory -C bpf
+	@$(MAKE) --silent --no-print-directory -C bpf
 
 demo: setup ## the whole story in a lab of two nodes; leaves nothing behind
 	@$(BIN)/python -m tidegate.lab.demo
