@@ -156,8 +156,8 @@ class _Background:
     def _echo(self) -> None:
         for line in self._process.stdout or ():
             self._lines.append(line)
-            sys.stdout.write(line)
-            sys.stdout.flush()
+            # Not past the console: a progress bar may be on the screen.
+            console.print(line.rstrip("\n"), markup=False, soft_wrap=True)
 
     def has_flipped(self) -> bool:
         """Whether `tidegate strict` has said that every sidecar follows."""
