@@ -57,6 +57,8 @@ def test_every_command_of_a_document_does_what_a_reader_expects(document: Path) 
             allowed = (0, NOT_READY, 2) if " ready" in line else (0,)
             assert done.returncode in allowed, f"{line}\n{done.stdout}\n{done.stderr}"
             assert "Traceback" not in done.stderr, done.stderr
+            if " ready" in line:
+                assert re.search("READY|UNKNOWN", done.stdout), f"{line}: no verdict: {done.stderr}"
     finally:
         take_down()
 
