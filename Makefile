@@ -9,18 +9,19 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 PYTHON := /usr/bin/python3
 
-# What the product needs from Debian: Python, the two libraries it speaks to the kernel with, and the
-# compiler for the eBPF programs. The lab's users also want something to send requests with, and the tests
-# look at the rules with nft, which the product itself does not start.
-PACKAGES := python3 python3-venv libbpf1 libnftables1 \
-	clang llvm libbpf-dev linux-libc-dev libc6-dev \
-	ca-certificates curl iproute2 nftables openssl
+# What the product needs from Debian: Python, the libraries it speaks to the kernel with (those for the legacy
+# tables come with iptables), and the compilers for the eBPF programs and for python-iptables. The lab's users
+# also want something to send requests with, and the tests look at the rules with nft, iptables-legacy and ipset,
+# which the product itself does not start.
+PACKAGES := python3 python3-venv libbpf1 libnftables1 iptables \
+	clang llvm libbpf-dev linux-libc-dev libc6-dev gcc python3-dev \
+	ca-certificates curl iproute2 ipset nftables openssl
 
 # A virtual environment holds absolute paths: it is made again when the repository has moved.
 STAMP := $(VENV)/ready
 FINGERPRINT = $$(echo "$(CURDIR)" | cat - pyproject.toml | sha256sum | cut -d' ' -f1)
 
-.PHONY: help setup packages venv bpf demo test lint unit bench clean
+.PHONY: help setup packages venv bpf demo test lint unit bench soak clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +67,11 @@ lint: setup ## style and types
 
 bench: setup ## measurements, as ratios with medians
 	@$(BIN)/python -m tests.bench
+
+soak: setup ## long runs: 2,000 apply and remove cycles, 500 random policies
+	@TIDEGATE_SOAK=1 $(BIN)/pytest -q --timeout 1800 tests/kernel/test_redirect_faults.py
+	@TIDEGATE_POLICIES=500 TIDEGATE_SEED=$$RANDOM $(BIN)/pytest -q --timeout 1800 \
+	    tests/kernel/test_redirect_properties.py
 
 clean: ## remove what setup and the tests made in this checkout
 	@rm -rf .venv build agent/tidegate/bpf agent/tidegate.egg-info \

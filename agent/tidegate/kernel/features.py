@@ -12,12 +12,13 @@ import os
 import platform
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from tidegate.kernel import links, netns, nftables
+from tidegate.kernel import cgroups, ipset, links, netns, nftables, tun, xtables
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.nftables import Object
 
@@ -30,6 +31,8 @@ class Feature(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     """What was found, or why it is not there."""
     lost_without: str
+    needed: bool = True
+    """False for what something else can stand in for: one backend of redirection is enough."""
 
 
 def probe_all() -> tuple[Feature, ...]:
@@ -39,10 +42,16 @@ def probe_all() -> tuple[Feature, ...]:
 
 def _probe(name: str, probe: Callable[[], str], lost_without: str) -> Feature:
     try:
-        detail = probe()
+        present, detail = True, probe()
     except (KernelError, OSError) as error:
-        return Feature(name=name, present=False, detail=str(error), lost_without=lost_without)
-    return Feature(name=name, present=True, detail=detail, lost_without=lost_without)
+        present, detail = False, str(error)
+    return Feature(
+        name=name,
+        present=present,
+        detail=detail,
+        lost_without=lost_without,
+        needed=name not in _REPLACEABLE,
+    )
 
 
 def _network_namespaces() -> str:
@@ -83,6 +92,89 @@ def _redirection(family: str) -> Callable[[], str]:
         return f"a redirection was loaded into a table of family {family}"
 
     return load
+
+
+def _rules(text: str) -> Callable[[], str]:
+    def load() -> str:
+        netns.run_in_new(nftables.load, text)
+        return "a rule was loaded into a new namespace"
+
+    return load
+
+
+_TPROXY = """
+table ip probe {
+    chain prerouting { type filter hook prerouting priority -150; meta l4proto tcp tproxy to :1; }
+}
+table ip6 probe {
+    chain prerouting { type filter hook prerouting priority -150; meta l4proto tcp tproxy to :1; }
+}
+"""
+_ZONES = """
+table inet probe {
+    chain output { type filter hook output priority -300; ct original zone set 1; }
+}
+"""
+
+
+def _cgroup_matching() -> str:
+    place = cgroups.mounted_at() / f"tidegate-probe-{os.getpid()}-{threading.get_ident()}"
+    place.mkdir()
+    try:
+        found = cgroups.find(place.name)
+        sender = f'socket cgroupv2 level {found.level} "{found.path}"'
+        chain = f"type filter hook output priority 0; {sender} return;"
+        _rules(f"table inet probe {{\nchain output {{ {chain} }}\n}}")()
+        tables = "*filter\n:PROBE - [0:0]\n-I OUTPUT 1 -j PROBE\n"
+        rule = f"-A PROBE -m cgroup --path {place.name} -j RETURN\n"
+        _legacy(xtables.Family.IPV4, f"{tables}{rule}COMMIT")()
+    finally:
+        place.rmdir()
+    return "rules for a new cgroup were loaded, with both backends"
+
+
+def _legacy(family: xtables.Family, text: str) -> Callable[[], str]:
+    def load() -> str:
+        ((table, content),) = xtables.compiled(family, xtables.parse(text)).items()
+        # Nobody else knows the namespace, so nobody needs the lock.
+        netns.run_in_new(xtables.replace, family, table, "PROBE", content, {})
+        return f"a rule was loaded into the table {table} of a new namespace"
+
+    return load
+
+
+_LEGACY_REDIRECTION = """*nat
+:PROBE - [0:0]
+-I OUTPUT 1 -j PROBE
+-A PROBE -p tcp -j REDIRECT --to-ports 1
+COMMIT
+"""
+_LEGACY_TPROXY = """*mangle
+:PROBE - [0:0]
+-I PREROUTING 1 -j PROBE
+-A PROBE -p tcp -j TPROXY --on-port 1
+COMMIT
+"""
+_LEGACY_ZONES = """*raw
+:PROBE - [0:0]
+-I OUTPUT 1 -j PROBE
+-A PROBE -p udp -j CT --zone-orig 1
+COMMIT
+"""
+
+
+def _sets() -> str:
+    if not ipset.is_available():
+        raise KernelError("the kernel has no IP sets of ports and networks", errno.EPROTONOSUPPORT)
+    return "sets of ports and of networks were made"
+
+
+def _tun() -> str:
+    def make() -> str:
+        with tun.opened("probe0"):
+            return "one was made"
+
+    return netns.run_in_new(make)
 
 
 def _library(name: str) -> Callable[[], str]:
@@ -208,6 +300,8 @@ def _checked(result: int, what: str) -> int:
     return result
 
 
+_WITHOUT_LEGACY = "the iptables backend, which does without nftables"
+
 _PROBES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("capability CAP_NET_ADMIN", "everything", _capability("CAP_NET_ADMIN", 12)),
     ("capability CAP_SYS_ADMIN", "everything", _capability("CAP_SYS_ADMIN", 21)),
@@ -219,10 +313,35 @@ _PROBES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("nftables redirection, inet tables", "redirection", _redirection("inet")),
     ("nftables redirection, IPv4", "redirection of IPv4 traffic", _redirection("ip")),
     ("nftables redirection, IPv6", "redirection of IPv6 traffic", _redirection("ip6")),
+    ("nftables transparent proxy", "mode tproxy with nftables", _rules(_TPROXY)),
+    ("nftables conntrack zones", "redirection of DNS with nftables", _rules(_ZONES)),
+    ("legacy tables, IPv4", _WITHOUT_LEGACY, _legacy(xtables.Family.IPV4, _LEGACY_REDIRECTION)),
+    ("legacy tables, IPv6", _WITHOUT_LEGACY, _legacy(xtables.Family.IPV6, _LEGACY_REDIRECTION)),
+    (
+        "legacy transparent proxy",
+        "mode tproxy with iptables",
+        _legacy(xtables.Family.IPV4, _LEGACY_TPROXY),
+    ),
+    (
+        "legacy conntrack zones",
+        "redirection of DNS with iptables",
+        _legacy(xtables.Family.IPV4, _LEGACY_ZONES),
+    ),
+    ("IP sets", "exclusions that cost one look-up, with iptables", _sets),
+    ("matching of cgroups v2", "sidecars that are told by their cgroup", _cgroup_matching),
+    ("TUN devices", "live probes of inbound redirection", _tun),
     ("libbpf", "observation", _library("libbpf.so.1")),
     ("bpf(2) with traffic control programs", "observation", _sched_cls),
     ("tcx links", "observation", _tcx),
     ("BPF ring buffers", "ClientHellos that span packets", _ring_buffer),
     ("BPF file system", "counts that outlive the agent", _bpffs),
     ("kernel type information (BTF)", "tracing on demand", _btf),
+)
+
+_REPLACEABLE = frozenset(
+    name
+    for name, _, _ in _PROBES
+    if name.startswith(
+        ("nftables ", "libnftables", "legacy ", "IP sets", "TUN ", "matching of cgroups")
+    )
 )

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from socket import AF_INET, AF_INET6
+from typing import Any, NamedTuple
 
 from pyroute2 import IPRoute, NetlinkError
 
@@ -21,8 +22,11 @@ from tidegate.kernel.errors import KernelError
 
 # linux/rtnetlink.h, linux/if_addr.h
 _RT_SCOPE_UNIVERSE = 0
+_RTN_UNICAST = 1
 _IFA_F_NODAD = 0x02
 _IFA_F_DADFAILED = 0x08
+
+_IP_VERSIONS = {int(AF_INET): 4, int(AF_INET6): 6}
 
 _SYSCTL = re.compile(r"net(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
 
@@ -40,6 +44,20 @@ def host_ifindex(netns_path: str, interface: str) -> int | None:
 def addresses(netns_path: str, interface: str) -> tuple[str, ...]:
     """Global addresses of an interface, IPv4 first; () when there is no such interface."""
     return netns.run_in(netns_path, _addresses, interface)
+
+
+class Reach(NamedTuple):
+    """Which address families a namespace speaks to others."""
+
+    addresses: tuple[str, ...]
+    """Global addresses of all its interfaces, IPv4 first."""
+    default_routes: tuple[int, ...]
+    """IP versions, 4 and 6, that have a default route."""
+
+
+def reach(netns_path: str) -> Reach:
+    """Which address families the namespace speaks to others. KernelError when it is gone."""
+    return netns.run_in(netns_path, _reach)
 
 
 def create_veth(netns_a: str, name_a: str, netns_b: str, name_b: str) -> None:
@@ -123,10 +141,32 @@ def _addresses(interface: str) -> tuple[str, ...]:
             ipaddress.ip_address(message.get("IFA_ADDRESS"))
             for index in socket.link_lookup(ifname=interface)
             for message in socket.get_addr(index=index)
-            if message["scope"] == _RT_SCOPE_UNIVERSE
-            and not (message.get("IFA_FLAGS") or 0) & _IFA_F_DADFAILED
+            if _is_global(message)
         }
     return tuple(str(address) for address in sorted(found, key=lambda a: (a.version, int(a))))
+
+
+def _reach() -> Reach:
+    with _rtnetlink("read the addresses and routes of the namespace") as socket:
+        found = {
+            ipaddress.ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS"))
+            for message in socket.get_addr()
+            if _is_global(message)
+        }
+        routed = {
+            _IP_VERSIONS[message["family"]]
+            for message in socket.get_routes()
+            if message["family"] in _IP_VERSIONS
+            and message["type"] == _RTN_UNICAST
+            and message["dst_len"] == 0
+        }
+    ordered = sorted(found, key=lambda a: (a.version, int(a)))
+    return Reach(tuple(str(address) for address in ordered), tuple(sorted(routed)))
+
+
+def _is_global(address: Any) -> bool:
+    usable = not (address.get("IFA_FLAGS") or 0) & _IFA_F_DADFAILED
+    return bool(address["scope"] == _RT_SCOPE_UNIVERSE and usable)
 
 
 def _create_veth(name: str, peer_name: str, peer_netns: int) -> None:

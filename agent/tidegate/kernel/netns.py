@@ -11,12 +11,15 @@ import ctypes
 import errno
 import os
 import re
+import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple, ParamSpec, TypeVar
 
+from tidegate.kernel.capabilities import hand_down
 from tidegate.kernel.errors import KernelError
 
 DIRECTORY = Path("/run/netns")
@@ -27,6 +30,8 @@ CURRENT = "/proc/thread-self/ns/net"
 
 # linux/sched.h
 _CLONE_NEWNET = 0x40000000
+# asm-generic/socket.h
+_SO_NETNS_COOKIE = 71
 # sys/mount.h
 _MS_BIND = 4096
 _MNT_DETACH = 2
@@ -98,6 +103,23 @@ def identity(netns_path: str) -> Identity:
     return Identity(found.st_dev, found.st_ino)
 
 
+def cookie(netns_path: str) -> int:
+    """A number that no other network namespace has had or will have until the machine boots anew.
+
+    KernelError when the namespace is gone, and before Linux 5.14.
+    """
+
+    def ask() -> int:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
+            try:
+                answer = any_socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+            except OSError as error:
+                raise _failure("cannot tell network namespaces apart", error.errno or 0) from error
+        return int.from_bytes(answer, sys.byteorder)
+
+    return ask() if netns_path == CURRENT else run_in(netns_path, ask)
+
+
 @contextmanager
 def opened(netns_path: str = CURRENT) -> Iterator[int]:
     """A descriptor of a namespace, open as long as the context. KernelError when there is none."""
@@ -116,12 +138,16 @@ def run_in(
 ) -> _T:
     """Call `function` inside the namespace and return what it returns; its exceptions come through.
 
-    The function runs in a thread of its own. Sockets that it opens stay in the namespace and may be
-    used from everywhere afterwards. KernelError when the namespace is gone or may not be entered.
+    The function runs in a thread of its own, unless the namespace is given as CURRENT. Sockets that it
+    opens stay in the namespace and may be used from everywhere afterwards. KernelError when the
+    namespace is gone or may not be entered.
     Beware of /proc/net and /sys/class/net in there: the first follows the process's main thread
     (/proc/thread-self/net does not), the second whoever mounted /sys. /proc/sys/net follows the
     thread.
     """
+
+    if netns_path == CURRENT:
+        return function(*args, **kwargs)
 
     def enter_and_call() -> _T:
         _enter(netns_path)
@@ -160,14 +186,17 @@ def spawn(
     pass_fds: Sequence[int] = (),
     executable: str | None = None,
     start_new_session: bool = False,
+    capabilities: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
     """Start a process in the namespace; the other arguments are subprocess.Popen's.
 
-    With a `user` or a `group` the process has no supplementary groups. KernelError when the
-    namespace is gone, OSError when the program cannot be started.
+    With a `user` or a `group` the process has no supplementary groups, and of all capabilities only
+    `capabilities`. KernelError when the namespace is gone, OSError when the program cannot be started.
     """
 
     def start() -> "subprocess.Popen[bytes]":
+        if capabilities:
+            hand_down(capabilities)
         return subprocess.Popen(
             list(argv),
             user=user,
