@@ -69,6 +69,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...] = ()
     meshed: bool = False
     annotations: dict[str, str] = {}
+    namespace_annotations: dict[str, str] = {}
+    """Annotations of its namespace, and the labels that Consul reads there; the workload's own win over them."""
     created_at: float = 0.0
 
     @property

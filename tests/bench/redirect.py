@@ -1,18 +1,21 @@
-"""The redirect engine: applying rules, applying them again, and what they cost each connection.
+"""The redirect engine: applying rules, applying them again, taking them away, and what they cost each connection.
 
-Compares the engine with starting programs: `nft -f -` with the whole table, and one `nft` per rule through
-nsenter, which is how consul-cni runs iptables.
+Compares the backends, by themselves and as the agent goes (by the engine), with each other and with programs
+that load such rules (programs.py).
 """
 
+import contextlib
+import functools
 import itertools
-import re
-import shutil
+import os
 import socket
 import struct
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from tests.bench.measure import (
+    WARM_UPS,
     Alternative,
     Bound,
     Limit,
@@ -23,212 +26,327 @@ from tests.bench.measure import (
     milliseconds,
     seconds,
 )
-from tests.bench.site import NODE_IPV4, Pair, Site
+from tests.bench.programs import PROCESSES, Variant, has_nft, load_nft
+from tests.bench.site import NODE_IPV4, Site
 
-from tidegate.enforce.redirect import nftables
+from tidegate.enforce.redirect.backend import Backend, BackendName, Change
+from tidegate.enforce.redirect.engine import Engine, choose
+from tidegate.enforce.redirect.iptables import IptablesBackend
+from tidegate.enforce.redirect.nftables import NftablesBackend
+from tidegate.enforce.redirect.rules import rules_for
 from tidegate.intent.policy import DEFAULT, Outbound, Policy, PortRange
 from tidegate.kernel import netns
+from tidegate.kernel.errors import KernelError
 
 PART = "redirect"
-NO_PROGRAM = "redirect by processes: there is no nft program (Debian has it in nftables)"
 
 _WORKLOADS = 110
+_AT_A_TIME = 8
 _FIRST_APPLIES = 25
-_REAPPLIES = 40
-_NODES_ROUNDS = 2
+_REAPPLIES = 60
+_NODES_ROUNDS = 5
 _CONNECTIONS = 100
-_CONNECTION_ROUNDS = 80
+_CONNECTION_ROUNDS = 200
+_MANY = 1000
+"""Excluded ports."""
 
 _DIALLED = 9000
 """TCP port that the connections go to."""
-_TABLE = f"{nftables.FAMILY} {nftables.TABLE}"
-_CHAIN = re.compile(r"\tchain (\S+) \{")
-_RULE = re.compile(r"\t\t(\S.*)")
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """struct linger: no TIME_WAIT, or the ports would run out."""
+
+_ANOTHERS = "table inet another { chain some { counter; }; }"
+
+_PROGRAMS = {BackendName.IPTABLES: Variant.LEGACY, BackendName.NFTABLES: Variant.NFT}
+"""The programs named iptables that need the same of the kernel as a backend."""
+
+_FIRST = {BackendName.NFTABLES: Limit(Bound.MEDIAN_AT_MOST, 3.0)}
+_UNCHANGED = {BackendName.NFTABLES: Limit(Bound.MEDIAN_AT_MOST, 1.0)}
+_ONE_BY_ONE = Limit(Bound.RATIO_AT_LEAST, 8.0)
+_ALL_WORKLOADS = Limit(Bound.MEDIAN_AT_MOST, 1.0)
+_MANY_EXCLUSIONS = Limit(Bound.RATIO_AT_MOST, 1.05)
 
 
 def measure(site: Site) -> Iterator[Measurement]:
     """All measurements of this part."""
-    namespaces = [site.namespace() for _ in range(_WORKLOADS)]
-    programs = _programs(namespaces[0])
-    yield _first_apply(namespaces, programs)
-    yield _re_apply(namespaces)
-    yield _many(namespaces, programs)
-    for namespace in namespaces:
-        site.remove_namespace(namespace)
-    yield _set_up_redirected(site)
-    yield _set_up_excluded(site)
+    usable = [name for name in BackendName if _unusable(name) is None]
+    programs = [_PROGRAMS[name] for name in usable if not _PROGRAMS[name].missing()]
+    if not usable:
+        return
+    with _own_lock(site):
+        yield _first_apply(site, usable, programs)
+        yield _unchanged(site, usable)
+        for backend in usable:
+            yield _changes(site, backend)
+        for backend in usable:
+            yield _many(site, backend)
+        for backend in usable:
+            yield _set_up_redirected(site, backend, programs)
+            yield _set_up_excluded(site, backend)
+
+
+@contextlib.contextmanager
+def _own_lock(site: Site) -> Iterator[None]:
+    """Nobody else on the machine who changes legacy tables is waited for, or makes programs fail."""
+    os.environ["XTABLES_LOCKFILE"] = str(site.directory / "xtables.lock")
+    try:
+        yield
+    finally:
+        del os.environ["XTABLES_LOCKFILE"]
 
 
 def not_measured() -> tuple[str, ...]:
     """What this machine does not allow to be measured."""
-    return () if shutil.which("nft") else (NO_PROGRAM,)
+    return tuple(_not_measured())
 
 
-class _Programs:
-    """The default policy's table, as programs load it."""
-
-    def __init__(self, table: str) -> None:
-        self._table = table
-        self._commands = _commands(table)
-
-    def __len__(self) -> int:
-        """Of how many programs one per rule consists."""
-        return len(self._commands)
-
-    def at_once(self, namespace: str) -> None:
-        """One nft for everything."""
-        _nft(namespace, "-f", "-", text=self._table)
-
-    def one_by_one(self, namespace: str) -> None:
-        """One nft for the table, each chain and each rule."""
-        for command in self._commands:
-            _nft(namespace, command)
+def _not_measured() -> Iterator[str]:
+    for backend, programs in _PROGRAMS.items():
+        if problem := _unusable(backend):
+            yield f"redirect by {backend}: {problem}"
+        elif missing := programs.missing():
+            yield f"redirect by iptables-{programs}: there is no {missing} (Debian has it in iptables)"
+    if not has_nft():
+        yield "redirect by nft: there is no nft program (Debian has it in nftables)"
 
 
-def _programs(namespace: str) -> _Programs | None:
-    if not_measured():
-        return None
-    nftables.apply(namespace, DEFAULT)
-    table = _nft(namespace, f"list table {_TABLE}")
-    nftables.remove(namespace)
-    return _Programs(table)
+@functools.cache
+def _unusable(backend: BackendName) -> str | None:
+    """Why rules cannot be applied through this backend here."""
+    try:
+        choose(backend)
+    except KernelError as error:
+        return str(error)
+    return None
 
 
-def _nft(namespace: str, *arguments: str, text: str = "") -> str:
-    command = ["nsenter", f"--net={namespace}", "nft", *arguments]
-    return subprocess.run(command, input=text, text=True, capture_output=True, check=True).stdout
+class _Way(NamedTuple):
+    """One way to have a namespace follow a policy: by a backend alone, or by the engine, as the agent does it."""
+
+    by: str
+    """What follows the backend's name in a line of a table."""
+    apply: Callable[[str, Policy], Change]
+    remove: Callable[[str], Change]
 
 
-def _commands(table: str) -> list[str]:
-    """The commands that build a table, from its listing."""
-    commands, chain = [f"add table {_TABLE}"], ""
-    for line in table.splitlines():
-        if match := _CHAIN.fullmatch(line):
-            chain = match[1]
-        elif (match := _RULE.fullmatch(line)) and match[1].startswith("type "):
-            commands.append(f"add chain {_TABLE} {chain} {{ {match[1]} }}")
-        elif match:
-            commands.append(f"add rule {_TABLE} {chain} {match[1]}")
-    return commands
-
-
-def _apply(namespace: str) -> None:
-    change = nftables.apply(namespace, DEFAULT)
-    assert change is nftables.Change.CREATED, change
-
-
-def _first_apply(namespaces: list[str], programs: _Programs | None) -> Measurement:
-    fresh = iter(namespaces)
-
-    def first(apply: Callable[[str], None]) -> Callable[[], float]:
-        def sample() -> float:
-            namespace = next(fresh)
-            took = milliseconds(lambda: apply(namespace))
-            assert not nftables.check(namespace, DEFAULT)
-            return took
-
-        return sample
-
-    limit = Limit(Bound.MEDIAN_AT_MOST, 3.0)
-    alternatives = [Alternative("in-process", first(_apply), limit)]
-    if programs:
-        alternatives += [
-            Alternative("one nft -f process", first(programs.at_once)),
-            Alternative(
-                f"one nft process per rule: {len(programs)}",
-                first(programs.one_by_one),
-                Limit(Bound.RATIO_AT_LEAST, 8.0),
-            ),
-        ]
-    title = "first apply of the default policy in a fresh namespace"
-    measured = interleaved(PART, title, Unit.MILLISECONDS, _FIRST_APPLIES, alternatives)
-    for namespace in namespaces:
-        nftables.remove(namespace)
-    return measured
-
-
-def _for_each(namespaces: list[str], apply: Callable[[str], None]) -> None:
-    for namespace in namespaces:
-        apply(namespace)
-
-
-def _re_apply(namespaces: list[str]) -> Measurement:
-    still, changing = namespaces[:2]
-    policies = itertools.cycle((DEFAULT, _excluding(10)))
-    nftables.apply(still, DEFAULT)
-    nftables.apply(changing, next(policies))
-
-    def again() -> None:
-        change = nftables.apply(still, DEFAULT)
-        assert change is nftables.Change.UNCHANGED, change
-
-    def changed() -> None:
-        change = nftables.apply(changing, next(policies))
-        assert change is nftables.Change.REPLACED, change
-
-    limit = Limit(Bound.MEDIAN_AT_MOST, 1.0)
-    measured = interleaved(
-        PART,
-        "apply where there are rules, in-process",
-        Unit.MILLISECONDS,
-        _REAPPLIES,
-        [
-            Alternative("unchanged policy", lambda: milliseconds(again), limit),
-            Alternative("changed policy", lambda: milliseconds(changed)),
-            Alternative(
-                "of both: entering the namespace",
-                lambda: milliseconds(lambda: netns.run_in(still, int)),
-            ),
-        ],
+@functools.cache
+def _ways(name: BackendName) -> tuple[_Way, ...]:
+    backend: Backend = NftablesBackend() if name is BackendName.NFTABLES else IptablesBackend()
+    engine = Engine(name)
+    return (
+        _Way(
+            "",
+            lambda namespace, policy: backend.apply(namespace, rules_for(policy)),
+            backend.remove,
+        ),
+        _Way(
+            ", by the engine",
+            lambda namespace, policy: engine.apply(namespace, policy).change,
+            engine.remove,
+        ),
     )
-    for namespace in (still, changing):
-        nftables.remove(namespace)
-    return measured
 
 
-def _many(namespaces: list[str], programs: _Programs | None) -> Measurement:
-    def all_of_them(apply: Callable[[str], None]) -> Callable[[], float]:
-        def sample() -> float:
-            took = seconds(lambda: _for_each(namespaces, apply))
-            for namespace in namespaces:
-                nftables.remove(namespace)
-            return took
+def _set(way: _Way, namespace: str, policy: Policy, expected: Change) -> None:
+    change = way.apply(namespace, policy)
+    assert change is expected, change
 
-        return sample
 
-    limit = Limit(Bound.MEDIAN_AT_MOST, 1.0)
-    alternatives = [Alternative("in-process", all_of_them(_apply), limit)]
-    if programs:
-        alternatives.append(Alternative("one nft -f process each", all_of_them(programs.at_once)))
-    title = f"first apply in {len(namespaces)} namespaces, one after the other"
+@contextlib.contextmanager
+def _namespaces(site: Site, number: int) -> Iterator[list[str]]:
+    made = [site.namespace() for _ in range(number)]
+    try:
+        yield made
+    finally:
+        for namespace in made:
+            site.remove_namespace(namespace)
+
+
+class _Start(NamedTuple):
+    """One way to come by the rules in a namespace that has none of ours."""
+
+    name: str
+    apply: Callable[[str], None]
+    limit: Limit | None = None
+    before: Callable[[str], None] | None = None
+    """What is done to the namespace first, which is not measured."""
+
+
+def _first_apply(
+    site: Site, usable: Sequence[BackendName], programs: Sequence[Variant]
+) -> Measurement:
+    starts = [
+        _Start(f"{backend}{way.by}", functools.partial(_first, way), _FIRST.get(backend))
+        for backend in usable
+        for way in _ways(backend)
+    ]
+    if BackendName.NFTABLES in usable and has_nft():
+        *_, way = _ways(BackendName.NFTABLES)
+        name = f"{BackendName.NFTABLES}{way.by}, beside another's table"
+        starts += [
+            _Start(name, functools.partial(_first, way), before=_load(_ANOTHERS)),
+            _Start("one nft -f process", _load(_nft_text())),
+        ]
+    for program in programs:
+        name = f"iptables-{program}"
+        starts += [
+            _Start(f"one {name}-restore process per family", program.at_once),
+            _Start(f"one {name} process per rule: {PROCESSES}", program.one_by_one, _ONE_BY_ONE),
+        ]
+    with _namespaces(site, len(starts) * (_FIRST_APPLIES + WARM_UPS)) as namespaces:
+        fresh = iter(namespaces)
+
+        def sample(start: _Start) -> float:
+            namespace = next(fresh)
+            if start.before:
+                start.before(namespace)
+            return milliseconds(lambda: start.apply(namespace))
+
+        return interleaved(
+            PART,
+            "first apply of the default policy in a fresh namespace",
+            Unit.MILLISECONDS,
+            _FIRST_APPLIES,
+            [
+                Alternative(start.name, functools.partial(sample, start), start.limit)
+                for start in starts
+            ],
+        )
+
+
+def _load(text: str) -> Callable[[str], None]:
+    return functools.partial(load_nft, text=text)
+
+
+def _nft_text() -> str:
+    return NftablesBackend().render(rules_for(DEFAULT))
+
+
+def _first(way: _Way, namespace: str) -> None:
+    _set(way, namespace, DEFAULT, Change.CREATED)
+
+
+def _unchanged(site: Site, usable: Sequence[BackendName]) -> Measurement:
+    ways = [(backend, way) for backend in usable for way in _ways(backend)]
+    with _namespaces(site, len(ways)) as namespaces:
+
+        def sample(namespace: str, way: _Way) -> float:
+            return milliseconds(lambda: _set(way, namespace, DEFAULT, Change.UNCHANGED))
+
+        alternatives = []
+        for namespace, (backend, way) in zip(namespaces, ways, strict=True):
+            _first(way, namespace)
+            again = functools.partial(sample, namespace, way)
+            alternatives.append(Alternative(f"{backend}{way.by}", again, _UNCHANGED.get(backend)))
+        entering = Alternative(
+            "of each: entering the namespace",
+            lambda: milliseconds(lambda: netns.run_in(namespaces[0], int)),
+        )
+        title = "apply of the default policy where it is already"
+        every = [*alternatives, entering]
+        return interleaved(PART, title, Unit.MILLISECONDS, _REAPPLIES, every)
+
+
+def _changes(site: Site, backend: BackendName) -> Measurement:
+    ways = _ways(backend)
+    with _namespaces(site, 2 * len(ways)) as namespaces:
+        fresh = iter(namespaces)
+        alternatives: list[Alternative] = []
+        for way in ways:
+            alternatives += _changes_by(way, next(fresh), next(fresh))
+        title = f"changes where there are rules, {backend}"
+        return interleaved(PART, title, Unit.MILLISECONDS, _REAPPLIES, alternatives)
+
+
+def _changes_by(way: _Way, changing: str, going: str) -> Iterator[Alternative]:
+    policies = itertools.cycle((_excluding(10), DEFAULT))
+    _first(way, changing)
+
+    def changed() -> float:
+        policy = next(policies)
+        return milliseconds(lambda: _set(way, changing, policy, Change.REPLACED))
+
+    def removed() -> float:
+        _first(way, going)
+        return milliseconds(lambda: way.remove(going))
+
+    yield Alternative(f"changed policy{way.by}", changed)
+    yield Alternative(f"removal{way.by}", removed)
+
+
+def _many(site: Site, backend: BackendName) -> Measurement:
+    def sample(apply: Callable[[str], None], at_a_time: int) -> float:
+        with _namespaces(site, _WORKLOADS) as fresh, ThreadPoolExecutor(at_a_time) as threads:
+            return seconds(lambda: list(threads.map(apply, fresh)))
+
+    *_, way = _ways(backend)
+    starts = [_Start(f"{backend}{way.by}", functools.partial(_first, way), _ALL_WORKLOADS)]
+    if backend is BackendName.NFTABLES and has_nft():
+        starts.append(_Start("one nft -f process each", _load(_nft_text())))
+    alternatives = [
+        Alternative(
+            f"{start.name}, {manner}",
+            functools.partial(sample, start.apply, at_a_time),
+            start.limit,
+        )
+        for start in starts
+        for manner, at_a_time in (
+            ("one after the other", 1),
+            (f"{_AT_A_TIME} at a time", _AT_A_TIME),
+        )
+    ]
+    title = f"first apply in {_WORKLOADS} namespaces, {backend}"
     return interleaved(PART, title, Unit.SECONDS, _NODES_ROUNDS, alternatives)
 
 
-def _set_up_redirected(site: Site) -> Measurement:
+def _set_up_redirected(
+    site: Site, backend: BackendName, programs: Sequence[Variant]
+) -> Measurement:
     """Connections that no exclusion holds for: they come out at the outbound listener."""
-    policies = {f"{count} excluded ports": _excluding(count) for count in (0, 10, 1000)}
+
+    def cost(name: str, rules: Callable[[str], object], limit: Limit | None = None) -> Alternative:
+        pair = site.pair()
+        rules(pair.pod)
+        return _set_up_cost(name, pair.pod, pair.pod, DEFAULT.outbound.port, limit)
+
     alternatives = [
-        _set_up_cost(site.pair(), name, policy, lambda pair: pair.pod, policy.outbound.port)
-        for name, policy in policies.items()
+        cost(f"{count} excluded ports", _rules(backend, _excluding(count)), limit)
+        for count, limit in ((0, None), (10, None), (_MANY, _MANY_EXCLUSIONS))
     ]
-    return _set_up("TCP connect and close, redirected to the sidecar's port", alternatives)
+    alternatives += [
+        cost(
+            f"{_MANY} excluded ports, Consul's rules by iptables-{program}",
+            functools.partial(program.at_once, exclude_outbound_ports=_ports(_MANY)),
+        )
+        for program in programs
+        if program is _PROGRAMS[backend]
+    ]
+    return _set_up(
+        f"TCP connect and close, redirected to the sidecar's port, {backend}", alternatives
+    )
 
 
-def _set_up_excluded(site: Site) -> Measurement:
+def _set_up_excluded(site: Site, backend: BackendName) -> Measurement:
     """Connections to an excluded port: they reach the peer over the veth."""
-    policies = {
-        "1 excluded port": _excluding(1, _DIALLED),
-        "10 excluded ports": _excluding(10, _DIALLED),
-        "1000 excluded ports": _excluding(1000, _DIALLED),
-        "no rules at all": None,
-    }
+
+    def cost(name: str, policy: Policy | None, limit: Limit | None = None) -> Alternative:
+        pair = site.pair()
+        if policy:
+            _rules(backend, policy)(pair.pod)
+        return _set_up_cost(name, pair.pod, pair.node, _DIALLED, limit)
+
     alternatives = [
-        _set_up_cost(site.pair(), name, policy, lambda pair: pair.node, _DIALLED)
-        for name, policy in policies.items()
+        cost("1 excluded port", _excluding(1, _DIALLED)),
+        cost("10 excluded ports", _excluding(10, _DIALLED)),
+        cost(f"{_MANY} excluded ports", _excluding(_MANY, _DIALLED), _MANY_EXCLUSIONS),
+        cost("no rules at all", None),
     ]
-    return _set_up("TCP connect and close over veth, to an excluded port", alternatives)
+    return _set_up(f"TCP connect and close over veth, to an excluded port, {backend}", alternatives)
+
+
+def _rules(backend: BackendName, policy: Policy) -> Callable[[str], object]:
+    way, *_ = _ways(backend)
+    return lambda namespace: way.apply(namespace, policy)
 
 
 def _set_up(title: str, alternatives: list[Alternative]) -> Measurement:
@@ -236,23 +354,16 @@ def _set_up(title: str, alternatives: list[Alternative]) -> Measurement:
 
 
 def _set_up_cost(
-    pair: Pair,
-    name: str,
-    policy: Policy | None,
-    server: Callable[[Pair], str],
-    port: int,
+    name: str, client: str, server: str, port: int, limit: Limit | None
 ) -> Alternative:
-    """What a connection costs under a policy; the server side is all the kernel's."""
-    listener = netns.run_in(server(pair), _listener, port)
-    if policy:
-        nftables.apply(pair.pod, policy)
+    """What a connection costs; the server side is all the kernel's."""
+    listener = netns.run_in(server, _listener, port)
 
     def sample() -> float:
-        took = netns.run_in(pair.pod, microseconds_each, _CONNECTIONS, _connect_all)
+        took = netns.run_in(client, microseconds_each, _CONNECTIONS, _connect_all)
         _accept_all(listener)
         return took
 
-    limit = Limit(Bound.RATIO_AT_MOST, 1.05) if name.startswith("1000 ") else None
     return Alternative(name, sample, limit)
 
 
@@ -276,8 +387,12 @@ def _accept_all(listener: socket.socket) -> None:
         connection.close()
 
 
-def _excluding(count: int, *ports: int) -> Policy:
-    """A policy with so many excluded ports, `ports` among them, none next to another."""
-    others = itertools.islice(range(20002, 65535, 2), count - len(ports))
-    excluded = tuple(PortRange(port, port) for port in (*ports, *others))
+def _excluding(count: int, *among: int) -> Policy:
+    """A policy with so many excluded ports."""
+    excluded = tuple(PortRange(port, port) for port in _ports(count, *among))
     return Policy(outbound=Outbound(exclude_ports=excluded))
+
+
+def _ports(count: int, *among: int) -> list[int]:
+    """So many ports, `among` among them, none next to another."""
+    return [*among, *itertools.islice(range(20002, 65535, 2), count - len(among))]

@@ -11,6 +11,7 @@ import pytest
 from labs import tidegate
 
 from tidegate.catalog.server import load_config as load_server_config
+from tidegate.kernel import netns
 from tidegate.lab import spec
 from tidegate.model import Workload
 from tidegate.node.config import load_config as load_agent_config
@@ -33,6 +34,8 @@ def commands(document: Path) -> list[str]:
 def take_down() -> None:
     for name in ("demo", "second"):
         tidegate("lab", "down", "--name", name)
+    if "tg-docs" in netns.names():
+        netns.delete("tg-docs")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_rules_that_somebody_flushed_come_back_and_the_verdict_knows(lab: Lab) -
 
     eventually(repaired, "the rules to be back")
     lost = eventually(lambda: reasons(lab, "db").get("evidence-lost"), "the repair to show")
-    assert "redirection_repaired 1" in lost["message"]
+    assert "another program changed the redirection of" in lost["message"]
 
 
 def test_without_the_intent_server_nothing_is_ready(lab: Lab) -> None:

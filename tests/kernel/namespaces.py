@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tidegate.kernel import links, netns
 
 DEADLINE_S = 10.0
@@ -126,6 +128,16 @@ def echoes(connection: socket.socket) -> bool:
     return connection.recv(16) == b"ping\n"
 
 
+def tell(config: pytest.Config, *lines: str) -> None:
+    """Show lines in the output of the test run, whether or not it captures what tests print."""
+    capturing = config.pluginmanager.getplugin("capturemanager")
+    report = config.pluginmanager.getplugin("terminalreporter")
+    with capturing.global_and_fixture_disabled():
+        report.ensure_newline()
+        for line in lines:
+            report.write_line(line)
+
+
 def open_descriptors() -> int:
     """How many file descriptors this process has open."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
@@ -171,16 +183,20 @@ def _echo(connection: socket.socket) -> bool:
 
 
 def _greeting(name: str, connection: socket.socket) -> bytes:
-    client = _on_the_wire(connection.getpeername()[0])
-    address, port = _original_destination(connection, client.version)
+    client = on_the_wire(connection.getpeername()[0])
+    address, port = original_destination(connection)
     return f"{name} {connection.getsockname()[1]} {address} {port} {client}\n".encode()
 
 
-def _original_destination(
-    connection: socket.socket, version: int
+def original_destination(
+    connection: socket.socket,
 ) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    """What the client of an accepted connection dialled: SO_ORIGINAL_DST, or else the socket's own address.
+
+    The latter is where there is no nat, and so what a transparent socket is reached by.
+    """
     try:
-        if version == 4:
+        if on_the_wire(connection.getpeername()[0]).version == 4:
             answer = connection.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
             port, packed = struct.unpack_from("!2xH4s", answer)
         else:
@@ -189,11 +205,12 @@ def _original_destination(
     except FileNotFoundError:
         # Without nat rules in the namespace the connection is not tracked, and not redirected.
         address, port = connection.getsockname()[:2]
-        return _on_the_wire(address), port
+        return on_the_wire(address), port
     return ipaddress.ip_address(packed), port
 
 
-def _on_the_wire(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def on_the_wire(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address without its zone; an IPv4-mapped one as IPv4."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     return getattr(parsed, "ipv4_mapped", None) or parsed
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,14 +15,17 @@ import pytest
 from namespaces import Pair, landing, serving
 
 from tidegate.catalog.client import LeafMaterial
-from tidegate.enforce.redirect import nftables
+from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.envoy import Phase, binary
 from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.identity.ca import MeshCA
 from tidegate.kernel import netns
+from tidegate.kernel import nftables as kernel_nftables
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
-from tidegate.node.keeper import Keeper, Redirection, Wanted, abandoned, identity
+from tidegate.node.config import OnFailure, RedirectConfig
+from tidegate.node.keeper import Keeper, Wanted, abandoned, identity
+from tidegate.node.redirection import Redirection
 
 DEADLINE_S = 20
 PORT = 8080
@@ -41,6 +45,8 @@ class Site:
     def __init__(self, directory: Path, pair: Pair) -> None:
         self.pair = pair
         self.directory = directory / "sidecars" / "api-0"
+        self.engine = Engine()
+        self.redirect = RedirectConfig()
         self.ca = MeshCA.create(directory / "ca", SPEC.trust_domain)
         self.workload = Workload(
             id="id-api",
@@ -55,7 +61,14 @@ class Site:
 
     def keeper(self, envoy: Path | None = None, **annotations: str) -> Keeper:
         """A keeper as an agent that has just started makes it."""
-        keeper = Keeper(self.workload, self.directory, envoy or binary(), "api-1.n1")
+        keeper = Keeper(
+            self.workload,
+            self.directory,
+            envoy or binary(),
+            "api-1.n1",
+            self.engine,
+            self.redirect,
+        )
         keeper.update(msgspec.structs.replace(self.workload, annotations=annotations))
         return keeper
 
@@ -77,7 +90,7 @@ class Site:
         return Wanted(spec=spec, index=index, leaf=leaf, roots_pem=self.ca.roots_pem)
 
     def rules(self) -> bool:
-        return nftables.current(self.pair.pod) is not None
+        return self.engine.current(self.pair.pod) is not None
 
     def envoys(self) -> list[int]:
         """Processes of the proxy user in the pod."""
@@ -138,7 +151,7 @@ def test_rules_come_only_once_envoy_works_by_exactly_these_files(site: Site) -> 
         assert time.monotonic() < deadline, keeper.problems
         keeper.reconcile(wanted)
         wanted = msgspec.structs.replace(wanted, leaf=None)
-        states.append(keeper.redirection)
+        states.append(keeper.redirection.state)
     assert site.rules()
     assert keeper.admin.applied_version() == version
     assert states[0] is Redirection.WAITING
@@ -153,7 +166,7 @@ def test_rules_come_only_once_envoy_works_by_exactly_these_files(site: Site) -> 
 def test_without_a_leaf_nothing_is_redirected_and_the_problem_says_so(site: Site) -> None:
     keeper = site.keeper()
     keeper.reconcile(site.wanted())
-    assert keeper.redirection is Redirection.WAITING
+    assert keeper.redirection.state is Redirection.WAITING
     assert keeper.problems == ("api-1 has no leaf certificate yet",)
     assert not site.rules()
     assert site.envoys() == []
@@ -167,7 +180,7 @@ def test_an_envoy_that_does_not_start_keeps_the_workload_out_of_the_mesh(site: S
     while "exited with status 1" not in "".join(keeper.problems):
         assert time.monotonic() < deadline, keeper.problems
         keeper.reconcile(wanted)
-    assert keeper.redirection is Redirection.WAITING
+    assert keeper.redirection.state is Redirection.WAITING
     assert not site.rules()
     assert site.reaches_application()
 
@@ -192,7 +205,7 @@ def test_while_its_rules_cannot_be_removed_the_sidecar_stays(
         raise OSError(16, "Device or resource busy")
 
     with monkeypatch.context() as patched:
-        patched.setattr(nftables, "remove", refuse)
+        patched.setattr(site.engine, "remove", refuse)
         meshed.reconcile(None)
     assert site.envoys() == [meshed.sidecar.pid]
     assert meshed.problems != ()
@@ -247,35 +260,76 @@ def test_a_faulty_annotation_is_named_and_the_policy_stays(site: Site) -> None:
     assert "nine" in problem
     assert "the policy stays as it was" in problem
     assert keeper.in_mesh
-    assert nftables.check(site.pair.pod, good) == ()
+    assert site.engine.check(site.pair.pod, good) == ()
 
     returned = site.keeper(**{EXCLUDE: "nine"})
     returned.reconcile(site.wanted())
     assert returned.policy == good, "also for the next agent"
     assert returned.in_mesh
-    assert nftables.check(site.pair.pod, good) == ()
+    assert site.engine.check(site.pair.pod, good) == ()
 
     returned.update(msgspec.structs.replace(site.workload, annotations={EXCLUDE: "9001"}))
     returned.reconcile(site.wanted())
     assert returned.problems == ()
-    assert nftables.check(site.pair.pod, good) != ()
-    assert nftables.check(site.pair.pod, returned.policy) == ()
+    assert site.engine.check(site.pair.pod, good) != ()
+    assert site.engine.check(site.pair.pod, returned.policy) == ()
 
 
 def test_a_workload_whose_annotations_were_never_good_is_left_alone(site: Site) -> None:
     keeper = site.keeper(**{EXCLUDE: "nine"})
     keeper.reconcile(site.wanted(leaf=site.leaf()))
-    assert keeper.redirection is Redirection.NONE
+    assert keeper.redirection.state is Redirection.FAILED
     assert "it has no policy" in keeper.problems[0]
     assert not site.rules()
     assert site.envoys() == []
+    assert site.reaches_application()
+
+
+def test_by_configuration_nothing_passes_until_a_workload_can_be_redirected(site: Site) -> None:
+    site.redirect = RedirectConfig(on_failure=OnFailure.BLOCK)
+    keeper = site.keeper(**{EXCLUDE: "nine"})
+    keeper.reconcile(site.wanted(leaf=site.leaf()))
+    assert keeper.redirection.state is Redirection.BLOCKED
+    with pytest.raises(TimeoutError):
+        netns.run_in(
+            site.pair.peer, socket.create_connection, (site.pair.pod_ipv4, PORT), timeout=0.3
+        )
+    keeper.update(msgspec.structs.replace(site.workload, annotations={EXCLUDE: "9000"}))
+    site.until_meshed(keeper, site.wanted(leaf=site.leaf()))
+    assert site.reaches_application()
+
+
+def test_a_block_that_a_former_agent_left_goes_when_the_workload_leaves_the_mesh(
+    site: Site,
+) -> None:
+    site.redirect = RedirectConfig(on_failure=OnFailure.BLOCK)
+    site.keeper(**{EXCLUDE: "nine"}).reconcile(site.wanted(leaf=site.leaf()))
+    site.keeper().reconcile(None)
+    assert site.reaches_application()
 
 
 def test_rules_that_somebody_removed_are_put_back(site: Site, meshed: Keeper) -> None:
-    nftables.remove(site.pair.pod)
-    meshed.reconcile(site.wanted())
-    assert nftables.check(site.pair.pod, meshed.policy) == ()
-    assert meshed.repairs(0.0) == 1, "and it is counted: what came meanwhile passed the sidecar by"
+    Engine().remove(site.pair.pod)
+    meshed.reconcile(site.wanted(), look=True)
+    assert meshed.redirection.last_repair == "table inet tidegate is missing"
+    assert site.engine.check(site.pair.pod, meshed.policy) == ()
+    assert meshed.redirection.repairs(0.0) == 1, (
+        "and it is counted: what came meanwhile passed the sidecar by"
+    )
+
+
+def test_rules_of_another_mesh_that_come_later_are_a_problem_until_they_are_gone(
+    site: Site, meshed: Keeper
+) -> None:
+    nftables = "add table inet consul_tproxy; add chain inet consul_tproxy CONSUL_PROXY_OUTPUT"
+    netns.run_in(site.pair.pod, kernel_nftables.load, nftables)
+    meshed.reconcile(site.wanted(), look=True)
+    assert meshed.in_mesh
+    assert "Consul" in "".join(meshed.problems)
+    assert meshed.redirection.repairs(0.0) == 0, "tidegate's own rules are as they were"
+    netns.run_in(site.pair.pod, kernel_nftables.load, "delete table inet consul_tproxy")
+    meshed.reconcile(site.wanted(), look=True)
+    assert meshed.problems == ()
 
 
 def test_the_rules_stay_when_envoy_is_killed_and_it_is_started_again(
@@ -375,7 +429,7 @@ def test_what_a_former_agent_left_of_a_workload_can_be_removed(
     pid = meshed.sidecar.pid
     if damaged:
         (site.directory / "memory.json").write_bytes(b"{")
-    abandoned(site.directory, binary()).remove()
+    abandoned(site.directory, binary(), site.engine).remove()
     assert site.envoys() == []
     assert not site.directory.exists()
     assert site.rules() is damaged, "without the memory nobody knows whose namespace it was"

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from namespaces import Pair
 
-from tidegate.enforce.redirect import nftables
+from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.admin import SidecarAdmin
 from tidegate.enforce.sidecar.envoy import EnvoyProcess, Phase, binary
@@ -26,7 +26,7 @@ from tidegate.enforce.sidecar.files import SidecarError, SidecarFiles
 from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec, Upstream
 from tidegate.identity import spiffe
 from tidegate.identity.ca import Leaf, MeshCA
-from tidegate.intent.policy import Family, Policy
+from tidegate.intent.policy import Family, Mode, Policy
 from tidegate.kernel import netns
 from tidegate.model import IntentionRule, MutualTLSMode
 
@@ -151,7 +151,7 @@ class Sidecar:
         self.files.write_bootstrap(render.bootstrap(f"test-{spec.service}", spec.service))
         configuration = render.render(spec)
         self.files.write_configuration(configuration)
-        self.envoy.ensure(time.monotonic())
+        self.envoy.ensure(time.monotonic(), transparent=spec.transparent)
         self.until_applied(configuration)
 
     def apply(self, spec: SidecarSpec) -> None:
@@ -190,7 +190,8 @@ def sidecar(state: Path, ca: MeshCA, spec: SidecarSpec, netns_path: str) -> Iter
     made = Sidecar(ca, netns_path, files, envoy, SidecarAdmin(files.working))
     try:
         made.start(spec)
-        nftables.apply(netns_path, Policy())
+        mode = Mode.TPROXY if spec.transparent else Mode.REDIRECT
+        Engine().apply(netns_path, Policy(mode=mode))
         yield made
     finally:
         envoy.stop(5)
@@ -259,6 +260,40 @@ def test_a_call_to_an_upstream_travels_as_mtls(
 
 
 @pytest.mark.parametrize("version", [4, 6])
+def test_a_transparent_sidecar_takes_connections_with_their_addresses_as_they_are(
+    state: Path, ca: MeshCA, pair: Pair, app: App, version: int
+) -> None:
+    transparent = msgspec.structs.replace(API, transparent=True)
+    with (
+        sidecar(state, ca, transparent, pair.pod) as api,
+        sidecar(state, ca, calling_api(pair), pair.peer) as web,
+    ):
+        address = pair.pod_address(version)
+        assert call(pair.peer, address), "through mTLS"
+        assert api.admin.sidecar_stats().public_connections == 1
+        web.apply(WEB)
+        assert call(pair.peer, address), "in plaintext"
+        assert api.admin.sidecar_stats().permissive_connections == 1
+        api.apply(msgspec.structs.replace(transparent, mode=MutualTLSMode.STRICT))
+        assert not call(pair.peer, address)
+        assert app.accepted == 2
+        capabilities = Path(f"/proc/{api.envoy.state.pid}/status").read_text()
+        assert "CapEff:\t0000000000002000" in capabilities, "CAP_NET_RAW and nothing else"
+
+
+def test_a_sidecar_that_becomes_transparent_is_started_again_with_what_it_needs(
+    state: Path, ca: MeshCA, pair: Pair, app: App
+) -> None:
+    with sidecar(state, ca, API, pair.pod) as api:
+        before = api.envoy.state.pid
+        transparent = msgspec.structs.replace(API, transparent=True)
+        api.files.write_configuration(render.render(transparent))
+        api.envoy.ensure(time.monotonic(), transparent=True)
+        api.until_applied(render.render(transparent))
+        assert api.envoy.state.pid not in (0, before)
+
+
+@pytest.mark.parametrize("version", [4, 6])
 def test_plaintext_enters_in_permissive_and_not_in_strict_mode(
     pair: Pair, api: Sidecar, app: App, version: int
 ) -> None:
@@ -269,7 +304,7 @@ def test_plaintext_enters_in_permissive_and_not_in_strict_mode(
     api.apply(msgspec.structs.replace(API, mode=MutualTLSMode.STRICT))
     assert not call(pair.peer, pair.pod_address(version))
     assert app.accepted == 1, "strict let a plaintext client's connection reach the application"
-    assert api.admin.sidecar_stats().tls_handshake_failures == 1
+    until(lambda: api.admin.sidecar_stats().tls_handshake_failures == 1, "the refusal is counted")
 
 
 def test_in_strict_mode_a_client_that_waits_for_the_server_is_refused_after_the_handshake_timeout(
@@ -279,7 +314,7 @@ def test_in_strict_mode_a_client_that_waits_for_the_server_is_refused_after_the_
     with dial(pair.peer, pair.pod_ipv4, PORT) as connection:
         assert connection.recv(64) == b""
     assert app.accepted == 0
-    assert api.admin.sidecar_stats().tls_handshake_failures == 1
+    until(lambda: api.admin.sidecar_stats().tls_handshake_failures == 1, "the refusal is counted")
 
 
 def test_open_connections_are_counted_by_the_chain_that_they_came_through(
@@ -318,7 +353,7 @@ def test_a_service_that_no_intention_allows_is_denied(
 ) -> None:
     api.apply(msgspec.structs.replace(API, intentions=()))
     assert not call(pair.peer, pair.pod_ipv4)
-    assert api.admin.sidecar_stats().rbac_denied == 1
+    until(lambda: api.admin.sidecar_stats().rbac_denied == 1, "the refusal is counted")
 
 
 def test_a_wildcard_intention_spares_the_services_named_before_it(

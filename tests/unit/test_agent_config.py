@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tidegate.errors import InputError
-from tidegate.node.config import AgentConfig, load_config
+from tidegate.errors import InputError, InputErrors
+from tidegate.intent.policy import DEFAULT, Inbound, Mode, Policy, PortRange
+from tidegate.node.config import AgentConfig, BackendChoice, OnFailure, RedirectConfig, load_config
 from tidegate.verdict.steps import Environment
 
 GOOD = {
@@ -45,6 +46,9 @@ def test_what_is_not_said_has_the_documented_defaults(load):
     assert config.socket == Path("/run/tidegate/agent.sock")
     assert config.window == 86400.0
     assert config.environment is Environment.VM
+    assert config.redirect == RedirectConfig(
+        backend=BackendChoice.AUTO, adopt=False, on_failure=OnFailure.LEAVE, policy=DEFAULT
+    )
 
 
 def test_all_fields_are_read(load):
@@ -97,6 +101,12 @@ def test_all_fields_are_read(load):
         ("window", float("inf")),
         ("leaf_lifetime", 0),
         ("leaf_lifetime", float("nan")),
+        ("redirect", "nftables"),
+        ("redirect", None),
+        ("redirect", {"backend": "ebpf"}),
+        ("redirect", {"adopt": "yes"}),
+        ("redirect", {"on_failure": "drop"}),
+        ("redirect", {"on_failures": "block"}),
     ],
 )
 def test_a_wrong_field_is_named(load, field, value):
@@ -122,6 +132,60 @@ def test_a_missing_field_is_named(load, field):
 )
 def test_what_is_no_configuration_at_all_is_one_sentence(load, content):
     fault(load, content)
+
+
+def test_how_workloads_are_redirected_on_the_node_is_read(load):
+    redirect = {
+        "backend": "iptables",
+        "adopt": True,
+        "on_failure": "block",
+        "policy": {"mode": "tproxy", "inbound": {"direct_probes": True, "exclude_ports": [9100]}},
+    }
+    config = load(GOOD | {"node_addresses": ["10.0.0.1", "fe80::1%eth0"], "redirect": redirect})
+    assert config.redirect == RedirectConfig(
+        backend=BackendChoice.IPTABLES,
+        adopt=True,
+        on_failure=OnFailure.BLOCK,
+        policy=Policy(
+            mode=Mode.TPROXY,
+            inbound=Inbound(
+                direct_probes=True,
+                exclude_ports=(PortRange(9100, 9100),),
+                node_addresses=("10.0.0.1/32", "fe80::1/128"),
+            ),
+        ),
+    )
+
+
+@pytest.mark.parametrize("policy", [None, {}])
+def test_the_base_policy_knows_the_nodes_addresses(load, policy):
+    said = {} if policy is None else {"redirect": {"policy": policy}}
+    config = load(GOOD | {"node_addresses": ["fd00:0::1", "::ffff:10.0.0.1"]} | said)
+    assert config.redirect.policy.inbound.node_addresses == ("fd00::1/128", "10.0.0.1/32")
+
+
+def test_users_of_a_policy_are_those_of_this_machine(load):
+    config = load(GOOD | {"redirect": {"policy": {"proxy": {"uids": ["root"], "gids": ["root"]}}}})
+    assert (config.redirect.policy.proxy.uids, config.redirect.policy.proxy.gids) == ((0,), (0,))
+
+
+def test_all_faults_of_a_policy_are_told_with_file_line_and_field(load):
+    text = yaml.safe_dump(GOOD) + (
+        "redirect:\n  policy:\n    mode: ebpf\n    outbound:\n      exclude_ports: [70000]\n"
+    )
+    with pytest.raises(InputErrors) as caught:
+        load(text.encode())
+    first, second = str(caught.value).splitlines()
+    assert "agent.yaml: line 7: redirect.policy.mode: 'ebpf' is not a mode; expected" in first
+    assert "agent.yaml: line 9: redirect.policy.outbound.exclude_ports[0]: there is no" in second
+
+
+@pytest.mark.parametrize(
+    "policy", ["tproxy", [1], 7, "&a {mode: *a}", "{mode: tproxy, mode: redirect}"]
+)
+def test_what_is_no_policy_is_refused_with_the_file(load, policy):
+    text = yaml.safe_dump(GOOD) + f"redirect:\n  policy: {policy}\n"
+    fault(load, text.encode())
 
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tidegate.intent.policy import DEFAULT, policy_from_annotations
+from tidegate.intent.annotations import policy_from_annotations
+from tidegate.intent.policy import DEFAULT
 from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass, Instance, Workload
 from tidegate.node.flows import OUTSIDE_SIDECARS, THROUGH_SIDECAR, row, told_once
 from tidegate.observe.labels import Labels

@@ -1,41 +1,58 @@
-"""Policies of workloads and the annotations that change them."""
+"""Policies: what is a valid one, and what the verdict asks of it. How people write values."""
 
 import msgspec
 import pytest
 
 from tidegate.errors import InputError, InputErrors
+from tidegate.intent.network_text import canonical_address, canonical_network
 from tidegate.intent.policy import (
-    ANNOTATIONS,
     DEFAULT,
+    MAX_FAULTS,
     MAX_ITEMS,
+    Dns,
     Family,
+    IdRange,
     Inbound,
+    Mark,
+    Mode,
     Outbound,
     Policy,
     PortRange,
+    Protocol,
     Proxy,
-    Setting,
-    parse_cidr,
-    policy_from_annotations,
+    UserPorts,
+)
+from tidegate.intent.policy_parsing import (
+    ALL_PORTS,
+    parse_cgroup,
+    parse_endpoint,
+    parse_gid_range,
+    parse_id_range,
+    parse_interface,
+    parse_mark,
+    parse_port_range,
+    parse_uid,
+    parse_user_ports,
+    user_ports_text,
 )
 
-CONSUL = "consul.hashicorp.com/transparent-proxy"
-
-
-def faults_of(annotations, base=DEFAULT):
-    with pytest.raises(InputErrors) as raised:
-        policy_from_annotations(annotations, base)
-    return raised.value.faults
+BOTH = (Protocol.TCP, Protocol.UDP)
+TCP = (Protocol.TCP,)
+USERS = {"postgres": 70, "www-data": 33}.get
 
 
 def ports(*ranges):
     return tuple(PortRange(first, last) for first, last in ranges)
 
 
-def test_without_annotations_the_policy_is_the_base():
-    base = Policy(inbound=Inbound(port=21000))
-    assert policy_from_annotations({}, base) == base
-    assert policy_from_annotations({"app": "web", "prometheus.io/port": "x"}, base) == base
+def ids(*ranges):
+    return tuple(IdRange(first, last) for first, last in ranges)
+
+
+def faults_of(**parts):
+    with pytest.raises(InputErrors) as raised:
+        Policy(**parts)
+    return raised.value.faults
 
 
 def test_the_default_policy_redirects_all_tcp_of_both_families_to_consuls_ports():
@@ -43,203 +60,253 @@ def test_the_default_policy_redirects_all_tcp_of_both_families_to_consuls_ports(
     assert DEFAULT.outbound == Outbound(enabled=True, port=15001)
     assert DEFAULT.proxy.uids == (5995,)
     assert DEFAULT.families == (Family.IPV4, Family.IPV6)
+    assert DEFAULT.mode is Mode.REDIRECT
+    assert not DEFAULT.dns.enabled
+
+
+TOO_MANY = ids((1, 1)) * (MAX_ITEMS + 1)
 
 
 @pytest.mark.parametrize(
-    ("prefix", "suffix"),
-    [(f"{CONSUL}-exclude-", ""), ("tidegate.io/exclude-", "")],
-)
-def test_lists_of_consul_and_of_tidegate_are_read_alike(prefix, suffix):
-    policy = policy_from_annotations(
-        {
-            f"{prefix}inbound-ports": "9100, 9200-9300",
-            f"{prefix}outbound-ports": "5432,6379:6380",
-            f"{prefix}outbound-cidrs": "10.0.0.7/8,192.0.2.1,fd00::/8",
-            f"{prefix}uids": "1000,0",
-        }
-    )
-    assert policy.inbound.exclude_ports == ports((9100, 9100), (9200, 9300))
-    assert policy.outbound.exclude_ports == ports((5432, 5432), (6379, 6380))
-    assert policy.outbound.exclude_cidrs == ("10.0.0.0/8", "192.0.2.1/32", "fd00::/8")
-    assert policy.outbound.exclude_uids == (1000, 0)
-
-
-def test_items_are_trimmed_and_empty_ones_do_not_count():
-    policy = policy_from_annotations({f"{CONSUL}-exclude-outbound-ports": " 80 ,, \t443, "})
-    assert policy.outbound.exclude_ports == ports((80, 80), (443, 443))
-    empty = policy_from_annotations({f"{CONSUL}-exclude-outbound-ports": " , "})
-    assert empty == DEFAULT
-
-
-def test_tidegates_annotation_wins_over_consuls_for_the_same_setting():
-    for order in (1, -1):
-        items = [
-            (f"{CONSUL}-exclude-inbound-ports", "80"),
-            ("tidegate.io/exclude-inbound-ports", "90"),
-        ][::order]
-        assert policy_from_annotations(dict(items)).inbound.exclude_ports == ports((90, 90))
-
-
-def test_a_list_replaces_the_list_of_the_base():
-    base = Policy(outbound=Outbound(exclude_ports=ports((1, 1))))
-    policy = policy_from_annotations({"tidegate.io/exclude-outbound-ports": "2"}, base)
-    assert policy.outbound.exclude_ports == ports((2, 2))
-
-
-@pytest.mark.parametrize("text", ["false", "F", "0", " False "])
-@pytest.mark.parametrize("name", [CONSUL, "tidegate.io/redirect"])
-def test_transparent_proxy_false_means_no_redirection(name, text):
-    policy = policy_from_annotations({name: text})
-    assert not policy.redirects_anything
-    assert not policy.redirects_inbound(80)
-    assert not policy.redirects_outbound(80)
-
-
-@pytest.mark.parametrize(
-    ("annotation", "value", "problem", "expected"),
+    ("parts", "field", "problem"),
     [
-        ("exclude-inbound-ports", "70000", "'70000'", "from 1 to 65535"),
-        ("exclude-inbound-ports", "0", "'0'", "from 1 to 65535"),
-        ("exclude-inbound-ports", "80-70", "'80-70' runs backwards", "70-80"),
-        ("exclude-inbound-ports", "abc", "'abc' is not a port", "8000-8010"),
-        ("exclude-inbound-ports", "-1", "'-1' is not a port", "8000-8010"),
-        ("exclude-inbound-ports", "8\u0660", "is not a port", "8000-8010"),
-        ("exclude-inbound-ports", "20000", "port 20000, on which the sidecar", "application"),
-        ("exclude-inbound-ports", "15001", "port 15001, on which the sidecar", "application"),
-        ("exclude-outbound-ports", "15000-15002", "includes port 15001", "application"),
-        ("exclude-outbound-cidrs", "10.0.0.0/33", "'10.0.0.0/33'", "10.0.0.0/8"),
-        ("exclude-outbound-cidrs", "fe80::1%eth0", "names an interface", "fe80::1"),
-        ("exclude-outbound-cidrs", "db.local", "'db.local' is not an address", "10.0.0.0/8"),
-        ("exclude-uids", "root", "'root' is not a numeric user id", "number"),
-        ("exclude-uids", "4294967295", "there is no user id 4294967295", "4294967294"),
-        ("redirect", "yes", "'yes' is neither true nor false", "true or false"),
+        ({"inbound": Inbound(port=0)}, "inbound.port", "no port 0"),
+        ({"outbound": Outbound(port=70000)}, "outbound.port", "no port 70000"),
+        ({"dns": Dns(port=-1)}, "dns.port", "no port -1"),
+        ({"proxy": Proxy(uids=())}, "proxy.uids", "nothing tells"),
+        ({"proxy": Proxy(uids=(-1,))}, "proxy.uids", "no user or group -1"),
+        ({"proxy": Proxy(gids=(2**32 - 1,))}, "proxy.gids", "no user or group 4294967295"),
+        ({"proxy": Proxy(mark=Mark(0, 0xFF))}, "proxy.mark", "all traffic without a mark"),
+        ({"proxy": Proxy(mark=Mark(1, 0))}, "proxy.mark", "selects no bits"),
+        ({"proxy": Proxy(mark=Mark(1, 2**32))}, "proxy.mark", "selects no bits"),
+        ({"proxy": Proxy(mark=Mark(0x100, 0xFF))}, "proxy.mark", "outside of its mask"),
+        ({"proxy": Proxy(mark=Mark(-1))}, "proxy.mark", "outside of its mask"),
+        ({"proxy": Proxy(cgroup="/pod1")}, "proxy.cgroup", "begins with /"),
+        ({"proxy": Proxy(cgroup="pod1/../x")}, "proxy.cgroup", "an empty part"),
+        ({"proxy": Proxy(cgroup="pod1//x")}, "proxy.cgroup", "an empty part"),
+        ({"proxy": Proxy(cgroup="pod1/")}, "proxy.cgroup", "an empty part"),
+        ({"proxy": Proxy(cgroup='a"b')}, "proxy.cgroup", "quotes or control"),
+        ({"proxy": Proxy(cgroup="a\nb")}, "proxy.cgroup", "quotes or control"),
+        ({"proxy": Proxy(cgroup="a/" * 2500 + "a")}, "proxy.cgroup", "too long"),
+        ({"proxy": Proxy(cgroup="a" * 256)}, "proxy.cgroup", "too long"),
+        ({"inbound": Inbound(include_ports=ports((0, 80)))}, "inbound.include_ports", "'0-80'"),
+        ({"inbound": Inbound(exclude_cidrs=("10.0.0.1",))}, "inbound.exclude_cidrs", "canonical"),
+        ({"inbound": Inbound(node_addresses=("x",))}, "inbound.node_addresses", "not an address"),
+        (
+            {"inbound": Inbound(node_addresses=("10.0.0.0/8",))},
+            "inbound.node_addresses",
+            "more than one address",
+        ),
+        (
+            {"inbound": Inbound(include_interfaces=("lo",))},
+            "inbound.include_interfaces",
+            "never redirected",
+        ),
+        (
+            {"inbound": Inbound(exclude_interfaces=("eth 0",))},
+            "inbound.exclude_interfaces",
+            "not the name",
+        ),
+        ({"outbound": Outbound(exclude_ports=ports((90, 80)))}, "outbound.exclude_ports", "back"),
+        ({"outbound": Outbound(include_ports=ports((1, 99999)))}, "outbound.include_ports", "no p"),
+        ({"outbound": Outbound(exclude_cidrs=("10.0.0.1/8",))}, "outbound.exclude_cidrs", "canon"),
+        ({"outbound": Outbound(exclude_cidrs=("x",))}, "outbound.exclude_cidrs", "not an address"),
+        (
+            {"outbound": Outbound(include_cidrs=("::ffff:10.0.0.0/104",))},
+            "outbound.include_cidrs",
+            "canonical",
+        ),
+        ({"outbound": Outbound(exclude_uids=ids((5, 4)))}, "outbound.exclude_uids", "backwards"),
+        ({"outbound": Outbound(exclude_uids=ids((0, 2**32 - 1)))}, "outbound.exclude_uids", "no u"),
+        ({"outbound": Outbound(exclude_gids=ids((-1, 4)))}, "outbound.exclude_gids", "no user"),
+        ({"outbound": Outbound(exclude_uids=TOO_MANY)}, "outbound.exclude_uids", "4097 items"),
+        (
+            {"outbound": Outbound(exclude_user_ports=(UserPorts((), ports((1, 1)), ids((1, 1))),))},
+            "outbound.exclude_user_ports",
+            "no protocol",
+        ),
+        (
+            {"outbound": Outbound(exclude_user_ports=(UserPorts(TCP, (), ids((1, 1))),))},
+            "outbound.exclude_user_ports",
+            "0 ranges of ports",
+        ),
+        (
+            {"outbound": Outbound(exclude_user_ports=(UserPorts(TCP, ports((1, 1)), ()),))},
+            "outbound.exclude_user_ports",
+            "0 ranges of user ids",
+        ),
+        (
+            {
+                "outbound": Outbound(
+                    exclude_user_ports=(UserPorts(TCP, ports((9, 1)), ids((1, 1))),)
+                )
+            },
+            "outbound.exclude_user_ports",
+            "backwards",
+        ),
+        (
+            {"outbound": Outbound(include_interfaces=("a" * 16,))},
+            "outbound.include_interfaces",
+            "not the name",
+        ),
+        ({"dns": Dns(resolvers=("10.0.0.0/8",))}, "dns.resolvers", "is not an address"),
+        ({"dns": Dns(resolvers=("fe80::1%eth0",))}, "dns.resolvers", "names an interface"),
+        ({"dns": Dns(addresses=("::ffff:1.2.3.4",))}, "dns.addresses", "canonical"),
+        ({"dns": Dns(addresses=("0:0::1",))}, "dns.addresses", "canonical"),
+        ({"families": (Family.IPV4, Family.IPV4)}, "families", "twice"),
     ],
 )
-def test_a_wrong_value_is_refused_with_annotation_value_reason_and_what_is_right(
-    annotation, value, problem, expected
-):
-    (fault,) = faults_of({f"tidegate.io/{annotation}": value})
-    assert fault.field == f"tidegate.io/{annotation}"
+def test_a_policy_with_a_value_that_is_none_cannot_be_made(parts, field, problem):
+    (fault,) = faults_of(**parts)
+    assert fault.field == field
     assert problem in fault.problem
-    assert expected in fault.expected
+    assert fault.expected
 
 
-def test_all_faults_of_all_annotations_are_reported_at_once():
+@pytest.mark.parametrize(
+    ("parts", "field", "problem"),
+    [
+        ({"inbound": Inbound(port=15001)}, "outbound.port", "15001 is the inbound listener's"),
+        (
+            {"inbound": Inbound(exclude_ports=ports((20000, 20000)))},
+            "inbound.exclude_ports",
+            "is port 20000, on which the sidecar",
+        ),
+        (
+            {"outbound": Outbound(exclude_ports=ports((15000, 15002)))},
+            "outbound.exclude_ports",
+            "includes port 15001",
+        ),
+        (
+            {"inbound": Inbound(include_ports=ports((80, 80)), exclude_ports=ports((80, 80)))},
+            "inbound.include_ports",
+            "'80' is included, and excluded",
+        ),
+        (
+            {
+                "outbound": Outbound(
+                    include_ports=ports((40, 60)), exclude_ports=ports((51, 99), (1, 50))
+                )
+            },
+            "outbound.include_ports",
+            "'40-60' is included, and excluded",
+        ),
+        (
+            {"outbound": Outbound(include_cidrs=("10.1.0.0/16",), exclude_cidrs=("10.0.0.0/8",))},
+            "outbound.include_cidrs",
+            "'10.1.0.0/16' is included, and excluded",
+        ),
+        (
+            {
+                "outbound": Outbound(
+                    include_cidrs=("fd00::/16",), exclude_cidrs=("fd00::/17", "fd00:8000::/17")
+                )
+            },
+            "outbound.include_cidrs",
+            "'fd00::/16' is included, and excluded",
+        ),
+        (
+            {"inbound": Inbound(include_interfaces=("eth0",), exclude_interfaces=("eth0",))},
+            "inbound.include_interfaces",
+            "'eth0' is both",
+        ),
+        ({"inbound": Inbound(direct_probes=True)}, "inbound.direct_probes", "node's addresses"),
+        (
+            {"dns": Dns(enabled=True, addresses=("10.0.0.1", "10.0.0.2"))},
+            "dns.addresses",
+            "more than one ipv4",
+        ),
+        ({"dns": Dns(enabled=True, addresses=())}, "dns.addresses", "to nowhere"),
+        (
+            {"dns": Dns(enabled=True, addresses=("::1",)), "families": (Family.IPV4,)},
+            "dns.addresses",
+            "no query is redirected",
+        ),
+        (
+            {"dns": Dns(enabled=True, addresses=("::1",), resolvers=("10.0.0.1",))},
+            "dns.addresses",
+            "no query is redirected",
+        ),
+        ({"dns": Dns(enabled=True, port=15001)}, "dns.port", "127.0.0.1 port 15001"),
+    ],
+)
+def test_a_policy_that_contradicts_itself_cannot_be_made(parts, field, problem):
+    (fault,) = faults_of(**parts)
+    assert fault.field == field
+    assert problem in fault.problem
+    assert fault.expected
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"inbound": Inbound(include_ports=ports((80, 90)), exclude_ports=ports((85, 85)))},
+        {"outbound": Outbound(include_cidrs=("10.0.0.0/8",), exclude_cidrs=("10.1.0.0/16",))},
+        {"outbound": Outbound(include_cidrs=("10.0.0.0/8",), exclude_cidrs=("::/0",))},
+        {"outbound": Outbound(exclude_uids=ids((5995, 5996)))},
+        {"proxy": Proxy(uids=(), mark=Mark(0x539, 0xFFF))},
+        {"proxy": Proxy(uids=(), gids=(0,))},
+        {"proxy": Proxy(uids=(), cgroup="kubepods.slice/pod1.scope")},
+        {"dns": Dns(addresses=())},
+        {"dns": Dns(enabled=True, addresses=("10.0.0.1",), port=15001)},
+        {"dns": Dns(enabled=True, addresses=("127.0.0.1",))},
+        {"dns": Dns(enabled=True, resolvers=("10.0.0.1", "10.0.0.2"))},
+        {"families": ()},
+        {"inbound": Inbound(include_ports=(), include_interfaces=())},
+        {"inbound": Inbound(direct_probes=True, node_addresses=("10.0.0.1/32", "fd00::1/128"))},
+        {"inbound": Inbound(include_interfaces=("eth0",), exclude_interfaces=("net1",))},
+    ],
+)
+def test_what_only_looks_like_a_contradiction_is_a_policy(parts):
+    assert Policy(**parts)
+
+
+def test_all_faults_of_a_policy_are_told_at_once():
     faults = faults_of(
-        {
-            "tidegate.io/exclude-inbound-ports": "70000,80,abc",
-            f"{CONSUL}-exclude-uids": "root",
-            f"{CONSUL}-exclude-outbound-port": "5432",
-        }
+        proxy=Proxy(uids=(-1,), mark=Mark(0)),
+        inbound=Inbound(port=0, exclude_ports=ports((9, 8))),
+        dns=Dns(port=0),
     )
-    assert sorted(fault.field for fault in faults) == [
-        f"{CONSUL}-exclude-outbound-port",
-        f"{CONSUL}-exclude-uids",
-        "tidegate.io/exclude-inbound-ports",
-        "tidegate.io/exclude-inbound-ports",
+    assert [fault.field for fault in faults] == [
+        "proxy.uids",
+        "proxy.mark",
+        "inbound.port",
+        "inbound.exclude_ports",
+        "dns.port",
     ]
 
 
-def test_the_ports_of_the_base_policy_are_the_sidecars_own():
-    base = Policy(inbound=Inbound(port=21000), outbound=Outbound(port=16001))
-    assert faults_of({"tidegate.io/exclude-inbound-ports": "21000"}, base)
-    assert policy_from_annotations({"tidegate.io/exclude-inbound-ports": "20000"}, base)
+def test_very_many_faults_of_one_list_are_not_all_told():
+    faults = faults_of(outbound=Outbound(exclude_cidrs=("x",) * 1000))
+    assert len(faults) == MAX_FAULTS + 1
+    assert "980 more" in faults[-1].problem
 
 
-@pytest.mark.parametrize(
-    ("mistyped", "nearest"),
-    [
-        (f"{CONSUL}-exclude-outbound-port", f"{CONSUL}-exclude-outbound-ports"),
-        (f"{CONSUL}-exclude-outbound-cidr", f"{CONSUL}-exclude-outbound-cidrs"),
-        (
-            "consul.hashicorp.com/transparant-proxy-exclude-uids",
-            f"{CONSUL}-exclude-uids",
-        ),
-        ("tidegate.io/exclude-inbound-port", "tidegate.io/exclude-inbound-ports"),
-        ("tidegate.io/excluded-uids", "tidegate.io/exclude-uids"),
-    ],
-)
-def test_a_mistyped_annotation_is_a_fault_that_names_the_nearest(mistyped, nearest):
-    (fault,) = faults_of({mistyped: "1"})
-    assert fault.field == mistyped
-    assert fault.expected == nearest
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "consul.hashicorp.com/connect-inject",
-        "consul.hashicorp.com/connect-service-upstreams",
-        "consul.hashicorp.com/consul-dns",
-        f"{CONSUL}-status",
-        f"{CONSUL}-overwrite-probes",
-        "tidegate.io/mesh",
-        "tidegate.example/exclude-inbound-port",
-    ],
-)
-def test_annotations_about_other_things_are_left_alone(name):
-    assert policy_from_annotations({name: "anything"}) == DEFAULT
-
-
-def test_every_setting_has_a_name_of_tidegates_and_one_of_consuls():
-    for setting in Setting:
-        names = [name for name, known in ANNOTATIONS.items() if known is setting]
-        assert len(names) == 2
-        assert names[-1].startswith("tidegate.io/")
-
-
-def test_a_list_that_is_too_long_is_refused_as_a_whole():
-    (fault,) = faults_of({"tidegate.io/exclude-uids": "1," * (MAX_ITEMS + 1)})
-    assert str(MAX_ITEMS) in fault.expected
-
-
-def test_a_huge_faulty_value_is_not_repeated_in_full():
-    (fault,) = faults_of({"tidegate.io/exclude-uids": "x" * 10_000})
-    assert len(str(fault)) < 300
-    (fault,) = faults_of({"tidegate.io/" + "x" * 10_000: ""})
-    assert len(str(fault)) < 300
-
-
-@pytest.mark.parametrize(
-    ("parts", "field"),
-    [
-        ({"inbound": Inbound(port=0)}, "inbound.port"),
-        ({"outbound": Outbound(port=70000)}, "outbound.port"),
-        ({"inbound": Inbound(port=15001)}, "outbound.port"),
-        ({"proxy": Proxy(uids=())}, "proxy.uids"),
-        ({"proxy": Proxy(uids=(-1,))}, "proxy.uids"),
-        ({"inbound": Inbound(exclude_ports=ports((20000, 20000)))}, "inbound.exclude_ports"),
-        ({"outbound": Outbound(exclude_ports=ports((90, 80)))}, "outbound.exclude_ports"),
-        ({"outbound": Outbound(exclude_cidrs=("10.0.0.1/8",))}, "outbound.exclude_cidrs"),
-        ({"outbound": Outbound(exclude_cidrs=("x",))}, "outbound.exclude_cidrs"),
-        ({"outbound": Outbound(exclude_uids=(2**32 - 1,))}, "outbound.exclude_uids"),
-        ({"outbound": Outbound(exclude_uids=(1,) * (MAX_ITEMS + 1))}, "outbound.exclude_uids"),
-    ],
-)
-def test_a_policy_that_is_wrong_cannot_be_made(parts, field):
-    with pytest.raises(InputErrors) as raised:
-        Policy(**parts)
-    assert [fault.field for fault in raised.value.faults] == [field]
+def test_a_policy_of_the_greatest_size_can_be_made():
+    networks = tuple(f"10.{number >> 8}.{number & 255}.0/24" for number in range(MAX_ITEMS))
+    others = tuple(f"11.{number >> 8}.{number & 255}.0/24" for number in range(MAX_ITEMS))
+    assert Policy(outbound=Outbound(include_cidrs=networks, exclude_cidrs=others))
+    (fault,) = faults_of(
+        outbound=Outbound(include_cidrs=(networks[-1],), exclude_cidrs=networks[1:])
+    )
+    assert networks[-1] in fault.problem
 
 
 def test_a_policy_is_what_it_was_after_a_round_trip_through_json():
-    policy = policy_from_annotations(
-        {"tidegate.io/exclude-inbound-ports": "1-5", "tidegate.io/exclude-uids": "7"}
+    policy = Policy(
+        proxy=Proxy(mark=Mark(0x539, 0xFFF), gids=(7,)),
+        outbound=Outbound(
+            include_cidrs=(), exclude_user_ports=(UserPorts(BOTH, ports((1, 5)), ids((3, 4))),)
+        ),
+        mode=Mode.TPROXY,
     )
     assert msgspec.json.decode(msgspec.json.encode(policy), type=Policy) == policy
 
 
-def test_mapped_ipv6_networks_are_ipv4():
-    assert parse_cidr("::ffff:10.0.0.0/104") == "10.0.0.0/8"
-    assert parse_cidr("::ffff:192.0.2.1") == "192.0.2.1/32"
-    assert parse_cidr("::/0") == "::/0"
-    with pytest.raises(InputError):
-        parse_cidr("")
-
-
 def test_the_verdict_learns_which_ports_reach_the_sidecar():
-    policy = policy_from_annotations(
-        {"tidegate.io/exclude-inbound-ports": "90-92", "tidegate.io/exclude-outbound-ports": "5432"}
+    policy = Policy(
+        inbound=Inbound(exclude_ports=ports((90, 92))),
+        outbound=Outbound(exclude_ports=ports((5432, 5432))),
     )
     assert [port for port in range(88, 95) if not policy.redirects_inbound(port)] == [90, 91, 92]
     assert policy.redirects_inbound(20000)
@@ -249,3 +316,115 @@ def test_the_verdict_learns_which_ports_reach_the_sidecar():
     no_family = Policy(families=())
     assert not no_family.redirects_inbound(80)
     assert not no_family.redirects_anything
+    only_port = Policy(outbound=Outbound(include_cidrs=(), include_ports=ports((443, 443))))
+    assert only_port.redirects_outbound(443)
+    assert not only_port.redirects_outbound(80)
+
+
+def test_networks_are_written_in_one_way():
+    assert canonical_network("10.0.0.7/8") == "10.0.0.0/8"
+    assert canonical_network("FD00:0::1") == "fd00::1/128"
+    assert canonical_network("::ffff:10.0.0.0/104") == "10.0.0.0/8"
+    assert canonical_network("::ffff:192.0.2.1") == "192.0.2.1/32"
+    assert canonical_network("::/0") == "::/0"
+    assert canonical_address("::FFFF:192.0.2.1") == "192.0.2.1"
+    assert canonical_address("fd00:0::1") == "fd00::1"
+
+
+@pytest.mark.parametrize("text", ["", "10.0.0.0/33", "fe80::1%eth0", "db.local", "10.0.0.0/8 "])
+def test_what_is_no_network_is_refused(text):
+    with pytest.raises(InputError):
+        canonical_network(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_port_range, "80", PortRange(80, 80)),
+        (parse_port_range, "8000-8010", PortRange(8000, 8010)),
+        (parse_port_range, "8000:8010", PortRange(8000, 8010)),
+        (lambda text: parse_id_range(text, USERS), "1000-1009", IdRange(1000, 1009)),
+        (lambda text: parse_id_range(text, USERS), "0", IdRange(0, 0)),
+        (lambda text: parse_id_range(text, USERS), "www-data", IdRange(33, 33)),
+        (lambda text: parse_gid_range(text, {"dba": 9}.get), "dba", IdRange(9, 9)),
+        (lambda text: parse_uid(text, USERS), "postgres", 70),
+        (parse_mark, "0x539/0xfff", Mark(0x539, 0xFFF)),
+        (parse_mark, "1337", Mark(1337, 2**32 - 1)),
+        (parse_mark, "0XFFFFFFFF", Mark(2**32 - 1, 2**32 - 1)),
+        (parse_interface, "veth-a.100@b", "veth-a.100@b"),
+        (parse_cgroup, "a/b.slice/c:d", "a/b.slice/c:d"),
+        (parse_cgroup, "", ""),
+        (parse_user_ports, "tcp:5432:1000-1009", UserPorts(TCP, ports((5432, 5432)), ids((1000, 1009)))),
+        (parse_user_ports, "UDP:53:7", UserPorts((Protocol.UDP,), ports((53, 53)), ids((7, 7)))),
+        (parse_user_ports, "80:1002", UserPorts(BOTH, ports((80, 80)), ids((1002, 1002)))),
+        (parse_user_ports, "1003", UserPorts(BOTH, (ALL_PORTS,), ids((1003, 1003)))),
+        (parse_user_ports, "*:*:0", UserPorts(BOTH, (ALL_PORTS,), ids((0, 0)))),
+        (parse_user_ports, ":: 5 ", UserPorts(BOTH, (ALL_PORTS,), ids((5, 5)))),
+        (
+            parse_user_ports,
+            "53, 3000-5000:106-108",
+            UserPorts(BOTH, ports((53, 53), (3000, 5000)), ids((106, 108))),
+        ),
+        (
+            lambda text: parse_user_ports(text, USERS),
+            "tcp:5432:postgres,www-data",
+            UserPorts(TCP, ports((5432, 5432)), ids((70, 70), (33, 33))),
+        ),
+        (parse_endpoint, "127.0.0.1:8600", ("127.0.0.1", 8600)),
+        (parse_endpoint, "[::1]:53", ("::1", 53)),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_people_write_them(parse, text, value):
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "problem"),
+    [
+        (parse_port_range, "8\u0660", "is not a port"),
+        (parse_port_range, "1-2-3", "is not a port"),
+        (parse_id_range, "9-1", "backwards"),
+        (parse_id_range, "www-data", "no user 'www-data'"),
+        (parse_id_range, "", "no user ''"),
+        (parse_id_range, "a\0b", "no user 'a\\x00b'"),
+        (parse_id_range, "4294967295", "no user or group 4294967295"),
+        (parse_gid_range, "dba", "no group 'dba'"),
+        (parse_mark, "", "not a packet mark"),
+        (parse_mark, "1/", "not a packet mark"),
+        (parse_mark, "0x1/0x2/0x3", "not a packet mark"),
+        (parse_mark, "0x100000000", "not a packet mark"),
+        (parse_mark, "9999999999", "32 bits"),
+        (parse_mark, "0", "all traffic without a mark"),
+        (parse_mark, "0x10/0x0f", "outside of its mask"),
+        (parse_interface, "lo", "never redirected"),
+        (parse_interface, "", "not the name"),
+        (parse_interface, "..", "not the name"),
+        (parse_interface, "eth*", "not the name"),
+        (parse_interface, "eth+", "not the name"),
+        (parse_interface, "a/b", "not the name"),
+        (parse_interface, "eth0:1", "not the name"),
+        (parse_interface, "eth\N{NO-BREAK SPACE}0", "not the name"),
+        (parse_cgroup, "..", "an empty part, . or .."),
+        (parse_user_ports, "tcp:80:1:2", "too many parts"),
+        (parse_user_ports, "icmp:80:1", "not a protocol"),
+        (parse_user_ports, "tcp:80:", "names no user"),
+        (parse_user_ports, "tcp:80:*", "names no user"),
+        (parse_user_ports, "tcp:,:7", "a list of 0 items"),
+        (parse_user_ports, "tcp:http:7", "'http' is not a port"),
+        (parse_endpoint, "127.0.0.1", "not an address with a port"),
+        (parse_endpoint, "::1:53", "not an address with a port"),
+        (parse_endpoint, "[127.0.0.1]:53", "not an address with a port"),
+        (parse_endpoint, "localhost:53", "is not an address"),
+        (parse_endpoint, "127.0.0.1:dns", "is not a port"),
+    ],
+)
+def test_a_value_that_is_none_is_refused_with_the_reason(parse, text, problem):
+    with pytest.raises(InputError) as raised:
+        parse(text)
+    assert problem in raised.value.problem
+    assert raised.value.expected
+
+
+@pytest.mark.parametrize("text", ["tcp:5432:1000-1009", "*:1-65535:0", "udp:53,60-70:5,7-9"])
+def test_what_users_may_reach_is_written_as_it_is_read(text):
+    assert user_ports_text(parse_user_ports(text)) == text

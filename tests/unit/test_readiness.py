@@ -153,6 +153,24 @@ def test_one_flow_of_a_blocking_class_makes_it_not_ready_and_names_the_caller(fl
             {"excluded_inbound_ports": ((22, 22), (8000, 8080))},
             Effect.UNPROTECTED,
         ),
+        (
+            "an excluded source",
+            flow(peer="10.9.8.7"),
+            {"excluded_sources": ("fd00::/8", "10.9.0.0/16")},
+            Effect.UNPROTECTED,
+        ),
+        (
+            "a probe that goes to the application",
+            flow(peer="10.1.0.1"),
+            {"excluded_sources": ("10.1.0.1/32",)},
+            Effect.PROBE,
+        ),
+        (
+            "the sidecar's own port, from an excluded source",
+            flow(peer="10.9.8.7", port=20000),
+            {"excluded_sources": ("10.9.0.0/16",)},
+            Effect.REFUSED_ANYWAY,
+        ),
         ("the sidecar's own port", flow(port=20000), {}, Effect.REFUSED_ANYWAY),
         (
             "the sidecar's own port, though excluded",
@@ -178,6 +196,7 @@ def test_flows_that_strict_mode_does_not_touch_are_listed_and_do_not_block(
     ("what", "edge", "fields"),
     [
         ("beside an excluded range", flow(), {"excluded_inbound_ports": ((8081, 9000),)}),
+        ("beside an excluded source", flow(), {"excluded_sources": ("192.0.2.0/24", "fd00:9::/64")}),
         ("TLS with the mesh's name that comes to the service's port", flow(FlowClass.MESH), {}),
         ("from the node of another instance", flow(peer="10.2.0.1"), {}),
         ("to an instance whose port nobody knows", flow(port=5), {"of": msgspec.structs.replace(API, port=0)}),
@@ -307,6 +326,12 @@ def test_plaintext_connections_still_open_block_though_they_are_idle():
             (seen(losses={"edges_full": 3, "late": 0}),),
             {},
             "lost something: edges_full 3",
+        ),
+        (
+            ReasonKind.EVIDENCE_LOST,
+            (seen(losses={"redirection_repaired": 2}),),
+            {},
+            "another program changed the redirection of api-1 2 times",
         ),
         (
             ReasonKind.WITNESS_DISAGREES,

@@ -1,143 +1,519 @@
-"""The decision lists and their evaluator."""
+"""The decision lists and their evaluator, and that docs/redirect.md shows the lists as they are."""
 
 import re
+from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.enforce.redirect import rules
-from tidegate.enforce.redirect.rules import Action, Connection, explain, rules_for
+from tidegate.enforce.redirect.rules import (
+    DNS_ZONE,
+    LEAVE,
+    ByUser,
+    Connection,
+    Drop,
+    Hook,
+    Invalid,
+    Not,
+    OfFamily,
+    OfKnownSocket,
+    OfProtocol,
+    OnInterface,
+    Opening,
+    Redirect,
+    ToNetwork,
+    ToPort,
+    Tproxy,
+    Translate,
+    Zone,
+    explain,
+    lines_of_family,
+    rules_for,
+)
 from tidegate.intent.policy import (
     DEFAULT,
+    Dns,
     Family,
+    IdRange,
     Inbound,
+    Mark,
+    Mode,
     Outbound,
     Policy,
     PortRange,
+    Protocol,
     Proxy,
-    policy_from_annotations,
+    UserPorts,
 )
 from tidegate.model import Direction
 
+DOCS = Path(__file__).parents[2] / "docs" / "redirect.md"
 OUT, IN = Direction.OUTBOUND, Direction.INBOUND
+TCP, UDP = Protocol.TCP, Protocol.UDP
 
-EXCLUDING = policy_from_annotations(
-    {
-        "tidegate.io/exclude-inbound-ports": "9100,9200-9300",
-        "tidegate.io/exclude-outbound-ports": "5432",
-        "tidegate.io/exclude-outbound-cidrs": "192.0.2.0/24,2001:db8::/32",
-        "tidegate.io/exclude-uids": "1000,1001",
-    }
+
+def ports(*items):
+    return tuple(
+        PortRange(*item) if isinstance(item, tuple) else PortRange(item, item) for item in items
+    )
+
+
+def ids(*items):
+    return tuple(
+        IdRange(*item) if isinstance(item, tuple) else IdRange(item, item) for item in items
+    )
+
+
+EXCLUDING = Policy(
+    inbound=Inbound(
+        exclude_ports=ports(9100, (9200, 9300)),
+        exclude_cidrs=("203.0.113.0/24", "2001:db8:f::/48"),
+        exclude_interfaces=("net1", "net2"),
+        direct_probes=True,
+        node_addresses=("10.0.0.1/32", "fd00::1/128"),
+    ),
+    outbound=Outbound(
+        exclude_ports=ports(5432),
+        exclude_cidrs=("192.0.2.0/24", "2001:db8::/32"),
+        exclude_uids=ids((1000, 1001)),
+        exclude_gids=ids(50),
+        exclude_user_ports=(UserPorts((TCP,), ports(6379), ids((2000, 2009))),),
+        exclude_interfaces=("net1",),
+    ),
+)
+INCLUDING = Policy(
+    inbound=Inbound(include_ports=ports(8080), include_interfaces=("eth0",)),
+    outbound=Outbound(
+        include_cidrs=("10.0.0.0/8", "fd00::/8"),
+        include_ports=ports((9000, 9009)),
+        include_interfaces=("eth0",),
+    ),
+)
+NOTHING_INCLUDED = Policy(
+    inbound=Inbound(include_interfaces=()), outbound=Outbound(include_interfaces=())
 )
 IPV4_ONLY = Policy(families=(Family.IPV4,))
-TWO_PROXIES = Policy(proxy=Proxy(uids=(5995, 101)))
+PROXIES = Policy(
+    proxy=Proxy(uids=(5995, 101), gids=(60,), mark=Mark(0x539, 0xFFFF), cgroup="pod1/sidecar")
+)
+SELF_CALLS = Policy(proxy=msgspec.structs.replace(PROXIES.proxy, self_calls_inbound=True))
+DNS = Policy(dns=Dns(enabled=True))
+DNS_TO_ELSEWHERE = Policy(dns=Dns(enabled=True, addresses=("10.96.0.10", "fd00::53"), port=53))
+DNS_OF_ONE = Policy(dns=Dns(enabled=True, resolvers=("10.96.0.10",)))
+DNS_EXCLUDING = Policy(
+    dns=Dns(enabled=True),
+    outbound=Outbound(
+        exclude_ports=ports(53),
+    ),
+)
+DNS_EXCLUDING_SOME = Policy(
+    dns=Dns(enabled=True),
+    outbound=Outbound(
+        exclude_cidrs=("192.0.2.0/24",),
+        exclude_uids=ids(1000),
+        exclude_gids=ids(50),
+        exclude_user_ports=(UserPorts((UDP,), ports(53), ids(2000)),),
+        exclude_interfaces=("net1",),
+    ),
+)
+DNS_ALONE = Policy(
+    dns=Dns(enabled=True), inbound=Inbound(enabled=False), outbound=Outbound(enabled=False)
+)
+INBOUND_OFF = Policy(inbound=Inbound(enabled=False))
+OUTBOUND_OFF = Policy(outbound=Outbound(enabled=False))
+TPROXY = Policy(mode=Mode.TPROXY)
+
+TO_OUT, TO_IN, TO_DNS = Redirect(15001), Redirect(20000), Translate("127.0.0.1", 8600)
+LO = {"interface": "lo"}
+BY_PROXY = {"interface": "lo", "uid": 101}
 
 
 @pytest.mark.parametrize(
-    ("policy", "direction", "destination", "port", "more", "line", "target"),
+    ("policy", "direction", "destination", "port", "more", "line", "action"),
     [
-        (DEFAULT, OUT, "10.0.0.9", 80, {}, "to-outbound-listener", 15001),
-        (DEFAULT, OUT, "fd00::9", 80, {}, "to-outbound-listener", 15001),
-        (DEFAULT, OUT, "10.0.0.9", 80, {"uid": 0}, "to-outbound-listener", 15001),
-        (DEFAULT, OUT, "10.0.0.9", 20000, {}, "to-outbound-listener", 15001),
-        (DEFAULT, OUT, "10.0.0.9", 80, {"uid": 5995}, "proxy", None),
-        (DEFAULT, OUT, "127.0.0.1", 80, {"uid": 5995, "interface": "lo"}, "proxy", None),
-        (DEFAULT, OUT, "10.0.0.2", 80, {"interface": "lo"}, "own-address", None),
-        (DEFAULT, OUT, "127.0.0.1", 80, {"interface": "lo"}, "own-address", None),
-        (DEFAULT, OUT, "127.8.8.8", 80, {}, "loopback-ipv4", None),
-        (DEFAULT, OUT, "::1", 80, {}, "loopback-ipv6", None),
-        (DEFAULT, OUT, "::ffff:127.0.0.1", 80, {}, "loopback-ipv4", None),
-        (DEFAULT, OUT, "::ffff:10.0.0.9", 80, {}, "to-outbound-listener", 15001),
-        (DEFAULT, OUT, "fe80::9", 80, {}, "link-local-ipv6", None),
-        (DEFAULT, OUT, "10.0.0.9", 53, {"protocol": "udp"}, "not-tcp", None),
-        (DEFAULT, OUT, "10.0.0.9", 80, {"opening": False}, "older", None),
-        (DEFAULT, IN, "10.0.0.2", 80, {"opening": False}, "older", None),
-        (EXCLUDING, OUT, "10.0.0.9", 80, {"uid": 1001}, "excluded-uid", None),
-        (EXCLUDING, OUT, "10.0.0.9", 5432, {}, "excluded-port", None),
-        (EXCLUDING, OUT, "10.0.0.9", 5433, {}, "to-outbound-listener", 15001),
-        (EXCLUDING, OUT, "10.0.0.9", 9100, {}, "to-outbound-listener", 15001),
-        (EXCLUDING, OUT, "192.0.2.255", 80, {}, "excluded-cidr-ipv4", None),
-        (EXCLUDING, OUT, "::ffff:192.0.2.1", 80, {}, "excluded-cidr-ipv4", None),
-        (EXCLUDING, OUT, "192.0.3.0", 80, {}, "to-outbound-listener", 15001),
-        (EXCLUDING, OUT, "2001:db8:ffff::1", 80, {}, "excluded-cidr-ipv6", None),
-        (IPV4_ONLY, OUT, "fd00::9", 80, {}, "ipv6-off", None),
-        (IPV4_ONLY, OUT, "::ffff:10.0.0.9", 80, {}, "to-outbound-listener", 15001),
-        (TWO_PROXIES, OUT, "10.0.0.9", 80, {"uid": 101}, "proxy", None),
-        (DEFAULT, IN, "10.0.0.2", 8080, {}, "to-inbound-listener", 20000),
-        (DEFAULT, IN, "fd00::2", 8080, {}, "to-inbound-listener", 20000),
-        (DEFAULT, IN, "10.0.0.2", 15001, {}, "to-inbound-listener", 20000),
-        (DEFAULT, IN, "10.0.0.2", 20000, {}, "inbound-listener", None),
-        (DEFAULT, IN, "10.0.0.2", 8080, {"interface": "lo"}, "from-within", None),
-        (DEFAULT, IN, "10.0.0.2", 53, {"protocol": "udp"}, "not-tcp", None),
-        (EXCLUDING, IN, "10.0.0.2", 9250, {}, "excluded-port", None),
-        (EXCLUDING, IN, "10.0.0.2", 9301, {}, "to-inbound-listener", 20000),
-        (EXCLUDING, IN, "10.0.0.2", 5432, {}, "to-inbound-listener", 20000),
-        (IPV4_ONLY, IN, "fd00::2", 8080, {}, "ipv6-off", None),
+        # Outbound, from top to bottom.
+        (DEFAULT, OUT, "10.0.0.9", 53, {"protocol": UDP}, "other-protocol", LEAVE),
+        (DNS, OUT, "10.0.0.9", 53, {"protocol": "icmp"}, "other-protocol", LEAVE),
+        (DEFAULT, OUT, "10.0.0.9", 80, {"opening": False}, "older", LEAVE),
+        (DNS, OUT, "10.0.0.9", 53, {"opening": False}, "older", LEAVE),
+        (SELF_CALLS, OUT, "10.0.0.2", 80, BY_PROXY, "self-call-proxy-ipv4", TO_IN),
+        (SELF_CALLS, OUT, "fd00::2", 80, BY_PROXY, "self-call-proxy-ipv6", TO_IN),
+        (SELF_CALLS, OUT, "fd00::2", 80, {**LO, "gid": 60}, "self-call-proxy-group-ipv6", TO_IN),
+        (SELF_CALLS, OUT, "10.0.0.2", 8, {**LO, "mark": 0x539}, "self-call-proxy-mark-ipv4", TO_IN),
+        (
+            SELF_CALLS, OUT, "10.0.0.2", 80, {**LO, "cgroup": "pod1/sidecar/w"},
+            "self-call-proxy-cgroup-ipv4", TO_IN,
+        ),
+        (SELF_CALLS, OUT, "10.0.0.2", 20000, BY_PROXY, "proxy", LEAVE),
+        (SELF_CALLS, OUT, "127.0.0.1", 80, BY_PROXY, "proxy", LEAVE),
+        (SELF_CALLS, OUT, "::1", 80, BY_PROXY, "proxy", LEAVE),
+        (SELF_CALLS, OUT, "::ffff:127.9.9.9", 80, BY_PROXY, "proxy", LEAVE),
+        (SELF_CALLS, OUT, "10.0.0.2", 80, {**BY_PROXY, "source": "127.0.0.6"}, "proxy", LEAVE),
+        (SELF_CALLS, OUT, "fd00::2", 80, {**BY_PROXY, "source": "::6"}, "proxy", LEAVE),
+        (SELF_CALLS, OUT, "10.0.0.9", 80, {"uid": 101}, "proxy", LEAVE),
+        (SELF_CALLS, OUT, "10.0.0.2", 80, {**LO, "uid": 1}, "own-address", LEAVE),
+        (DEFAULT, OUT, "10.0.0.9", 80, {"uid": 5995}, "proxy", LEAVE),
+        (DEFAULT, OUT, "10.0.0.2", 80, {"uid": 5995, **LO}, "proxy", LEAVE),
+        (PROXIES, OUT, "10.0.0.9", 80, {"uid": 101}, "proxy", LEAVE),
+        (PROXIES, OUT, "10.0.0.9", 80, {"uid": 102}, "to-outbound-listener", TO_OUT),
+        (PROXIES, OUT, "10.0.0.9", 80, {"gid": 60}, "proxy-group", LEAVE),
+        (PROXIES, OUT, "10.0.0.9", 80, {"mark": 0x10539}, "proxy-mark", LEAVE),
+        (PROXIES, OUT, "10.0.0.9", 80, {"mark": 0x53A}, "to-outbound-listener", TO_OUT),
+        (PROXIES, OUT, "10.0.0.9", 80, {"cgroup": "pod1/sidecar"}, "proxy-cgroup", LEAVE),
+        (PROXIES, OUT, "10.0.0.9", 80, {"cgroup": "pod1/sidecar/a"}, "proxy-cgroup", LEAVE),
+        (PROXIES, OUT, "10.0.0.9", 80, {"cgroup": "pod1/sidecar2"}, "to-outbound-listener", TO_OUT),
+        (PROXIES, OUT, "10.0.0.9", 80, {"cgroup": "pod1"}, "to-outbound-listener", TO_OUT),
+        (EXCLUDING, OUT, "10.0.0.9", 80, {"uid": 1001}, "excluded-uid", LEAVE),
+        (EXCLUDING, OUT, "10.0.0.9", 80, {"gid": 50}, "excluded-gid", LEAVE),
+        (EXCLUDING, OUT, "10.0.0.9", 6379, {"uid": 2009}, "excluded-user-port-1", LEAVE),
+        (EXCLUDING, OUT, "10.0.0.9", 6380, {"uid": 2009}, "to-outbound-listener", TO_OUT),
+        (EXCLUDING, OUT, "10.0.0.9", 6379, {"uid": 2010}, "to-outbound-listener", TO_OUT),
+        (EXCLUDING, OUT, "10.0.0.9", 5432, {}, "excluded-port", LEAVE),
+        (EXCLUDING, OUT, "10.0.0.9", 9100, {}, "to-outbound-listener", TO_OUT),
+        (EXCLUDING, OUT, "192.0.2.255", 80, {}, "excluded-cidr-ipv4", LEAVE),
+        (EXCLUDING, OUT, "::ffff:192.0.2.1", 80, {}, "excluded-cidr-ipv4", LEAVE),
+        (EXCLUDING, OUT, "192.0.3.0", 80, {}, "to-outbound-listener", TO_OUT),
+        (EXCLUDING, OUT, "2001:db8:ffff::1", 80, {}, "excluded-cidr-ipv6", LEAVE),
+        (EXCLUDING, OUT, "10.0.0.9", 80, {"interface": "net1"}, "excluded-interface", LEAVE),
+        (DNS, OUT, "10.0.0.9", 53, {"protocol": UDP}, "dns-ipv4", TO_DNS),
+        (DNS, OUT, "10.0.0.9", 53, {}, "dns-ipv4", TO_DNS),
+        (DNS, OUT, "fd00::9", 53, {"protocol": UDP}, "dns-ipv6", Translate("::1", 8600)),
+        (DNS, OUT, "::ffff:10.0.0.9", 53, {"protocol": UDP}, "dns-ipv4", TO_DNS),
+        (DNS, OUT, "127.0.0.53", 53, {**LO, "protocol": UDP}, "dns-ipv4", TO_DNS),
+        (DNS, OUT, "10.0.0.9", 53, {"protocol": UDP, "uid": 5995}, "proxy", LEAVE),
+        (DNS, OUT, "10.0.0.9", 54, {"protocol": UDP}, "not-tcp", LEAVE),
+        (DNS_ALONE, OUT, "10.0.0.9", 53, {}, "dns-ipv4", TO_DNS),
+        (DNS_ALONE, OUT, "10.0.0.9", 80, {}, None, LEAVE),
+        (DNS_OF_ONE, OUT, "10.96.0.10", 53, {"protocol": UDP}, "dns-ipv4", TO_DNS),
+        (DNS_OF_ONE, OUT, "10.96.0.11", 53, {"protocol": UDP}, "not-tcp", LEAVE),
+        (DNS_OF_ONE, OUT, "10.96.0.11", 53, {}, "to-outbound-listener", TO_OUT),
+        (DNS_OF_ONE, OUT, "fd00::9", 53, {"protocol": UDP}, "not-tcp", LEAVE),
+        (DNS_EXCLUDING, OUT, "10.0.0.9", 53, {"protocol": UDP}, "excluded-port", LEAVE),
+        (DNS_EXCLUDING, OUT, "10.0.0.9", 53, {}, "excluded-port", LEAVE),
+        (DNS_EXCLUDING_SOME, OUT, "192.0.2.1", 53, {"protocol": UDP}, "excluded-cidr-ipv4", LEAVE),
+        (DNS_EXCLUDING_SOME, OUT, "10.0.0.9", 53, {"uid": 1000}, "excluded-uid", LEAVE),
+        (DNS_EXCLUDING_SOME, OUT, "10.0.0.9", 53, {"gid": 50}, "excluded-gid", LEAVE),
+        (
+            DNS_EXCLUDING_SOME, OUT, "10.0.0.9", 53, {"uid": 2000, "protocol": UDP},
+            "excluded-user-port-1", LEAVE,
+        ),
+        (DNS_EXCLUDING_SOME, OUT, "10.0.0.9", 53, {"uid": 2000}, "dns-ipv4", TO_DNS),
+        (
+            DNS_EXCLUDING_SOME, OUT, "10.0.0.9", 53, {"interface": "net1", "protocol": UDP},
+            "excluded-interface", LEAVE,
+        ),
+        (DEFAULT, OUT, "10.0.0.2", 80, LO, "own-address", LEAVE),
+        (DEFAULT, OUT, "127.0.0.1", 80, LO, "own-address", LEAVE),
+        (DEFAULT, OUT, "127.8.8.8", 80, {}, "loopback-ipv4", LEAVE),
+        (DEFAULT, OUT, "::ffff:127.0.0.1", 80, {}, "loopback-ipv4", LEAVE),
+        (DEFAULT, OUT, "::1", 80, {}, "loopback-ipv6", LEAVE),
+        (
+            DNS_TO_ELSEWHERE, OUT, "10.0.0.9", 53, {"protocol": UDP},
+            "dns-ipv4", Translate("10.96.0.10", 53),
+        ),
+        (DNS_TO_ELSEWHERE, OUT, "fd00::9", 53, {}, "dns-ipv6", Translate("fd00::53", 53)),
+        (DNS_TO_ELSEWHERE, OUT, "127.0.0.53", 53, {**LO, "protocol": UDP}, "own-address", LEAVE),
+        (DEFAULT, OUT, "fe80::9", 80, {}, "link-local-ipv6", LEAVE),
+        (DEFAULT, OUT, "fe80::9%eth0", 80, {}, "link-local-ipv6", LEAVE),
+        (DNS, OUT, "fe80::1%eth0", 53, {"protocol": UDP}, "link-local-ipv6", LEAVE),
+        (SELF_CALLS, OUT, "fe80::2", 80, BY_PROXY, "link-local-ipv6", LEAVE),
+        (DEFAULT, OUT, "169.254.169.254", 80, {}, "to-outbound-listener", TO_OUT),
+        (INCLUDING, OUT, "10.0.0.9", 80, {"interface": "net1"}, "not-included-interface", LEAVE),
+        (NOTHING_INCLUDED, OUT, "10.0.0.9", 80, {}, None, LEAVE),
+        (INCLUDING, OUT, "198.51.100.1", 9009, {}, "included-port", TO_OUT),
+        (INCLUDING, OUT, "10.255.0.9", 80, {}, "included-cidr-ipv4", TO_OUT),
+        (INCLUDING, OUT, "fd00::9", 80, {}, "included-cidr-ipv6", TO_OUT),
+        (INCLUDING, OUT, "198.51.100.1", 80, {}, None, LEAVE),
+        (DEFAULT, OUT, "10.0.0.9", 80, {}, "to-outbound-listener", TO_OUT),
+        (DEFAULT, OUT, "fd00::9", 80, {"uid": 0}, "to-outbound-listener", TO_OUT),
+        (DEFAULT, OUT, "::ffff:10.0.0.9", 80, {}, "to-outbound-listener", TO_OUT),
+        (DEFAULT, OUT, "10.0.0.9", 20000, {}, "to-outbound-listener", TO_OUT),
+        (DEFAULT, OUT, "10.0.0.9", 15001, {}, "to-outbound-listener", TO_OUT),
+        (IPV4_ONLY, OUT, "::ffff:10.0.0.9", 80, {}, "to-outbound-listener", TO_OUT),
+        (IPV4_ONLY, OUT, "fd00::9", 80, {}, "ipv6-off", LEAVE),
+        # Inbound, from top to bottom.
+        (DEFAULT, IN, "10.0.0.2", 53, {"protocol": UDP}, "not-tcp", LEAVE),
+        (DEFAULT, IN, "10.0.0.2", 80, {"opening": False}, "older", LEAVE),
+        (TPROXY, IN, "10.0.0.2", 80, {"opening": False}, "older", LEAVE),
+        (DEFAULT, IN, "10.0.0.2", 80, LO, "from-within", LEAVE),
+        (TPROXY, IN, "10.0.0.2", 80, LO, "from-within", LEAVE),
+        (DEFAULT, IN, "10.9.0.2", 15001, {"forwarded": True}, "forwarded", LEAVE),
+        (DEFAULT, IN, "10.0.0.2", 20000, {}, "inbound-listener", LEAVE),
+        (TPROXY, IN, "10.0.0.2", 20000, {}, "inbound-listener", LEAVE),
+        (DEFAULT, IN, "10.0.0.2", 15001, {}, "outbound-listener", TO_IN),
+        (TPROXY, IN, "10.0.0.2", 15001, {}, "outbound-listener", Tproxy(20000)),
+        (INBOUND_OFF, IN, "10.0.0.2", 15001, {}, "outbound-listener", TO_IN),
+        (INBOUND_OFF, IN, "10.0.0.2", 80, {}, None, LEAVE),
+        (OUTBOUND_OFF, IN, "10.0.0.2", 15001, {}, "to-inbound-listener", TO_IN),
+        (EXCLUDING, IN, "10.0.0.2", 15001, {"source": "203.0.113.9"}, "outbound-listener", TO_IN),
+        (EXCLUDING, IN, "10.0.0.2", 15001, {"source": "10.0.0.1"}, "outbound-listener", TO_IN),
+        (EXCLUDING, IN, "10.0.0.2", 15001, {"interface": "net1"}, "outbound-listener", TO_IN),
+        (INCLUDING, IN, "10.0.0.2", 15001, {"interface": "net1"}, "outbound-listener", TO_IN),
+        (EXCLUDING, IN, "10.0.0.2", 80, {"source": "10.0.0.1"}, "probe-ipv4", LEAVE),
+        (EXCLUDING, IN, "10.0.0.2", 80, {"source": "10.0.0.3"}, "to-inbound-listener", TO_IN),
+        (EXCLUDING, IN, "fd00::2", 80, {"source": "fd00::1"}, "probe-ipv6", LEAVE),
+        (EXCLUDING, IN, "10.0.0.2", 9250, {}, "excluded-port", LEAVE),
+        (EXCLUDING, IN, "10.0.0.2", 9301, {}, "to-inbound-listener", TO_IN),
+        (EXCLUDING, IN, "10.0.0.2", 5432, {}, "to-inbound-listener", TO_IN),
+        (EXCLUDING, IN, "10.0.0.2", 80, {"source": "203.0.113.9"}, "excluded-cidr-ipv4", LEAVE),
+        (EXCLUDING, IN, "fd00::2", 80, {"source": "2001:db8:f::9"}, "excluded-cidr-ipv6", LEAVE),
+        (EXCLUDING, IN, "203.0.113.9", 80, {}, "to-inbound-listener", TO_IN),
+        (EXCLUDING, IN, "10.0.0.2", 80, {"interface": "net2"}, "excluded-interface", LEAVE),
+        (INCLUDING, IN, "10.0.0.2", 8080, {"interface": "net1"}, "not-included-interface", LEAVE),
+        (INCLUDING, IN, "10.0.0.2", 8080, {}, "included-port", TO_IN),
+        (INCLUDING, IN, "10.0.0.2", 8081, {}, None, LEAVE),
+        (NOTHING_INCLUDED, IN, "10.0.0.2", 80, {}, "not-included-interface", LEAVE),
+        (NOTHING_INCLUDED, IN, "10.0.0.2", 15001, {}, "outbound-listener", TO_IN),
+        (DEFAULT, IN, "10.0.0.2", 8080, {}, "to-inbound-listener", TO_IN),
+        (TPROXY, IN, "fd00::2", 8080, {}, "to-inbound-listener", Tproxy(20000)),
+        (IPV4_ONLY, IN, "fd00::2", 15001, {}, "ipv6-off", LEAVE),
     ],
-)
+)  # fmt: skip
 def test_the_first_line_that_matches_decides(
-    policy, direction, destination, port, more, line, target
+    policy, direction, destination, port, more, line, action
 ):
     connection = Connection(direction=direction, destination=destination, port=port, **more)
     decision = explain(rules_for(policy), connection)
-    assert (decision.line, decision.port) == (line, target)
-    assert decision.action is (Action.REDIRECT if target else Action.RETURN)
+    assert (decision.line, decision.action) == (line, action)
 
 
-def test_a_direction_that_is_off_has_no_lines_and_is_left_alone():
-    policy = Policy(inbound=Inbound(enabled=False))
-    inbound = Connection(direction=IN, destination="10.0.0.2", port=80)
-    assert rules_for(policy).inbound == ()
-    assert explain(rules_for(policy), inbound).line is None
-    assert explain(rules_for(policy), inbound).action is Action.RETURN
-    assert rules_for(policy).outbound == rules_for(DEFAULT).outbound
-    assert rules_for(Policy(families=())).outbound == ()
+def names(policy, hook):
+    return [line.name for line in rules_for(policy).lines(hook)]
+
+
+def test_queries_are_tracked_in_a_zone_of_their_own_but_the_proxys_are_not():
+    assert names(DNS, Hook.DNS_ZONE) == ["not-udp", "proxy", "dns-ipv4", "dns-ipv6"]
+    *_, first, second = rules_for(DNS).lines(Hook.DNS_ZONE)
+    assert first.action == second.action == Zone(DNS_ZONE)
+    assert rules_for(DEFAULT).lines(Hook.DNS_ZONE) == ()
+    assert names(DNS_OF_ONE, Hook.DNS_ZONE) == ["not-udp", "proxy", "dns-ipv4"]
+
+
+def test_packets_that_nothing_is_known_of_are_dropped_only_when_asked_to():
+    assert rules_for(DEFAULT).lines(Hook.INVALID) == ()
+    lines = rules_for(Policy(drop_invalid=True)).lines(Hook.INVALID)
+    assert [line.name for line in lines] == ["from-within", "invalid"]
+    assert lines[-1].matches == (OfProtocol((TCP,)), Invalid())
+    assert lines[-1].action == Drop()
+    nothing = Policy(
+        drop_invalid=True, inbound=Inbound(enabled=False), outbound=Outbound(enabled=False)
+    )
+    assert rules_for(nothing).lists == ()
+
+
+def test_with_tproxy_only_a_segment_whose_socket_is_known_is_older():
+    older = next(
+        line for line in rules_for(TPROXY).lines(Hook.INBOUND_TPROXY) if "older" in line.name
+    )
+    assert older.matches == (Not(Opening()), OfKnownSocket())
+    assert rules_for(TPROXY).lines(Hook.INBOUND) == ()
+    assert rules_for(TPROXY).lines(Hook.OUTBOUND) == rules_for(DEFAULT).lines(Hook.OUTBOUND)
+
+
+@pytest.mark.parametrize("policy", [EXCLUDING, INCLUDING, INBOUND_OFF])
+def test_with_tproxy_what_no_listener_takes_is_dropped_right_there(policy):
+    lines = rules_for(msgspec.structs.replace(policy, mode=Mode.TPROXY)).lines(Hook.INBOUND_TPROXY)
+    taken = [at for at, line in enumerate(lines) if line.action == Tproxy(20000)]
+    assert taken
+    for at in taken:
+        assert lines[at + 1].matches == lines[at].matches
+        assert lines[at + 1].action == Drop()
+
+
+def test_a_direction_that_is_off_leaves_everything_but_the_guard_of_the_outbound_listener():
+    assert rules_for(OUTBOUND_OFF).lines(Hook.OUTBOUND) == ()
+    assert names(INBOUND_OFF, Hook.INBOUND)[-1] == "outbound-listener"
+    assert "outbound-listener" not in names(OUTBOUND_OFF, Hook.INBOUND)
+    neither = Policy(inbound=Inbound(enabled=False), outbound=Outbound(enabled=False))
+    assert rules_for(neither).lists == ()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(families=()),
+        Policy(outbound=Outbound(enabled=False), inbound=Inbound(include_ports=())),
+        Policy(outbound=Outbound(include_cidrs=()), inbound=Inbound(enabled=False)),
+    ],
+)
+def test_a_list_that_would_leave_everything_is_not_there(policy):
+    lists = [hook for hook, _ in rules_for(policy).lists]
+    assert Hook.OUTBOUND not in lists
+    connection = Connection(direction=OUT, destination="10.0.0.9", port=80)
+    assert explain(rules_for(policy), connection).action == LEAVE
 
 
 def test_own_ports_of_the_policy_are_where_connections_go():
     policy = Policy(inbound=Inbound(port=21000), outbound=Outbound(port=16001))
     inbound = Connection(direction=IN, destination="10.0.0.2", port=80)
     outbound = Connection(direction=OUT, destination="10.0.0.2", port=80)
-    assert explain(rules_for(policy), inbound).port == 21000
-    assert explain(rules_for(policy), outbound).port == 16001
+    assert explain(rules_for(policy), inbound).action == Redirect(21000)
+    assert explain(rules_for(policy), outbound).action == Redirect(16001)
+    guarded = Connection(direction=IN, destination="10.0.0.2", port=16001)
+    assert explain(rules_for(policy), guarded).line == "outbound-listener"
 
 
-def test_policies_that_mean_the_same_give_equal_rules():
-    written = policy_from_annotations(
-        {
-            "tidegate.io/exclude-outbound-ports": "83,80-81,82,80",
-            "tidegate.io/exclude-outbound-cidrs": "10.128.0.0/9,10.0.0.0/9,10.1.0.0/16",
-            "tidegate.io/exclude-uids": "7,7",
-        }
-    )
-    meant = policy_from_annotations(
-        {
-            "tidegate.io/exclude-outbound-ports": "80-83",
-            "tidegate.io/exclude-outbound-cidrs": "10.0.0.0/8",
-            "tidegate.io/exclude-uids": "7",
-        }
-    )
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (
+            Policy(
+                outbound=Outbound(
+                    exclude_ports=ports(83, (80, 81), 82, 80),
+                    exclude_cidrs=("10.128.0.0/9", "10.0.0.0/9", "10.1.0.0/16"),
+                    exclude_uids=ids(7, 7, (8, 9)),
+                    exclude_gids=ids((3, 5), 4),
+                    exclude_interfaces=("net1", "net0", "net1"),
+                )
+            ),
+            Policy(
+                outbound=Outbound(
+                    exclude_ports=ports((80, 83)),
+                    exclude_cidrs=("10.0.0.0/8",),
+                    exclude_uids=ids((7, 9)),
+                    exclude_gids=ids((3, 5)),
+                    exclude_interfaces=("net0", "net1"),
+                )
+            ),
+        ),
+        (
+            Policy(
+                outbound=Outbound(
+                    exclude_user_ports=(
+                        UserPorts((UDP, TCP), ports(2, 1), ids(5)),
+                        UserPorts((UDP,), ports(9), ids(9)),
+                        UserPorts((TCP,), ports((1, 2)), ids(5)),
+                    )
+                )
+            ),
+            Policy(
+                outbound=Outbound(exclude_user_ports=(UserPorts((TCP,), ports((1, 2)), ids(5)),))
+            ),
+        ),
+        (Policy(proxy=Proxy(uids=(2, 1, 2))), Policy(proxy=Proxy(uids=(1, 2)))),
+        (
+            Policy(dns=Dns(enabled=True, addresses=("::1", "127.0.0.1"))),
+            Policy(dns=Dns(enabled=True)),
+        ),
+        (
+            Policy(dns=Dns(enabled=True, resolvers=("fd00::2", "10.0.0.1", "fd00::1"))),
+            Policy(dns=Dns(enabled=True, resolvers=("fd00::1", "fd00::2", "10.0.0.1"))),
+        ),
+        (Policy(dns=Dns(port=53)), DEFAULT),
+        (Policy(families=(Family.IPV6, Family.IPV4)), DEFAULT),
+        (
+            Policy(families=(Family.IPV4,), outbound=Outbound(exclude_cidrs=("fd00::/8",))),
+            IPV4_ONLY,
+        ),
+        (
+            Policy(families=(Family.IPV4,), dns=Dns(enabled=True, addresses=("::1", "127.0.0.1"))),
+            Policy(families=(Family.IPV4,), dns=Dns(enabled=True, addresses=("127.0.0.1",))),
+        ),
+        (Policy(outbound=Outbound(include_ports=ports(80))), DEFAULT),
+        (Policy(inbound=Inbound(node_addresses=("10.0.0.1/32",))), DEFAULT),
+        (
+            Policy(outbound=Outbound(enabled=False), inbound=Inbound(include_ports=())),
+            Policy(outbound=Outbound(enabled=False), inbound=Inbound(enabled=False)),
+        ),
+    ],
+)
+def test_policies_that_mean_the_same_give_equal_rules(written, meant):
     assert rules_for(written) == rules_for(meant)
 
 
-def test_names_of_lines_are_unique_in_their_list():
-    for direction in Direction:
-        names = [line.name for line in rules_for(EXCLUDING).of(direction)]
-        assert len(set(names)) == len(names)
+EVERYTHING = Policy(
+    proxy=SELF_CALLS.proxy,
+    inbound=msgspec.structs.replace(
+        EXCLUDING.inbound, include_ports=ports(8080), include_interfaces=("eth0",)
+    ),
+    outbound=msgspec.structs.replace(
+        EXCLUDING.outbound,
+        include_cidrs=("10.0.0.0/8", "fd00::/8"),
+        include_ports=ports((9000, 9009)),
+        include_interfaces=("eth0",),
+    ),
+    dns=Dns(enabled=True),
+    drop_invalid=True,
+)
+EVERY_POLICY = [
+    EVERYTHING,
+    msgspec.structs.replace(EVERYTHING, dns=DNS_TO_ELSEWHERE.dns),
+    msgspec.structs.replace(EVERYTHING, mode=Mode.TPROXY),
+    DEFAULT,
+    TPROXY,
+    IPV4_ONLY,
+    DNS_ALONE,
+    INBOUND_OFF,
+]
+"""Policies that together make every line that there is."""
 
 
-def test_the_documented_table_names_every_line_in_order():
-    documented = re.findall(r"^\| ([a-z][a-z0-9-]+)(?:, [a-z0-9-]+)? +\|", rules.__doc__, re.M)
-    documented = [name for name in documented if name != "line"]
-    every = Policy(
-        proxy=EXCLUDING.proxy,
-        inbound=EXCLUDING.inbound,
-        outbound=EXCLUDING.outbound,
-        families=("ipv6",),
+@pytest.mark.parametrize("policy", EVERY_POLICY)
+def test_names_of_lines_are_unique_in_their_list(policy):
+    for _, lines in rules_for(policy).lists:
+        assert len({line.name for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("policy", EVERY_POLICY)
+def test_the_lines_of_a_family_decide_as_the_whole_list_does(policy, family):
+    rules = rules_for(policy)
+    only = msgspec.structs.replace(
+        rules, lists=tuple((hook, lines_of_family(lines, family)) for hook, lines in rules.lists)
     )
-    names = [line.name for line in (*rules_for(every).outbound, *rules_for(every).inbound)]
-    assert documented == names
+    assert not any(
+        isinstance(match, OfFamily)
+        for _, lines in only.lists
+        for line in lines
+        for match in line.matches
+    )
+    destinations = {
+        Family.IPV4: ("10.0.0.9", "127.0.0.1", "192.0.2.1"),
+        Family.IPV6: ("fd00::9", "::1", "2001:db8::1", "fe80::1"),
+    }
+    for destination in destinations[family]:
+        for more in ({}, {"uid": 101}, BY_PROXY, {"protocol": UDP}, {"interface": "net1"}):
+            for direction, port in ((OUT, 80), (OUT, 53), (IN, 80), (IN, 8080), (IN, 15001)):
+                connection = Connection(
+                    direction=direction, destination=destination, port=port, **more
+                )
+                assert explain(only, connection) == explain(rules, connection)
+
+
+def test_matches_of_a_line_are_what_a_backend_has_to_render():
+    lines = {line.name: line for line in rules_for(EVERYTHING).lines(Hook.OUTBOUND)}
+    assert lines["proxy"].matches == (ByUser(ids(101, 5995)),)
+    assert lines["excluded-port"].matches == (ToPort(ports(5432)),)
+    assert lines["own-address"].matches == (OnInterface(("lo",)),)
+    assert lines["excluded-cidr-ipv4"].matches == (ToNetwork(Family.IPV4, ("192.0.2.0/24",)),)
+
+
+def documented(hook):
+    """Names of lines in the table of a list, in order; N stands for a number."""
+    section = re.search(rf"^### List `{hook.value}`\n(.*?)(?=^##)", DOCS.read_text(), re.M | re.S)
+    rows = re.findall(r"^\| ((?:`[a-zN0-9-]+`(?:, )?)+) \|", section[1], re.M)
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+@pytest.mark.parametrize("hook", Hook)
+@pytest.mark.parametrize("policy", EVERY_POLICY)
+def test_the_documented_tables_hold_every_line_in_its_order(policy, hook):
+    table = iter(documented(hook))
+    for name in names(policy, hook):
+        generic = re.sub(r"^(excluded-user-port)-\d+$", r"\1-N", name)
+        assert generic in table, f"{name} is not in docs/redirect.md, or not at its place"
+
+
+@pytest.mark.parametrize("hook", Hook)
+def test_the_documented_tables_hold_no_line_that_does_not_exist(hook):
+    made = {
+        re.sub(r"^(excluded-user-port)-\d+$", r"\1-N", name)
+        for policy in EVERY_POLICY
+        for name in names(policy, hook)
+    }
+    assert set(documented(hook)) == made
 
 
 port_ranges = st.tuples(st.integers(1, 14999), st.integers(0, 20)).map(
@@ -150,5 +526,5 @@ def test_a_port_is_excluded_exactly_when_one_of_the_ranges_holds_it(excluded, po
     policy = Policy(outbound=Outbound(exclude_ports=tuple(excluded)))
     connection = Connection(direction=OUT, destination="10.0.0.9", port=port)
     decision = explain(rules_for(policy), connection)
-    assert (decision.line == "excluded-port") == any(port in ports for ports in excluded)
-    assert (decision.action is Action.REDIRECT) == policy.redirects_outbound(port)
+    assert (decision.line == "excluded-port") == any(port in span for span in excluded)
+    assert (decision.action != LEAVE) == policy.redirects_outbound(port)

@@ -7,6 +7,7 @@ import pytest
 
 from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec
 from tidegate.errors import InputError
+from tidegate.intent.policy import DEFAULT, Inbound, Mode, Outbound, Policy
 from tidegate.model import Instance, IntentionRule, MutualTLSMode, ServiceIntent, Workload
 from tidegate.node.config import AgentConfig
 from tidegate.node.daemon import callable_instances, sidecar_spec
@@ -39,9 +40,12 @@ def api(name="api-1", *addresses, **fields):
     return Instance(**{**whole, **fields})
 
 
-def spec_for(*instances, workload=WEB, intents=INTENTS, present=None) -> SidecarSpec:
+def spec_for(
+    *instances, workload=WEB, intents=INTENTS, present=None, policy=DEFAULT
+) -> SidecarSpec:
     found, _ = callable_instances(instances)
-    return sidecar_spec(CONFIG, workload, intents[workload.service], intents, found, present)
+    intent = intents[workload.service]
+    return sidecar_spec(CONFIG, workload, policy, intent, intents, found, present)
 
 
 def called(spec):
@@ -64,6 +68,14 @@ def test_the_sidecar_is_the_services_own():
     )
     assert (spec.trust_domain, spec.datacenter) == ("mesh.consul", "dc2")
     assert spec.upstreams == ()
+
+
+def test_the_sidecar_listens_where_the_policy_sends_connections():
+    policy = Policy(inbound=Inbound(port=20001), outbound=Outbound(port=15002), mode=Mode.TPROXY)
+    spec = spec_for(policy=policy)
+    assert (spec.inbound_port, spec.outbound_port, spec.transparent) == (20001, 15002, True)
+    usual = spec_for(policy=None)
+    assert (usual.inbound_port, usual.outbound_port, usual.transparent) == (20000, 15001, False)
 
 
 def test_who_may_call_is_taken_over_from_the_intent():

@@ -131,11 +131,9 @@ def test_only_plaintext_connections_open_over_several_rounds_are_told():
     assert [reading.permissive_active for reading in readings] == [0, 0, 0, 1, 0, 0, 0, 4]
 
 
-def edge(port, flow_class, connections, direction=Direction.INBOUND):
+def edge(port, flow_class, connections, direction=Direction.INBOUND, peer="10.0.0.1"):
     return Edge(
-        key=EdgeKey(
-            workload=1, direction=direction, peer="10.0.0.1", port=port, flow_class=flow_class
-        ),
+        key=EdgeKey(workload=1, direction=direction, peer=peer, port=port, flow_class=flow_class),
         count=EdgeCount(
             connections=connections,
             bytes_to_server=0,
@@ -156,9 +154,11 @@ def test_flows_are_counted_for_the_chain_that_gets_them():
             edge(7070, FlowClass.PLAINTEXT, 16),
             edge(9090, FlowClass.PLAINTEXT, 32),
             edge(8080, FlowClass.PLAINTEXT, 64, Direction.OUTBOUND),
+            edge(8080, FlowClass.PLAINTEXT, 128, peer="fd00:9::1"),
         ],
         permissive_ports=(8080,),
         excluded_ports=((9000, 9999), (20000, 20000)),
+        excluded_sources=("10.9.0.0/16", "fd00:9::/64"),
         inbound_port=20000,
         generation="g",
     )

@@ -1,8 +1,12 @@
-"""Types of command line arguments that several commands take."""
+"""Arguments that several commands take: durations, and files that may be standard input."""
 
 import argparse
+import sys
+from pathlib import Path
 
 from tidegate import durations
+from tidegate.errors import InputError
+from tidegate.intent.hcl import MAX_TEXT
 
 
 def duration(text: str) -> float:
@@ -11,3 +15,24 @@ def duration(text: str) -> float:
     if not seconds:
         raise argparse.ArgumentTypeError(f"{text!r} is not {durations.SHAPE}")
     return seconds
+
+
+def text_of(file: str) -> str:
+    """The text of a file, of standard input for "-". InputError when it cannot be read, is no UTF-8 or too large."""
+    try:
+        if file == "-":
+            raw = sys.stdin.buffer.read(MAX_TEXT * 4 + 1)
+        else:
+            with Path(file).open("rb") as stream:
+                raw = stream.read(MAX_TEXT * 4 + 1)
+        if len(raw) > MAX_TEXT * 4:
+            raise InputError("is too large", source=file, expected=f"at most {MAX_TEXT} characters")
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"byte {error.start} is not UTF-8", source=file, expected="UTF-8 text"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"cannot be read: {error.strerror}", source=file, expected="a file, or -"
+        ) from error

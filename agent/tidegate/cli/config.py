@@ -8,14 +8,12 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TypeVar
 
 from tidegate.catalog.client import CatalogClient, CatalogRefused, CatalogUnreachable
+from tidegate.cli.arguments import text_of
 from tidegate.cli.target import add_options, server_address
-from tidegate.errors import InputError
 from tidegate.intent.entries import Entry, make_kind, parse_entries, to_consul, warning_for
-from tidegate.intent.hcl import MAX_TEXT
 from tidegate.intent.resolve import turned_strict
 
 T = TypeVar("T")
@@ -49,7 +47,7 @@ def run_write(args: argparse.Namespace) -> int:
     """Writes every entry of the file, in order; stops at the first that is refused."""
     if args.modify_index and not args.cas:
         return _error("Cannot specify -modify-index without -cas")
-    entries = parse_entries(_text_of(args.file), args.file)
+    entries = parse_entries(text_of(args.file), args.file)
     for entry in entries:
         label = f"{entry.kind}/{entry.name}"
         try:
@@ -193,26 +191,6 @@ def _ask(args: argparse.Namespace, question: Callable[[CatalogClient], Awaitable
             return await question(client)
 
     return asyncio.run(ask())
-
-
-def _text_of(file: str) -> str:
-    try:
-        if file == "-":
-            raw = sys.stdin.buffer.read(MAX_TEXT * 4 + 1)
-        else:
-            with Path(file).open("rb") as stream:
-                raw = stream.read(MAX_TEXT * 4 + 1)
-        if len(raw) > MAX_TEXT * 4:
-            raise InputError("is too large", source=file, expected=f"at most {MAX_TEXT} characters")
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"byte {error.start} is not UTF-8", source=file, expected="UTF-8 text"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"cannot be read: {error.strerror}", source=file, expected="a file, or -"
-        ) from error
 
 
 def _error(message: str) -> int:

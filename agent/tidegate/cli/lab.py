@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from tidegate.cli import tables
 from tidegate.cli.target import require_root, the_lab
@@ -103,6 +104,8 @@ def run_status(args: argparse.Namespace) -> int:
         out.print(_nodes(status))
         out.print()
         out.print(_pods(status))
+        for remark in _remarks(status):
+            out.print(Text(remark, "yellow"), soft_wrap=True)
     return 0 if _is_well(status) else 1
 
 
@@ -203,6 +206,18 @@ def _pods(status: LabStatus) -> Table:
             *_counts(pod),
         )
     return table
+
+
+def _remarks(status: LabStatus) -> Iterator[str]:
+    """What a reader has to know of redirections that are in place."""
+    for pod in status.pods:
+        said = pod.agent
+        if not pod.mesh or said is None:
+            continue
+        if said.repairs:
+            times = "once" if said.repairs == 1 else f"{said.repairs} times"
+            yield f"{pod.name}: its redirection was changed and put back {times}; the last time: {said.last_repair}"
+        yield from (f"{pod.name}: {note}" for note in said.notes)
 
 
 def _table(*titles: str) -> Table:

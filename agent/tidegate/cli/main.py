@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import sys
 
@@ -15,6 +14,7 @@ COMMANDS = {
     "ready": "evidence",
     "strict": "evidence",
     "config": "config",
+    "redirect": "redirect",
     "agent": "agent",
     "server": "server",
     "doctor": "doctor",
@@ -42,6 +42,8 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
+
         print(f"tidegate {importlib.metadata.version('tidegate')}")
         parser.exit()
 

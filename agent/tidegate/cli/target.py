@@ -29,9 +29,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def is_root() -> bool:
+    """Whether the effective user is root."""
+    return os.geteuid() == 0
+
+
 def require_root() -> None:
     """Raises a TidegateError unless the effective user is root."""
-    if os.geteuid() != 0:
+    if not is_root():
         raise TidegateError("this needs root: it makes network namespaces and loads eBPF; try sudo")
 
 
@@ -70,23 +75,36 @@ def server_address(args: argparse.Namespace) -> str:
 
 def agent_address(args: argparse.Namespace) -> str:
     """Address of an agent that can answer for the whole mesh, as AgentClient takes it."""
+    addresses = agent_addresses(args)
+    return next(filter(_answers, addresses), addresses[0])
+
+
+def agent_addresses(args: argparse.Namespace) -> tuple[str, ...]:
+    """Addresses of the agents of the chosen place: one, or in a lab one for each node."""
     named: str | None = args.socket
     path = named or ("" if args.lab else os.environ.get("TIDEGATE_SOCKET"))
     if path:
-        return f"unix://{path}"
+        return (f"unix://{path}",)
     if chosen_lab(args) is None and AGENT_SOCKET.exists():
-        return f"unix://{AGENT_SOCKET}"
+        return (f"unix://{AGENT_SOCKET}",)
     paths = state.LabPaths(the_lab(args))
-    sockets = [paths.agent_socket(node) for node in state.read_spec(paths).nodes]
-    return f"unix://{next(filter(_answers, sockets), sockets[0])}"
+    return tuple(f"unix://{paths.agent_socket(node)}" for node in state.read_spec(paths).nodes)
 
 
-def _answers(path: Path) -> bool:
+def agents_of_this_machine() -> tuple[str, ...]:
+    """Addresses of every agent that answers here: this node's own, and those of the labs that are up."""
+    sockets = [AGENT_SOCKET]
+    for lab in state.labs():
+        sockets += sorted(state.LabPaths(lab).nodes.glob("*/agent.sock"))
+    return tuple(filter(_answers, (f"unix://{path}" for path in sockets)))
+
+
+def _answers(address: str) -> bool:
     """Whether somebody listens at a unix socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
         try:
-            probe.connect(str(path))
+            probe.connect(address.removeprefix("unix://"))
         except OSError:
             return False
     return True

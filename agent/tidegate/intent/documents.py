@@ -16,7 +16,7 @@ from tidegate.intent import hcl
 from tidegate.intent.hcl import MAX_DEPTH, MAX_TEXT, Block
 
 _COMMENT_OR_BLANK = re.compile(r"\s*(?:#.*)?$")
-_YAML_START = re.compile(r"""---|%YAML|["']?[A-Za-z_][\w.-]*["']?\s*:(?:\s|$)""")
+_YAML_START = re.compile(r"""---|%YAML|["']?[A-Za-z_][\w./-]*["']?\s*:(?:\s|$)""")
 _YAML_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")
 _YAML_FLOAT = re.compile(r"[-+]?(?:\d{1,18}\.\d{0,18}|\d{0,18}\.\d{1,18})(?:[eE][-+]?\d{1,3})?")
 _YAML_WORDS = {

@@ -159,8 +159,12 @@ def found(prefix: str) -> tuple[Found, ...]:
 
 def create(wanted: Iterable[Set]) -> None:
     """Make these sets, with their content. KernelError when one is refused; those before it stay."""
+    missing = tuple(wanted)
+    if not missing:
+        # A socket of pyroute2's costs milliseconds.
+        return
     with _opened() as sets:
-        for one in wanted:
+        for one in missing:
             if sets is None:
                 raise KernelError("the kernel has no IP sets", errno.EPROTONOSUPPORT)
             _create(sets, one)
@@ -176,8 +180,11 @@ def swap(name: str, other: str) -> None:
 
 def destroy(names: Iterable[str]) -> None:
     """Remove these sets. KernelError when one is not there, or a rule asks it."""
+    doomed = tuple(names)
+    if not doomed:
+        return
     with _opened() as sets:
-        for name in names:
+        for name in doomed:
             _checked(f"destroy the set {name}", sets.destroy, name)
 
 

@@ -16,8 +16,9 @@ from typing import NoReturn
 import msgspec
 
 from tidegate.errors import InputError, InputErrors
+from tidegate.intent.annotations import policy_from_annotations
 from tidegate.intent.entries import Entry, Mesh, check_write, parse_entries
-from tidegate.intent.policy import policy_from_annotations
+from tidegate.intent.policy import Inbound, Policy
 from tidegate.kernel import netns
 from tidegate.lab import apps, control, mounts, network, processes, state, traffic
 from tidegate.lab.network import Layout
@@ -35,6 +36,10 @@ from tidegate.lab.state import (
     PodStatus,
     TargetStatistics,
 )
+from tidegate.node.users import group_id, user_id
+
+_SOME_POLICY = Policy(inbound=Inbound(node_addresses=("192.0.2.1/32",)))
+"""What the annotations of a lab file are checked against: which addresses a node has is not decided yet."""
 
 
 class Part(enum.Flag):
@@ -118,7 +123,7 @@ def check(spec: LabSpec) -> None:
             check_write(None, entry, mesh)
     for pod in spec.pods:
         with _collecting(faults, f"pod {pod.name}"):
-            policy_from_annotations(pod.annotations)
+            policy_from_annotations(pod.annotations, _SOME_POLICY, users=user_id, groups=group_id)
     if faults:
         raise InputErrors(tuple(faults))
 

@@ -159,6 +159,11 @@ class SidecarStatus(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     mode: str = ""
     redirect: str = ""
+    repairs: int = 0
+    """How often its redirection was changed by somebody else and put back."""
+    last_repair: str = ""
+    notes: tuple[str, ...] = ()
+    """What goes around its sidecar although its redirection is as it should be."""
     observed_since: float = 0.0
     """0 while it is not observed."""
     problem: str = ""

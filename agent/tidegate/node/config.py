@@ -1,20 +1,55 @@
 """Configuration of one agent: a YAML file, checked as a whole before anything is touched."""
 
+import enum
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from tidegate.errors import InputError
 from tidegate.identity import spiffe
+from tidegate.intent.documents import read_documents
+from tidegate.intent.network_text import canonical_network
+from tidegate.intent.policy import DEFAULT, Policy
+from tidegate.intent.policy_documents import policy_from_fields
+from tidegate.node.users import group_id, user_id
 from tidegate.verdict.steps import Environment
 
 MAX_DURATION_S = 366 * 86400.0
 LONGEST_SOCKET_PATH = 107
 """Bytes, without the closing 0 (linux/un.h, UNIX_PATH_MAX)."""
 _SERVER = re.compile(r"unix:///.+|https?://[^/]+/?")
+
+
+class BackendChoice(enum.StrEnum):
+    """Which backend redirects: one, or the best that works here."""
+
+    AUTO = "auto"
+    NFTABLES = "nftables"
+    IPTABLES = "iptables"
+
+
+class OnFailure(enum.StrEnum):
+    """What becomes of a meshed workload whose rules cannot be applied."""
+
+    LEAVE = "leave"
+    """Its traffic goes as it goes without rules."""
+    BLOCK = "block"
+    """Nothing of it passes but loopback."""
+
+
+class RedirectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How workloads are redirected on this node."""
+
+    backend: BackendChoice = BackendChoice.AUTO
+    adopt: bool = False
+    """Whether rules that Consul left are replaced; otherwise they are only reported."""
+    on_failure: OnFailure = OnFailure.LEAVE
+    policy: Policy = DEFAULT
+    """What annotations of namespaces and workloads change. Knows the node's addresses."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,6 +75,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     window: float = 86400.0
     """Observation window of a verdict where a request names none."""
     leaf_lifetime: float = 3600.0
+    redirect: RedirectConfig = RedirectConfig()
     environment: Environment = Environment.VM
     lab: str = ""
     """Name of the lab that this agent is part of, for the commands in its advice."""
@@ -60,7 +96,9 @@ def load_config(path: Path) -> AgentConfig:
             f"cannot be read: {error.strerror}", source=str(path), expected="an agent configuration"
         ) from error
     try:
-        config = msgspec.yaml.decode(text, type=AgentConfig, dec_hook=_decode_path)
+        raw = msgspec.yaml.decode(text)
+        says_policy = _pop_policy(raw)
+        config = msgspec.convert(raw, type=AgentConfig, dec_hook=_decode_path)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         # PyYAML's messages have several lines.
         raise InputError(" ".join(str(error).split()), source=str(path)) from error
@@ -71,7 +109,32 @@ def load_config(path: Path) -> AgentConfig:
             raise InputError(
                 error.problem, source=str(path), field=field, expected=error.expected
             ) from error
-    return config
+    policy = _base_policy(config.node_addresses)
+    if says_policy:
+        policy = _policy_of(text, str(path), policy)
+    replace = msgspec.structs.replace
+    return replace(config, redirect=replace(config.redirect, policy=policy))
+
+
+def _pop_policy(raw: Any) -> bool:
+    """Takes `redirect.policy` out of a configuration: it is written in a language of its own."""
+    redirect = raw.get("redirect") if isinstance(raw, dict) else None
+    return isinstance(redirect, dict) and redirect.pop("policy", None) is not None
+
+
+def _base_policy(node_addresses: Iterable[str]) -> Policy:
+    # A zone says on which link an address is; packets do not bear it.
+    addresses = (canonical_network(address.partition("%")[0]) for address in node_addresses)
+    inbound = msgspec.structs.replace(DEFAULT.inbound, node_addresses=tuple(addresses))
+    return msgspec.structs.replace(DEFAULT, inbound=inbound)
+
+
+def _policy_of(text: bytes, source: str, base: Policy) -> Policy:
+    """The policy in a configuration, read with the lines it stands on. InputErrors with all its faults."""
+    (document,) = read_documents(text.decode(), source)
+    policy = document["redirect"]["policy"]
+    path = "redirect.policy"
+    return policy_from_fields(policy, source, path, base=base, users=user_id, groups=group_id)
 
 
 def _name(text: str) -> None:

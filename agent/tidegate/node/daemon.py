@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -22,12 +22,16 @@ from aiohttp import web
 
 from tidegate.catalog.client import CatalogClient, CatalogRefused, LeafMaterial, Snapshot
 from tidegate.catalog.registration import NodeInfo, is_published
+from tidegate.enforce.redirect.engine import Engine
+from tidegate.enforce.redirect.watch import Watcher
 from tidegate.enforce.sidecar import envoy
 from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec, Upstream
 from tidegate.errors import InputError, TidegateError
 from tidegate.identity import spiffe
+from tidegate.intent.policy import Mode, Policy
 from tidegate.intent.resolve import resolve, upstreams_of
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.memory import use_one_arena
 from tidegate.model import Instance, ServiceIntent, Workload
 from tidegate.node import api
 from tidegate.node.config import AgentConfig
@@ -57,7 +61,18 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     service: str
     wanted_in_mesh: bool
     meshed: bool
+    netns: str
+    annotations: dict[str, str]
+    namespace_annotations: dict[str, str]
+    policy: Policy | None
+    """What is redirected when it is meshed: the latest policy that had no fault."""
     redirect: str
+    repairs: int
+    """How often somebody changed the redirection and it was repaired, since this agent runs."""
+    last_repair: str
+    """What was different then."""
+    notes: tuple[str, ...]
+    """What goes around the sidecar although the redirection is as it should be."""
     state: str
     """Of the sidecar; empty while there is none."""
     pid: int
@@ -81,6 +96,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 async def run_agent(config: AgentConfig) -> None:
     """Runs until SIGTERM or SIGINT. TidegateError or KernelError when the agent cannot start."""
+    use_one_arena()
     _make_directories(config)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -146,6 +162,11 @@ class Daemon:
         self._source = FileSource(config.workloads)
         self._intent = IntentSource(catalog, config.state_dir / "intent.json")
         self._envoy = envoy.binary()
+        self._engine = Engine(config.redirect.backend)
+        self._watcher = Watcher()
+        self._watched: set[str] = set()
+        self._wake = asyncio.Event()
+        """Set by what should not wait for the clock."""
         self._keepers: dict[str, Keeper] = {}
         self._roots_pem = ""
         self._round_at = 0.0
@@ -160,12 +181,29 @@ class Daemon:
         """Ends this process's part; what it set up stays."""
         await self._guard.stop()
         await self._work(self._observation.close)
+        self._watcher.close()
         self._worker.shutdown()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Round after round until `stop`; a round that fails is told and tried again."""
         self._guard.resume()
+        loop = asyncio.get_running_loop()
+        try:
+            await self._rounds(stop, loop)
+        finally:
+            loop.remove_reader(self._watcher.fileno())
+
+    async def _rounds(self, stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+        watched = self._watcher.fileno()
+
+        def woken() -> None:
+            # It stays readable until the next round has read it.
+            loop.remove_reader(watched)
+            self._wake.set()
+
         while not stop.is_set():
+            self._wake.clear()
+            loop.add_reader(watched, woken)
             try:
                 await self._round()
             except (TidegateError, KernelError, OSError) as error:
@@ -176,13 +214,13 @@ class Daemon:
                 self._tell("round", "a round failed by a defect of the agent; see its log")
             else:
                 self._clear("round")
-            try:
-                settling = any(keeper.is_settling for keeper in self._keepers.values())
-                await asyncio.wait_for(stop.wait(), SETTLING_ROUND_S if settling else ROUND_S)
-            except TimeoutError:
-                continue
+            # However much happens in a pod's namespace, there is a pause between two rounds.
+            await _first_of(SETTLING_ROUND_S, stop)
+            if not any(keeper.is_settling for keeper in self._keepers.values()):
+                await _first_of(ROUND_S - SETTLING_ROUND_S, stop, self._wake)
 
     async def _round(self) -> None:
+        changed = set(self._watcher.changed())
         snapshot = await self._intent.refresh()
         workloads = await self._work(self._source.list)
         intents = _intents(snapshot, workloads)
@@ -193,7 +231,8 @@ class Daemon:
             self._clear("catalog")
         await self._work(self._follow, workloads, snapshot)
         leaves = await self._leaves(workloads)
-        await self._work(self._reconcile, workloads, instances, intents, leaves)
+        await self._work(self._reconcile, workloads, instances, intents, leaves, changed)
+        self._watch(workloads)
         await self._publish(snapshot)
         await self._work(self._collect)
         self._round_at = time.time()
@@ -223,7 +262,12 @@ class Daemon:
                 log.info("workload found", workload=workload.name, meshed=workload.meshed)
                 node_id = f"{workload.name}.{self._config.node}"
                 self._keepers[workload.id] = Keeper(
-                    workload, self._directory(workload), self._envoy, node_id
+                    workload,
+                    self._directory(workload),
+                    self._envoy,
+                    node_id,
+                    self._engine,
+                    self._config.redirect,
                 )
             self._keepers[workload.id].update(workload)
             self._observation.attach(workload)
@@ -234,7 +278,7 @@ class Daemon:
         for directory in sorted(self._sidecars.glob("*")):
             if directory not in claimed:
                 log.info("a sidecar was left behind", directory=str(directory))
-                abandoned(directory, self._envoy).remove()
+                abandoned(directory, self._envoy, self._engine).remove()
 
     async def _leaves(self, workloads: Iterable[Workload]) -> dict[str, LeafMaterial]:
         """New leaf certificates for the workloads that need one."""
@@ -268,7 +312,9 @@ class Daemon:
         instances: Iterable[Instance],
         intents: dict[str, ServiceIntent],
         leaves: dict[str, LeafMaterial],
+        changed: Container[str],
     ) -> None:
+        """`changed` are the paths of the namespaces in which somebody changed rules since the last round."""
         for workload in workloads:
             keeper = self._keepers[workload.id]
             if not workload.meshed:
@@ -280,15 +326,38 @@ class Daemon:
                 continue
             intent = intents[workload.service]
             try:
-                spec = sidecar_spec(self._config, workload, intent, intents, instances, keeper.spec)
+                spec = sidecar_spec(
+                    self._config, workload, keeper.policy, intent, intents, instances, keeper.spec
+                )
             except TidegateError as error:
                 self._tell("spec", f"{workload.name} cannot be meshed: {error}", workload)
                 continue
             self._clear("spec", workload)
             leaf = leaves.get(workload.id)
             keeper.reconcile(
-                Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem)
+                Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem),
+                look=workload.netns in changed,
             )
+
+    def _watch(self, workloads: Iterable[Workload]) -> None:
+        """Lets the kernel tell of changes in the namespaces of redirected workloads, and of no others."""
+        redirected = {
+            workload.netns for workload in workloads if self._keepers[workload.id].in_mesh
+        }
+        # A socket keeps its namespace alive: what is no longer needed is let go at once.
+        for netns_path in self._watched - redirected | set(self._watcher.stale()):
+            self._watcher.forget(netns_path)
+        self._watched = redirected
+        faults = []
+        for netns_path in sorted(redirected):
+            try:
+                self._watcher.watch(netns_path)
+            except KernelError as error:
+                faults.append(str(error))
+        if faults:
+            self._tell("watch", f"changes of rules are noticed late: {'; '.join(faults)}")
+        else:
+            self._clear("watch")
 
     async def _publish(self, snapshot: Snapshot) -> None:
         """Tells the catalog what its answer does not say yet."""
@@ -386,7 +455,14 @@ class Daemon:
             service=workload.service,
             wanted_in_mesh=workload.meshed,
             meshed=keeper.in_mesh,
-            redirect=keeper.redirection,
+            netns=workload.netns,
+            annotations=workload.annotations,
+            namespace_annotations=workload.namespace_annotations,
+            policy=keeper.policy,
+            redirect=keeper.redirection.state,
+            repairs=keeper.redirection.repairs(0.0),
+            last_repair=keeper.redirection.last_repair,
+            notes=keeper.redirection.notes,
             state=state.phase if keeper.spec else "",
             pid=state.pid,
             restarts=state.restarts,
@@ -420,6 +496,16 @@ class Daemon:
         self._problems.pop((what, workload.id if workload else ""), None)
 
 
+async def _first_of(seconds: float, *events: asyncio.Event) -> None:
+    """Waits for any of the events, or until the time is over."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
 def _intents(snapshot: Snapshot, workloads: Iterable[Workload]) -> dict[str, ServiceIntent]:
     services = {one.service for one in snapshot.instances}
     services.update(workload.service for workload in workloads)
@@ -447,6 +533,7 @@ def callable_instances(
 def sidecar_spec(
     config: AgentConfig,
     workload: Workload,
+    policy: Policy | None,
     intent: ServiceIntent,
     intents: dict[str, ServiceIntent],
     instances: Iterable[Instance],
@@ -457,6 +544,7 @@ def sidecar_spec(
     An instance becomes reachable with mTLS only when it has published that its sidecar runs the intention that
     allows it; one that is reachable already stays so while the intention lasts.
     """
+    policy = policy or config.redirect.policy
     reached = {
         (upstream.service, endpoint.address)
         for upstream in (present.upstreams if present else ())
@@ -491,6 +579,9 @@ def sidecar_spec(
         trust_domain=config.trust_domain,
         mode=intent.mode,
         service_ports=(workload.port,) if workload.port else (),
+        inbound_port=policy.inbound.port,
+        outbound_port=policy.outbound.port,
+        transparent=policy.mode is Mode.TPROXY,
         intentions=intent.intentions,
         default_allow=intent.default_allow,
         mesh_destinations_only=intent.mesh_destinations_only,

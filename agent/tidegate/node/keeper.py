@@ -5,8 +5,6 @@ Envoy works by exactly these files, rules. Out of it: rules first. Rules stay wh
 passes unseen while it is started again. What fails is told by `problems` and tried again; it never stops the rest.
 """
 
-import collections
-import enum
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from tidegate.catalog.client import LeafMaterial
-from tidegate.enforce.redirect import nftables as redirect
+from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.admin import SidecarAdmin
 from tidegate.enforce.sidecar.envoy import EnvoyProcess, Phase, State
@@ -22,30 +20,23 @@ from tidegate.enforce.sidecar.files import SidecarError, SidecarFiles
 from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.errors import TidegateError
 from tidegate.identity import spiffe
-from tidegate.intent.policy import Policy, policy_from_annotations
+from tidegate.intent.annotations import policy_of
+from tidegate.intent.policy import Policy
 from tidegate.kernel.errors import KernelError
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
+from tidegate.node.config import RedirectConfig
 from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
+from tidegate.node.redirection import Redirection, WorkloadRedirection
+from tidegate.node.users import group_id, user_id
 
 STOP_DEADLINE_S = 5.0
-REPAIRS_KEPT = 1000
 SETTLE_S = 5.0
 """How long a change is looked after at the faster pace."""
 RENEW_AT = 0.66
 """A leaf is renewed when this share of its life is over."""
 
 log = Log("keeper")
-
-
-class Redirection(enum.StrEnum):
-    """State of a workload's redirect rules."""
-
-    NONE = "none"
-    WAITING = "waiting"
-    """Meshed, but the sidecar has not been ready yet."""
-    APPLIED = "applied"
-    FAILED = "failed"
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,13 +66,24 @@ class _Memory(msgspec.Struct, frozen=True, kw_only=True):
 class Keeper:
     """One workload. All methods may block for some milliseconds and are called from one thread."""
 
-    def __init__(self, workload: Workload, directory: Path, envoy: Path, node_id: str) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        directory: Path,
+        envoy: Path,
+        node_id: str,
+        engine: Engine,
+        redirect: RedirectConfig,
+    ) -> None:
+        """`redirect` says what holds where the workload's annotations are silent."""
         self.workload = workload
         self._memory_path = directory / "memory.json"
         self._memory = _remembered(self._memory_path)
         self.policy: Policy | None = self._memory.policy if self._memory else None
         """The policy in force: the latest that had no fault."""
-        self.redirection = Redirection.NONE
+        self.redirection = WorkloadRedirection(
+            workload.name, engine, on_failure=redirect.on_failure, adopt=redirect.adopt
+        )
         self.applied_index = 0
         self.mode = self._memory.spec.mode if self._memory else MutualTLSMode.STRICT
         """Mode that the sidecar is known to run; before it was first asked, what it was last told."""
@@ -92,13 +94,11 @@ class Keeper:
         self._admin = SidecarAdmin(self._files.working)
         self._state = State()
         self._was_ready = False
-        self._redirected_by: Policy | None = None
-        """The policy by which the rules were last applied."""
-        self._repairs: collections.deque[float] = collections.deque(maxlen=REPAIRS_KEPT)
         self._applied: SidecarSpec | None = None
         """What Envoy is known to work by."""
         self._unsettled_since: float | None = None
-        self._annotations: dict[str, str] | None = None
+        self._base = redirect.policy
+        self._annotations: tuple[dict[str, str], dict[str, str]] | None = None
 
     @property
     def spec(self) -> SidecarSpec | None:
@@ -117,12 +117,12 @@ class Keeper:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as it should be, one sentence each."""
-        return tuple(self._problems.values())
+        return (*self._problems.values(), *self.redirection.foreign)
 
     @property
     def in_mesh(self) -> bool:
         """Whether callers may use mTLS towards this workload."""
-        return self.redirection is Redirection.APPLIED
+        return self.redirection.state is Redirection.APPLIED
 
     def needs_leaf(self, now: float, service_id: str) -> bool:
         """Whether a new leaf certificate has to be fetched before the next `reconcile`."""
@@ -134,11 +134,12 @@ class Keeper:
     def update(self, workload: Workload) -> None:
         """Takes a new description; the policy follows its annotations unless they have faults."""
         self.workload = workload
-        if workload.annotations == self._annotations:
+        annotations = (dict(workload.namespace_annotations), dict(workload.annotations))
+        if annotations == self._annotations:
             return
-        self._annotations = dict(workload.annotations)
+        self._annotations = annotations
         try:
-            self.policy = policy_from_annotations(workload.annotations)
+            self.policy = policy_for(workload, self._base)
         except TidegateError as error:
             kept = "the policy stays as it was" if self.policy else "it has no policy"
             self._tell("policy", f"{error} ({kept})")
@@ -151,22 +152,24 @@ class Keeper:
         since = self._unsettled_since
         return since is not None and time.monotonic() - since < SETTLE_S
 
-    def repairs(self, since: float) -> int:
-        """How often since `since` the redirection had been changed by somebody else, and was repaired."""
-        return sum(at >= since for at in self._repairs)
+    def reconcile(self, wanted: Wanted | None, *, look: bool = False) -> None:
+        """One step towards `wanted`, or out of the mesh when it is None.
 
-    def reconcile(self, wanted: Wanted | None) -> None:
-        """One step towards `wanted`, or out of the mesh when it is None."""
+        `look` says that somebody changed something in the workload's namespace.
+        """
         if wanted is None:
             self._leave()
         elif self.policy is not None:
             policy = self.policy
             self._attempt("sidecar", lambda: self._keep_sidecar(wanted, policy))
-            self._attempt("redirect", lambda: self._keep_rules(policy))
+            self._attempt("redirect", lambda: self._keep_rules(policy, look=look))
             if not self._runs(wanted):
                 self._unsettled_since = self._unsettled_since or time.monotonic()
             else:
                 self._unsettled_since = None
+        else:
+            # Meshed, and never had a policy without faults: there is nothing that could be applied.
+            self._attempt("redirect", lambda: self.redirection.fail(self.workload.netns))
 
     def _runs(self, wanted: Wanted) -> bool:
         return self.in_mesh and self._applied == wanted.spec
@@ -183,9 +186,7 @@ class Keeper:
             self._attempt("sidecar", self._remove_sidecar)
 
     def _remove_rules(self) -> None:
-        if redirect.remove(self.workload.netns) is redirect.Change.REMOVED:
-            log.info("redirection removed", workload=self.workload.name)
-        self.redirection = Redirection.NONE
+        self.redirection.remove(self.workload.netns)
         self._was_ready = False
 
     def _remove_sidecar(self) -> None:
@@ -233,7 +234,7 @@ class Keeper:
                 mode=wanted.spec.mode,
             )
         before = self._state
-        self._state = self._envoy.ensure(time.monotonic())
+        self._state = self._envoy.ensure(time.monotonic(), transparent=wanted.spec.transparent)
         if self._state.pid != before.pid or self._state.phase is not before.phase:
             log.info("sidecar", workload=self.workload.name, **msgspec.structs.asdict(self._state))
         if self._state.phase is not Phase.RUNNING:
@@ -251,29 +252,18 @@ class Keeper:
                 f"the sidecar of {self.workload.name} refuses its configuration: {rejection}"
             )
 
-    def _keep_rules(self, policy: Policy) -> None:
-        if not self._was_ready and redirect.check(self.workload.netns, policy):
-            self.redirection = Redirection.WAITING
+    def _keep_rules(self, policy: Policy, *, look: bool) -> None:
+        netns_path = self.workload.netns
+        if not self._was_ready and not self.redirection.is_as_wanted(netns_path, policy):
+            self.redirection.wait()
             return
-        change = redirect.apply(self.workload.netns, policy)
-        if change is not redirect.Change.UNCHANGED:
-            if self.redirection is Redirection.APPLIED and self._redirected_by == policy:
-                self._repairs.append(time.time())
-                log.warning(
-                    "redirection was not as it should be; repaired", workload=self.workload.name
-                )
-            else:
-                log.info("redirection applied", workload=self.workload.name, change=change)
-        self._redirected_by = policy
-        self.redirection = Redirection.APPLIED
+        self.redirection.keep(netns_path, policy, look=look)
 
     def _attempt(self, what: str, step: Callable[[], None]) -> bool:
         try:
             step()
         except (TidegateError, KernelError, OSError) as error:
             self._tell(what, str(error))
-            if what == "redirect":
-                self.redirection = Redirection.FAILED
             return False
         self._clear(what)
         return True
@@ -293,11 +283,35 @@ class Keeper:
             self._memory = memory
 
 
-def abandoned(directory: Path, envoy: Path) -> Keeper:
+def policy_for(workload: Workload, base: Policy) -> Policy:
+    """What is redirected for a workload whose sidecar this agent runs. InputErrors names all faults."""
+    policy = policy_of(
+        workload.namespace_annotations,
+        workload.annotations,
+        base,
+        users=user_id,
+        groups=group_id,
+    )
+    uids = policy.proxy.uids
+    if DEFAULT_PROXY_UID in uids:
+        return policy
+    # Whatever else is exempt, the sidecar that the agent starts is: its connections would come back to it.
+    proxy = msgspec.structs.replace(policy.proxy, uids=(*uids, DEFAULT_PROXY_UID))
+    return msgspec.structs.replace(policy, proxy=proxy)
+
+
+def abandoned(directory: Path, envoy: Path, engine: Engine) -> Keeper:
     """The keeper of a directory that a former agent left and whose workload is gone: to be removed."""
     memory = _remembered(directory / "memory.json")
     unknown = Workload(id="", name=directory.name, service="", node="", netns="/nonexistent")
-    return Keeper(memory.workload if memory else unknown, directory, envoy, directory.name)
+    return Keeper(
+        memory.workload if memory else unknown,
+        directory,
+        envoy,
+        directory.name,
+        engine,
+        RedirectConfig(),
+    )
 
 
 def _remembered(path: Path) -> _Memory | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from tidegate.enforce.sidecar.envoy import Phase
 from tidegate.errors import TidegateError
-from tidegate.intent.policy import DEFAULT, Policy, policy_from_annotations
+from tidegate.intent.policy import Policy
 from tidegate.kernel import links, netns
 from tidegate.kernel.errors import KernelError
 from tidegate.model import (
@@ -23,14 +23,14 @@ from tidegate.model import (
 )
 from tidegate.node.config import AgentConfig
 from tidegate.node.flows import FlowRow, row
-from tidegate.node.keeper import Keeper, Redirection
+from tidegate.node.keeper import Keeper, policy_for
 from tidegate.node.log import Log
 from tidegate.node.mesh import NodeEvidence, NodeFlows
 from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
 from tidegate.observe.labels import Labels
 from tidegate.observe.ledger import Ledger
 from tidegate.observe.witness import SidecarCounts, WitnessState, advance, count_chains
-from tidegate.verdict.evidence import EdgeEvidence, InstanceEvidence
+from tidegate.verdict.evidence import REDIRECTION_REPAIRED, EdgeEvidence, InstanceEvidence
 
 log = Log("observation")
 
@@ -170,7 +170,8 @@ class Observation:
         ledger = count_chains(
             edges,
             permissive_ports={workload.port} if permissive else set(),
-            excluded_ports=_excluded(keeper),
+            excluded_ports=_ranges(policy) if policy else (),
+            excluded_sources=policy.inbound_sources_left_alone() if policy else (),
             inbound_port=policy.inbound.port if policy else 0,
             generation=self._classifier.generation,
         )
@@ -205,9 +206,10 @@ class Observation:
             instance=published(keeper, self._config),
             created_at=workload.created_at,
             inbound_redirected=keeper.in_mesh and policy is not None and policy.inbound.enabled,
-            excluded_inbound_ports=_excluded(keeper),
+            excluded_inbound_ports=_ranges(policy) if policy else (),
+            excluded_sources=policy.inbound_sources_left_alone() if policy else (),
             coverage=self._ledger.coverage(workload.key),
-            losses=losses | _named("redirection_repaired", keeper.repairs(since)),
+            losses=losses | _named(REDIRECTION_REPAIRED, keeper.redirection.repairs(since)),
             edges=self._edges(workload, since, until),
             witness=state.reading,
             node_addresses=self._config.node_addresses,
@@ -219,9 +221,9 @@ class Observation:
     ) -> InstanceEvidence:
         coverage = self._ledger.coverage(workload.key)
         try:
-            policy = policy_from_annotations(workload.annotations)
+            policy = policy_for(workload, self._config.redirect.policy)
         except TidegateError:
-            policy = DEFAULT
+            policy = self._config.redirect.policy
         return InstanceEvidence(
             instance=Instance(
                 id=workload.id,
@@ -238,6 +240,7 @@ class Observation:
             created_at=workload.created_at,
             inbound_redirected=workload.meshed and policy.inbound.enabled,
             excluded_inbound_ports=_ranges(policy),
+            excluded_sources=policy.inbound_sources_left_alone(),
             coverage=coverage,
             losses=losses,
             edges=self._edges(workload, since, until),
@@ -278,7 +281,7 @@ def published(keeper: Keeper, config: AgentConfig) -> Instance:
         namespace=workload.namespace,
         addresses=workload.addresses,
         port=workload.port,
-        meshed=keeper.redirection is Redirection.APPLIED,
+        meshed=keeper.in_mesh,
         inbound_port=keeper.policy.inbound.port if keeper.policy else DEFAULT_INBOUND_PORT,
         applied_index=keeper.applied_index,
         mode=keeper.mode,
@@ -291,9 +294,5 @@ def _named(name: str, count: int) -> dict[str, int]:
     return {name: count} if count else {}
 
 
-def _excluded(keeper: Keeper) -> tuple[tuple[int, int], ...]:
-    return _ranges(keeper.policy) if keeper.policy else ()
-
-
 def _ranges(policy: Policy) -> tuple[tuple[int, int], ...]:
-    return tuple((ports.first, ports.last) for ports in policy.inbound.exclude_ports)
+    return tuple((ports.first, ports.last) for ports in policy.inbound_ports_left_alone())

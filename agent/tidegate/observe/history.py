@@ -278,7 +278,9 @@ def workload_json(workload: Workload) -> bytes:
     """A workload as it is remembered after it has gone."""
     encoded = msgspec.json.encode(workload)
     if len(encoded) > MAX_WORKLOAD_JSON:
-        return msgspec.json.encode(msgspec.structs.replace(workload, annotations={}))
+        return msgspec.json.encode(
+            msgspec.structs.replace(workload, annotations={}, namespace_annotations={})
+        )
     return encoded
 
 

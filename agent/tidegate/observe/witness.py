@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 import msgspec
 
 from tidegate.model import Direction, Edge, FlowClass
+from tidegate.verdict import names
 from tidegate.verdict.evidence import ChainTotals, WitnessReading
 
 PERSISTENT_ROUNDS = 3
@@ -56,18 +57,20 @@ def count_chains(
     *,
     permissive_ports: Collection[int],
     excluded_ports: Sequence[tuple[int, int]] = (),
+    excluded_sources: Sequence[str] = (),
     inbound_port: int,
     generation: str = "",
 ) -> LedgerCounts:
     """What the cumulative edges of one workload say about the two chains.
 
     `permissive_ports` are the ports that have a permissive chain now, none in strict mode. Flows on
-    excluded ports never come to the sidecar, except on its own inbound port.
+    excluded ports or from excluded networks never come to the sidecar, except on its own inbound port.
     """
     counts = {"permissive": [0, 0], "public": [0, 0]}
     for edge in edges:
         port = edge.key.port
         excluded = any(first <= port <= last for first, last in excluded_ports)
+        excluded = excluded or names.is_within(edge.key.peer, excluded_sources)
         if edge.key.direction is not Direction.INBOUND or (excluded and port != inbound_port):
             continue
         chain = counts["permissive" if port in permissive_ports else "public"]

@@ -90,6 +90,10 @@ class WitnessReading(msgspec.Struct, frozen=True, kw_only=True):
     """When the two last disagreed, 0 for never."""
 
 
+REDIRECTION_REPAIRED = "redirection_repaired"
+"""Name of the loss that counts how often somebody else changed an instance's redirection."""
+
+
 class InstanceEvidence(msgspec.Struct, frozen=True, kw_only=True):
     """What one agent knows of one instance of the service."""
 
@@ -99,6 +103,8 @@ class InstanceEvidence(msgspec.Struct, frozen=True, kw_only=True):
     """Whether redirection of inbound connections to the sidecar is in place."""
     excluded_inbound_ports: tuple[tuple[int, int], ...] = ()
     """Ranges, both ends included, that the policy keeps away from the sidecar."""
+    excluded_sources: tuple[str, ...] = ()
+    """Networks whose connections the policy keeps away from the sidecar."""
     coverage: tuple[Interval, ...] = ()
     """When the instance's interface was observed; not cut to the window, so that what was
     observed before it shows."""

@@ -25,6 +25,14 @@ def canonical(address: str) -> str:
     return str(mapped or parsed)
 
 
+def is_within(address: str, networks: Sequence[str]) -> bool:
+    """Whether an address lies in one of the networks (canonical, as 10.0.0.0/8)."""
+    if not networks:
+        return False
+    parsed = ipaddress.ip_address(canonical(address))
+    return any(parsed in ipaddress.ip_network(network) for network in networks)
+
+
 def by_address(instances: Iterable[Instance]) -> dict[str, tuple[Instance, ...]]:
     """Every instance that ever had an address, under the canonical text of it."""
     index: dict[str, list[Instance]] = {}

@@ -15,6 +15,7 @@ from tidegate.durations import ago, span
 from tidegate.model import FlowClass, Instance, Interval, MutualTLSMode, ServiceIntent
 from tidegate.verdict import intervals, names, steps
 from tidegate.verdict.evidence import (
+    REDIRECTION_REPAIRED,
     Caller,
     CallerKind,
     ChainTotals,
@@ -67,7 +68,7 @@ _NOTES: dict[Effect, str] = {
     Effect.MESH: "",
     Effect.UNPROTECTED: "unprotected: passes the sidecar by",
     Effect.PROBE: "probe from the node",
-    Effect.REFUSED_PROBE: "probe from the node; strict refuses it: probe another port, and exclude that",
+    Effect.REFUSED_PROBE: "probe from the node; strict refuses it, unless tidegate.io/direct-probes lets it through",
     Effect.REFUSED_ANYWAY: "refused in both modes",
     Effect.EMPTY: "no payload",
 }
@@ -274,6 +275,7 @@ def effect_of(edge: EdgeEvidence, at: InstanceEvidence) -> Effect:
     from_node = names.canonical(edge.peer) in {names.canonical(own) for own in at.node_addresses}
     to_sidecar_itself = edge.port == at.instance.inbound_port
     excluded = any(first <= edge.port <= last for first, last in at.excluded_inbound_ports)
+    excluded = excluded or names.is_within(edge.peer, at.excluded_sources)
     bypasses = not to_sidecar_itself and (excluded or not at.inbound_redirected)
     if from_node:
         on_service_port = at.instance.port in (0, edge.port) and not to_sidecar_itself
@@ -514,6 +516,15 @@ def _has_witness(each: InstanceEvidence) -> bool:
 def _lost(evidence: ServiceEvidence, window_s: float) -> Iterator[Reason]:
     for each in (*evidence.instances, *evidence.departed):
         lost = {name: count for name, count in sorted(each.losses.items()) if count}
+        repaired = lost.pop(REDIRECTION_REPAIRED, 0)
+        if repaired:
+            times = "once" if repaired == 1 else f"{repaired} times"
+            yield Reason(
+                kind=ReasonKind.EVIDENCE_LOST,
+                message=f"another program changed the redirection of {each.instance.name} {times}; it was put"
+                " back, and what came meanwhile may have passed the sidecar by",
+                next_step=steps.for_loss(window_s),
+            )
         if lost:
             what = ", ".join(f"{name} {count}" for name, count in lost.items())
             yield Reason(

@@ -1,287 +1,687 @@
-"""Redirect rules through nftables: the table `inet tidegate` of a workload's network namespace.
+"""Redirect rules through nftables: the table `tidegate` of a workload's network namespace.
 
-Renders the lines of rules.py to one transaction of libnftables' JSON, loads it, reads back what the
-kernel has and tells the difference. It never touches another table. What goes where is decided in
-rules.py.
+Renders the lines of rules.py to nft(8)'s syntax, for people as for the kernel, loads them in one transaction, and tells
+how the kernel differs. It never touches a table of another name. What goes where is decided in rules.py.
+
+Whether the kernel has the rules is told by comparison with a twin: the same text, loaded into a scratch namespace.
+The kernel counts the transactions of a namespace; where it still has the number that the last comparison ended
+with, nothing is read at all.
+
+A pod may be allowed to change its own nftables, and libnftables parses what it finds. The library therefore works in
+this process only where every transaction that the namespace has seen was this backend's, and else in a child of
+its own (kernel/isolation.py).
 """
 
-import enum
-import ipaddress
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple, assert_never
+import errno
+import functools
+import hashlib
+import re
+import socket
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar, assert_never
 
-import msgspec
-
+from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
 from tidegate.enforce.redirect.rules import (
     Action,
-    Anything,
+    ByGroup,
+    ByUser,
+    Criterion,
+    Drop,
+    FromNetwork,
+    Hook,
+    InCgroup,
+    Invalid,
+    Leave,
     Line,
+    Marked,
     Match,
-    NotOpening,
-    NotTcp,
+    Not,
     OfFamily,
+    OfKnownSocket,
+    OfProtocol,
     OnInterface,
-    OpenedBy,
+    Opening,
+    Redirect,
     Rules,
     ToNetwork,
     ToPort,
-    rules_for,
+    ToSelf,
+    Tproxy,
+    Translate,
+    Translated,
+    Zone,
+    lines_of_family,
 )
-from tidegate.intent.policy import Family, Policy, PortRange
-from tidegate.kernel import conntrack, netns, nftables
-from tidegate.kernel.nftables import Object
-from tidegate.model import Direction
+from tidegate.intent.policy import Family
+from tidegate.kernel import cgroups, conntrack, isolation, netns, nfnetlink, nftables
+from tidegate.kernel.cgroups import Cgroup
+from tidegate.kernel.errors import KernelError
+from tidegate.kernel.nfnetlink import Contents
 
-FAMILY = "inet"
 TABLE = "tidegate"
 
-_CHAINS = {Direction.OUTBOUND: "output", Direction.INBOUND: "prerouting"}
-"""Each direction's base chain, named after its hook."""
+_BOTH = "inet"
+_HEADER = {Family.IPV4: "ip", Family.IPV6: "ip6"}
+"""What nft calls a family's header, and the tables that only its packets come to."""
+_FAMILIES = (_BOTH, *_HEADER.values())
+_NUMBERS = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 
-_PRIORITY_DSTNAT = -100
-# linux/netfilter.h (NFPROTO_*), linux/in.h (IPPROTO_TCP)
-_NFPROTO = {Family.IPV4: 2, Family.IPV6: 10}
-_IPPROTO_TCP = 6
-# linux/tcp.h (TCPHDR_*)
-_FIN, _SYN, _RST, _ACK = 0x01, 0x02, 0x04, 0x10
-_ADDRESS = {Family.IPV4: ("ip", "ipv4_addr"), Family.IPV6: ("ip6", "ipv6_addr")}
-"""Header that holds each family's addresses, and the type of a set of them."""
+_CHAINS = {
+    Hook.OUTBOUND: "type nat hook output priority -100",
+    Hook.INBOUND: "type nat hook prerouting priority -100",
+    Hook.INBOUND_TPROXY: "type filter hook prerouting priority -150",
+    Hook.DNS_ZONE: "type filter hook output priority -300",
+    Hook.INVALID: "type filter hook prerouting priority -151",
+}
+_TRANSLATING = (Hook.OUTBOUND, Hook.INBOUND)
+_SENDING = (Hook.OUTBOUND, Hook.DNS_ZONE)
+"""Where a packet has an interface that it leaves by."""
+
+_UNTOUCHED = 1
+"""The generation of a namespace whose nftables nobody has ever changed (nf_tables_init_net)."""
+
+_TABLE_FLAGS = {1: "dormant", 2: "owner", 4: "persist"}
+"""enum nft_table_flags"""
+
+_RACES = frozenset({errno.EEXIST, errno.ENOENT, errno.EBUSY, errno.EAGAIN, errno.EINTR})
+"""How the kernel refuses a transaction that was made for what somebody else has changed meanwhile."""
+_TRIES = 8
 
 _SHOWN = 300
 """Most characters of a rule or set that a difference repeats."""
+_TOLD = 40
+"""Most differences that are told one by one."""
+_LISTING_S = 1.0
+"""How long a listing may take that is only for telling what is different."""
+_WIDTH = 96
+"""Most characters of a row of elements."""
+_SLACK = 4096
+"""Bytes that are read of a table beyond what its twin has."""
 
 
-class Change(enum.StrEnum):
-    """What a call did to the kernel."""
+class _Wanted(NamedTuple):
+    """Rules as the kernel should have them."""
 
-    UNCHANGED = "unchanged"
-    CREATED = "created"
-    REPLACED = "replaced"
-    REMOVED = "removed"
-
-
-class InstalledLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A rule of tidegate's table as the kernel has it."""
-
-    direction: Direction
-    name: str
-    """Name of the line in rules.py; of a rule that is not tidegate's, whatever its comment says."""
-    connections: int
-    """Connections that this line decided on since the table was loaded."""
+    family: str
+    chains: tuple[str, ...]
+    text: str
+    digest: bytes
+    """Of the text and the ids of its cgroups."""
+    translated: frozenset[Family]
+    """Of which families connections are redirected by translation."""
 
 
-def apply(netns_path: str, policy: Policy) -> Change:
-    """Make the namespace redirect as the policy says, in one transaction or not at all.
+class _Twin(NamedTuple):
+    """What the kernel makes of a text."""
 
-    Changes nothing when the kernel has these rules already. Open connections stay as they are.
-    KernelError when the namespace is gone or the kernel refuses; the rules are then what they were.
-    """
-    return netns.run_in(netns_path, _apply, rules_for(policy))
+    contents: Contents
+    listing: str
 
 
-def check(netns_path: str, policy: Policy) -> tuple[str, ...]:
-    """How the kernel differs from the policy, one sentence each; () when it does not."""
-    installed = netns.run_in(netns_path, nftables.list_table, FAMILY, TABLE)
-    return _differences(_wanted(rules_for(policy)), installed)
+class _Seen(NamedTuple):
+    """What a namespace had when it was last looked at."""
+
+    generation: int
+    digest: bytes
+    """Of the rules that it had; empty for none of tidegate's."""
+    alone: bool
+    """Whether all its transactions were this backend's."""
 
 
-def current(netns_path: str) -> tuple[InstalledLine, ...] | None:
-    """The rules that the namespace has, in order, with their counters; None without a table."""
-    installed = netns.run_in(netns_path, nftables.list_table, FAMILY, TABLE)
-    if installed is None:
-        return None
-    return tuple(_installed_lines(installed))
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
-def remove(netns_path: str) -> Change:
-    """Take the table away, if it is there. Connections that run through the sidecar end with it."""
-    return netns.run_in(netns_path, _remove)
+class _Recent(Generic[_K, _V]):
+    """A dictionary of the entries that were used last, for several threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._entries: OrderedDict[_K, _V] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: _K) -> _V | None:
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key]
+
+    def put(self, key: _K, value: _V) -> None:
+        with self._lock:
+            self._entries[key] = value
+            self._entries.move_to_end(key)
+            if len(self._entries) > self._most:
+                self._entries.popitem(last=False)
 
 
-def render(rules: Rules) -> list[Object]:
-    """The transaction that loads the rules where no table is; [] when nothing is redirected."""
-    wanted = _wanted(rules)
-    if wanted is None:
-        return []
-    table, *parts = wanted
-    return [{"create": table}, *({"add": part} for part in parts)]
+class NftablesBackend:
+    """The backend for kernels with nf_tables (backend.Backend)."""
 
+    name = BackendName.NFTABLES
 
-_DELETE: Object = {"delete": {"table": {"family": FAMILY, "name": TABLE}}}
+    def __init__(self) -> None:
+        self._twins: _Recent[bytes, _Twin] = _Recent(64)
+        self._seen: _Recent[int, _Seen] = _Recent(4096)
 
+    def render(self, rules: Rules) -> str:
+        """The transaction that loads the rules where none are; "" when nothing is redirected.
 
-def _apply(rules: Rules) -> Change:
-    installed = nftables.list_table(FAMILY, TABLE)
-    wanted = _wanted(rules)
-    if not _differences(wanted, installed):
-        return Change.UNCHANGED
-    if wanted is None:
-        return _remove()
-    if installed is None:
-        nftables.run(render(rules))
-        return Change.CREATED
-    nftables.run([_DELETE, *render(rules)])
-    return Change.REPLACED
+        KernelError for a cgroup that does not exist, and for a name that nft(8)'s syntax has no words for.
+        """
+        wanted = _wanted(rules)
+        return wanted.text if wanted else ""
 
+    def apply(self, netns_path: str, rules: Rules) -> Change:
+        """Make the namespace follow the rules, in one transaction or not at all; with none, remove what is there.
 
-def _remove() -> Change:
-    if nftables.list_table(FAMILY, TABLE) is None:
-        return Change.UNCHANGED
-    nftables.run([_DELETE])
-    # Translations outlive the rules, for days. With the next rules they would come to life again, and reset a new
-    # connection that has the ports of an old one.
-    conntrack.flush()
-    return Change.REMOVED
+        Open connections stay as they are. KernelError when the namespace is gone or the kernel refuses; the rules
+        are then what they were.
+        """
+        wanted = _wanted(rules)
+        if wanted is None:
+            return self.remove(netns_path)
+        return netns.run_in(netns_path, self._apply, wanted)
 
+    def check(self, netns_path: str, rules: Rules) -> tuple[str, ...]:
+        """How the kernel differs from the rules, one sentence each; () when it does not.
 
-def _wanted(rules: Rules) -> list[Object] | None:
-    """The table as the kernel would list it, without handles; None for no table at all."""
-    if not rules.outbound and not rules.inbound:
-        return None
-    sets: list[Object] = []
-    chains: list[Object] = []
-    lines: list[Object] = []
-    for direction, chain in _CHAINS.items():
-        if rules.of(direction):
-            chains.append(_chain(chain))
-        for line in rules.of(direction):
-            condition = _condition(line.match, direction)
-            if len(condition.values) == 1:
-                lines.append(_rule(chain, line, condition, condition.values[0]))
+        KernelError when that cannot be told, such as where no scratch namespace can be made.
+        """
+        return netns.run_in(netns_path, self._check, _wanted(rules))
+
+    def current(self, netns_path: str) -> tuple[InstalledLine, ...] | None:
+        """The lines that the namespace has, in order, with their counters; None without a table."""
+        return netns.run_in(netns_path, _current)
+
+    def withdraw(self, netns_path: str) -> Change:
+        """Take the tables away; redirected connections go on where other nat rules are in place."""
+        return netns.run_in(netns_path, self._withdraw)
+
+    def remove(self, netns_path: str) -> Change:
+        """Take the tables away. Connections that run through the sidecar end with them."""
+        return netns.run_in(netns_path, self._remove)
+
+    def _apply(self, wanted: _Wanted) -> Change:
+        cookie = netns.cookie(netns.CURRENT)
+        refusal = _restless()
+        for _ in range(_TRIES):
+            before = self._look(cookie)
+            if before.digest == wanted.digest:
+                return Change.UNCHANGED
+            there = _tables(before)
+            if there and not before.digest and self._has(wanted, there):
+                if self._remember(cookie, before, wanted.digest):
+                    return Change.UNCHANGED
+                continue
+            translated = _translated(there)
+            try:
+                self._load(cookie, before, f"{_deletion(there)}{wanted.text}", wanted.digest)
+            except KernelError as error:
+                if error.errno not in _RACES:
+                    raise
+                refusal = error
+                continue
+            _forget(family for family in translated if family not in wanted.translated)
+            return Change.REPLACED if there else Change.CREATED
+        raise refusal
+
+    def _check(self, wanted: _Wanted | None) -> tuple[str, ...]:
+        cookie = netns.cookie(netns.CURRENT)
+        digest = wanted.digest if wanted else b""
+        for _ in range(_TRIES):
+            before = self._look(cookie)
+            if wanted and before.digest == digest:
+                return ()
+            there = _tables(before)
+            differences = tuple(self._differences(wanted, there))
+            if differences and nftables.generation() == before.generation:
+                return differences
+            if not differences and self._remember(cookie, before, digest):
+                return ()
+        raise _restless()
+
+    def _remove(self) -> Change:
+        change = self._withdraw()
+        if change is Change.REMOVED:
+            _forget(Family)
+        return change
+
+    def _withdraw(self) -> Change:
+        cookie = netns.cookie(netns.CURRENT)
+        refusal = _restless()
+        for _ in range(_TRIES):
+            before = self._look(cookie)
+            there = _tables(before)
+            if not there:
+                return Change.UNCHANGED
+            try:
+                self._load(cookie, before, _deletion(there), b"")
+            except KernelError as error:
+                if error.errno not in _RACES:
+                    raise
+                refusal = error
             else:
-                name = f"{direction}-{line.name}"
-                sets.append(_set(name, condition))
-                lines.append(_rule(chain, line, condition, f"@{name}"))
-    return [{"table": {"family": FAMILY, "name": TABLE}}, *sets, *chains, *lines]
+                return Change.REMOVED
+        raise refusal
 
+    def _look(self, cookie: int) -> _Seen:
+        """What is known of the namespace as it is now."""
+        generation = nftables.generation()
+        seen = self._seen.get(cookie)
+        if seen is not None and seen.generation == generation:
+            return seen
+        return _Seen(generation, b"", alone=generation == _UNTOUCHED)
 
-class _Condition(NamedTuple):
-    """A match in nftables' words: the packet's `left` is one of `values`, or with "!=" is not."""
+    def _remember(self, cookie: int, before: _Seen, digest: bytes) -> bool:
+        """Keep what was read of the namespace, if nothing has changed it since `before`; whether that is so."""
+        if nftables.generation() != before.generation:
+            return False
+        self._seen.put(cookie, before._replace(digest=digest))
+        return True
 
-    left: Object
-    values: list[Any]
-    op: str = "=="
-    set_type: str = ""
-    set_flags: tuple[str, ...] = ()
+    def _load(self, cookie: int, before: _Seen, text: str, digest: bytes) -> None:
+        if before.alone:
+            nftables.load(text)
+        else:
+            nftables.prepare()
+            isolation.run_in(netns.CURRENT, nftables.load, text)
+        generation = nftables.generation()
+        # A number further, somebody else's transaction came between.
+        if generation == before.generation + 1:
+            self._seen.put(cookie, _Seen(generation, digest, before.alone))
 
+    def _has(self, wanted: _Wanted, there: Sequence[str]) -> bool:
+        """Whether the namespace has the rules and nothing else, as far as that can be told."""
+        try:
+            return not self._differs(wanted, there)
+        except KernelError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSPC):
+                raise
+            return False
 
-def _condition(match: Match, direction: Direction) -> _Condition:
-    match match:
-        case NotTcp():
-            return _Condition({"meta": {"key": "l4proto"}}, [_IPPROTO_TCP], "!=")
-        case NotOpening():
-            flags = {"payload": {"protocol": "tcp", "field": "flags"}}
-            return _Condition({"&": [flags, [_FIN, _SYN, _RST, _ACK]]}, [_SYN], "!=")
-        case Anything():
-            # The kernel takes a redirection to a port only after a match of the protocol.
-            return _Condition({"meta": {"key": "l4proto"}}, [_IPPROTO_TCP])
-        case OfFamily(family):
-            return _Condition({"meta": {"key": "nfproto"}}, [_NFPROTO[family]])
-        case OnInterface(interface):
-            key = "oifname" if direction is Direction.OUTBOUND else "iifname"
-            return _Condition({"meta": {"key": key}}, [interface])
-        case OpenedBy(uids):
-            return _Condition({"meta": {"key": "skuid"}}, list(uids), set_type="uid")
-        case ToPort(ports):
-            left = {"payload": {"protocol": "tcp", "field": "dport"}}
-            ranges = [_port_value(range_) for range_ in ports]
-            return _Condition(left, ranges, set_type="inet_service", set_flags=("interval",))
-        case ToNetwork(family, networks):
-            protocol, set_type = _ADDRESS[family]
-            left = {"payload": {"protocol": protocol, "field": "daddr"}}
-            prefixes = [_network_value(network) for network in networks]
-            return _Condition(left, prefixes, set_type=set_type, set_flags=("interval",))
-        case _:
-            assert_never(match)
-
-
-def _port_value(ports: PortRange) -> int | Object:
-    return ports.first if ports.first == ports.last else {"range": [ports.first, ports.last]}
-
-
-def _network_value(network: str) -> str | Object:
-    parsed = ipaddress.ip_network(network)
-    address = str(parsed.network_address)
-    if parsed.prefixlen == parsed.max_prefixlen:
-        return address
-    return {"prefix": {"addr": address, "len": parsed.prefixlen}}
-
-
-def _chain(name: str) -> Object:
-    base = {"type": "nat", "hook": name, "prio": _PRIORITY_DSTNAT, "policy": "accept"}
-    return {"chain": {"family": FAMILY, "table": TABLE, "name": name, **base}}
-
-
-def _set(name: str, condition: _Condition) -> Object:
-    flags = {"flags": list(condition.set_flags)} if condition.set_flags else {}
-    elements = {"type": condition.set_type, **flags, "elem": condition.values}
-    return {"set": {"family": FAMILY, "table": TABLE, "name": name, **elements}}
-
-
-def _rule(chain: str, line: Line, condition: _Condition, right: Any) -> Object:
-    expressions = [
-        {"match": {"op": condition.op, "left": condition.left, "right": right}},
-        {"counter": {"packets": 0, "bytes": 0}},
-        {"return": None} if line.action is Action.RETURN else {"redirect": {"port": line.port}},
-    ]
-    place = {"family": FAMILY, "table": TABLE, "chain": chain}
-    return {"rule": {**place, "comment": line.name, "expr": expressions}}
-
-
-def _differences(wanted: list[Object] | None, installed: list[Object] | None) -> tuple[str, ...]:
-    should, has = _parts(wanted or []), _parts(installed or [])
-    missing = [f"{name} is missing" for name in should if name not in has]
-    foreign = [f"{name} is there and should not be" for name in has if name not in should]
-    changed = [
-        f"{name} is {_clipped(has[name])}, should be {_clipped(should[name])}"
-        for name in should
-        if name in has and has[name] != should[name]
-    ]
-    if not (missing or foreign or changed) and list(should) != list(has):
-        return ("the lines are in another order",)
-    return (*missing, *foreign, *changed)
-
-
-def _parts(listing: list[Object]) -> dict[str, str]:
-    """What each object of a listing is, by a name for people, without handles and counts."""
-    parts: dict[str, str] = {}
-    seen: Counter[str] = Counter()
-    for item in listing:
-        for kind, content in item.items():
-            name = _part_name(kind, content)
-            seen[name] += 1
-            nth = f" (number {seen[name]})" if seen[name] > 1 else ""
-            parts[f"{name}{nth}"] = _canonical(content)
-    return parts
-
-
-def _part_name(kind: str, content: Object) -> str:
-    if kind == "rule":
-        return f"line {content.get('comment', 'without a name')} of chain {content['chain']}"
-    return f"{kind} {content.get('name', 'without a name')}"
-
-
-def _canonical(content: Object) -> str:
-    kept = {key: value for key, value in content.items() if key != "handle"}
-    if "expr" in kept:
-        kept["expr"] = [{"counter": None} if "counter" in part else part for part in kept["expr"]]
-    if "elem" in kept:
-        kept["elem"] = sorted(kept["elem"], key=msgspec.json.encode)
-    return msgspec.json.encode(kept, order="sorted").decode()
-
-
-def _installed_lines(installed: list[Object]) -> Iterator[InstalledLine]:
-    directions = {chain: direction for direction, chain in _CHAINS.items()}
-    for rule in (item["rule"] for item in installed if "rule" in item):
-        direction = directions.get(rule["chain"])
-        if direction is None:
-            continue
-        counts = [part["counter"]["packets"] for part in rule["expr"] if "counter" in part]
-        yield InstalledLine(
-            direction=direction, name=rule.get("comment", ""), connections=sum(counts)
+    def _differs(self, wanted: _Wanted, there: Sequence[str]) -> bool:
+        if list(there) != [wanted.family]:
+            return True
+        twin = self._twin(wanted).contents
+        return twin != nfnetlink.contents(
+            wanted.family, TABLE, wanted.chains, 2 * twin.size + _SLACK
         )
 
+    def _twin(self, wanted: _Wanted) -> _Twin:
+        twin = self._twins.get(wanted.digest)
+        if twin is None:
+            twin = netns.run_in_new(_make_twin, wanted)
+            self._twins.put(wanted.digest, twin)
+        return twin
 
-def _clipped(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    def _differences(self, wanted: _Wanted | None, there: Sequence[str]) -> Iterator[str]:
+        for family in there:
+            if wanted is None or family != wanted.family:
+                yield f"table {family} {TABLE} is there and should not be"
+        if wanted is None:
+            return
+        if wanted.family not in there:
+            yield f"table {wanted.family} {TABLE} is missing"
+            return
+        if not self._differs(wanted, [wanted.family]):
+            return
+        found = list(_differing(wanted, self._twin(wanted)))
+        yield from found[:_TOLD]
+        if len(found) > _TOLD:
+            yield f"{len(found) - _TOLD} more differences"
+
+
+def _restless() -> KernelError:
+    return KernelError("the nftables rules change all the time", errno.EAGAIN)
+
+
+def _tables(seen: _Seen) -> list[str]:
+    """Families of the tables of tidegate's name."""
+    if seen.generation == _UNTOUCHED:
+        return []
+    return [family for family in _FAMILIES if nfnetlink.table_flags(family, TABLE) is not None]
+
+
+def _deletion(there: Iterable[str]) -> str:
+    return "".join(f"delete table {family} {TABLE}\n" for family in there)
+
+
+def _translated(there: Iterable[str]) -> list[Family]:
+    """Of which families tables translate, as their chains tell."""
+    headers = {
+        header
+        for table in there
+        if any(nfnetlink.has_chain(table, TABLE, hook) for hook in _TRANSLATING)
+        for header in (_HEADER.values() if table == _BOTH else (table,))
+    }
+    return [family for family, header in _HEADER.items() if header in headers]
+
+
+def _forget(families: Iterable[Family]) -> None:
+    """Forget connections that are translated no more.
+
+    Translations outlive the rules, for days. With the next rules they would come to life again, and reset a new
+    connection that has the ports of an old one.
+    """
+    going = [_NUMBERS[family] for family in families]
+    for number in going if len(going) < len(_NUMBERS) else (socket.AF_UNSPEC,):
+        conntrack.flush(number)
+
+
+def _make_twin(wanted: _Wanted) -> _Twin:
+    nftables.load(wanted.text)
+    made = nfnetlink.contents(wanted.family, TABLE, wanted.chains, 2**24)
+    listing = nftables.list_text(wanted.family, TABLE)
+    if made is None or listing is None:
+        raise KernelError(f"the table {TABLE} is not there after it was loaded", errno.EPROTO)
+    return _Twin(made, listing)
+
+
+def _current() -> tuple[InstalledLine, ...] | None:
+    hooks = {hook.value: hook for hook in Hook}
+    packets: Counter[tuple[Hook, str]] = Counter()
+    found = False
+    for family in _FAMILIES:
+        rules = nfnetlink.rules(family, TABLE)
+        found = found or rules is not None
+        for rule in rules or ():
+            if rule.chain in hooks:
+                packets[hooks[rule.chain], rule.comment] += rule.packets
+    if not found:
+        return None
+    return tuple(
+        InstalledLine(hook=hook, name=name, packets=count)
+        for (hook, name), count in packets.items()
+    )
+
+
+def _wanted(rules: Rules) -> _Wanted | None:
+    if not rules.lists:
+        return None
+    return _rendered(rules, tuple(cgroups.find(path) for path in _cgroup_paths(rules)))
+
+
+def _cgroup_paths(rules: Rules) -> Iterator[str]:
+    for _, lines in rules.lists:
+        for line in lines:
+            for match in line.matches:
+                criterion = match.criterion if isinstance(match, Not) else match
+                if isinstance(criterion, InCgroup):
+                    yield criterion.path
+
+
+@functools.lru_cache(256)
+def _rendered(rules: Rules, found: tuple[Cgroup, ...]) -> _Wanted:
+    family = _BOTH if len(rules.families) > 1 else _HEADER[rules.families[0]]
+    of_path = dict(zip(_cgroup_paths(rules), found, strict=True))
+    writer = _Writer(family, of_path)
+    chains = [
+        writer.chain(hook, lines if family == _BOTH else lines_of_family(lines, rules.families[0]))
+        for hook, lines in rules.lists
+    ]
+    body = "\n".join((*writer.sets, *chains))
+    text = f"create table {family} {TABLE}\ntable {family} {TABLE} {{\n{body}}}\n"
+    digest = hashlib.sha256(f"{sorted(one.id for one in found)}\n{text}".encode()).digest()
+    return _Wanted(
+        family=family,
+        chains=tuple(hook.value for hook, _ in rules.lists),
+        text=text,
+        digest=digest,
+        translated=frozenset(one for one in rules.families if _translates(rules, one)),
+    )
+
+
+def _translates(rules: Rules, family: Family) -> bool:
+    return any(
+        isinstance(line.action, Redirect | Translate)
+        for _, lines in rules.lists
+        for line in lines_of_family(lines, family)
+    )
+
+
+class _Words(NamedTuple):
+    """A criterion in nft's words: the packet's `left` is one of `values`."""
+
+    left: str
+    values: Sequence[str]
+    type: str = ""
+    """Of a set of such values; without one they are written where they are used."""
+    plural: str = ""
+    """What tells such a set from others of the same line."""
+    intervals: bool = False
+    compared: bool = False
+    """Whether "is" needs an operator of its own."""
+
+
+class _Writer:
+    """Writes the chains of one table, and gathers the sets that they look into."""
+
+    def __init__(self, family: str, of_path: dict[str, Cgroup]) -> None:
+        self._family = family
+        self._cgroups = of_path
+        self.sets: list[str] = []
+
+    def chain(self, hook: Hook, lines: Iterable[Line]) -> str:
+        head = f"\tchain {hook} {{\n\t\t{_CHAINS[hook]}; policy accept;\n"
+        rules = "".join(f"\t\t{self._rule(hook, line)}\n" for line in lines)
+        return f"{head}{rules}\t}}\n"
+
+    def _rule(self, hook: Hook, line: Line) -> str:
+        words = [self._words(match, line, hook) for match in line.matches]
+        listed = sum(len(one.values) > 1 and one.type != "" for _, one in words)
+        parts = []
+        for operator, one in words:
+            right = one.values[0]
+            if len(one.values) > 1 and one.type:
+                name = f"{hook}-{line.name}" if listed == 1 else f"{hook}-{line.name}-{one.plural}"
+                self.sets.append(_set(name, one))
+                right = f"@{name}"
+            elif len(one.values) > 1:
+                right = f"{{ {', '.join(one.values)} }}"
+            parts.append(f"{one.left} {operator}{right}")
+        said = " ".join(part for part in parts if not _goes_without_saying(part, parts))
+        return f'{said} counter {self._action(line.action)} comment "{line.name}"'.lstrip()
+
+    def _words(self, match: Match, line: Line, hook: Hook) -> tuple[str, _Words]:
+        """A match's operator, with the blank after it, and its words."""
+        if isinstance(match, Not):
+            return "!= ", self._criterion(match.criterion, line, hook)
+        words = self._criterion(match, line, hook)
+        return "== " if words.compared else "", words
+
+    def _criterion(self, criterion: Criterion, line: Line, hook: Hook) -> _Words:
+        match criterion:
+            case OfProtocol(protocols):
+                return _Words("meta l4proto", protocols)
+            case Opening():
+                return _Words("tcp flags & (fin | syn | rst | ack)", ("syn",), compared=True)
+            case OfKnownSocket():
+                return _Words("socket wildcard", ("0",))
+            case OfFamily(family):
+                return _Words("meta nfproto", (family,))
+            case ByUser(uids):
+                return _Words("meta skuid", _texts(uids), "uid", "users", intervals=True)
+            case ByGroup(gids):
+                return _Words("meta skgid", _texts(gids), "gid", "groups", intervals=True)
+            case Marked(mark):
+                left = "meta mark" if mark.mask == _ALL_BITS else f"meta mark & {mark.mask:#010x}"
+                return _Words(left, (f"{mark.value:#010x}",), compared=mark.mask != _ALL_BITS)
+            case InCgroup(path):
+                cgroup = self._cgroups[path]
+                return _Words(f"socket cgroupv2 level {cgroup.level}", (_quoted(cgroup.path),))
+            case OnInterface(interfaces):
+                left = "oifname" if hook in _SENDING else "iifname"
+                names = tuple(_quoted(name) for name in interfaces)
+                return _Words(left, names, "ifname", "interfaces")
+            case ToPort(ports):
+                left = f"{_transport(line)} dport"
+                return _Words(left, _texts(ports), "inet_service", "ports", intervals=True)
+            case ToNetwork(family, networks):
+                return self._networks(family, "daddr", networks, "destinations")
+            case FromNetwork(family, networks):
+                return self._networks(family, "saddr", networks, "sources")
+            case ToSelf():
+                return _Words("fib daddr type", ("local",))
+            case Invalid():
+                return _Words("ct state", ("invalid",))
+            case Translated():
+                return _Words("ct status", ("dnat",))
+            case _:
+                assert_never(criterion)
+
+    def _networks(
+        self, family: Family, field: str, networks: tuple[str, ...], plural: str
+    ) -> _Words:
+        values = tuple(network.removesuffix(_HOST[family]) for network in networks)
+        left = f"{_HEADER[family]} {field}"
+        return _Words(left, values, f"{family}_addr", plural, intervals=True)
+
+    def _action(self, action: Action) -> str:
+        match action:
+            case Leave():
+                return "return"
+            case Redirect(port):
+                return f"redirect to :{port}"
+            case Tproxy(port):
+                return f"tproxy to :{port} accept"
+            case Translate(address, port):
+                header = _HEADER[Family.IPV6 if ":" in address else Family.IPV4]
+                family = f"{header} " if self._family == _BOTH else ""
+                host = f"[{address}]" if ":" in address else address
+                return f"dnat {family}to {host}:{port}"
+            case Zone(number):
+                return f"ct original zone set {number} return"
+            case Drop():
+                return "drop"
+            case _:
+                assert_never(action)
+
+
+_IMPLIED = {
+    "meta l4proto tcp": "tcp ",
+    "meta l4proto udp": "udp ",
+    "meta nfproto ipv4": "ip ",
+    "meta nfproto ipv6": "ip6 ",
+}
+"""Matches that nft makes by itself before it looks into a header."""
+
+
+def _goes_without_saying(part: str, parts: Iterable[str]) -> bool:
+    return part in _IMPLIED and any(other.startswith(_IMPLIED[part]) for other in parts)
+
+
+_ALL_BITS = 2**32 - 1
+_HOST = {Family.IPV4: "/32", Family.IPV6: "/128"}
+"""The prefix of a network of one address."""
+
+
+def _transport(line: Line) -> str:
+    """Whose header a line's ports are in: "th" for whichever there is."""
+    for match in line.matches:
+        if isinstance(match, OfProtocol) and len(match.protocols) == 1:
+            return match.protocols[0]
+    return "th"
+
+
+def _texts(ranges: Iterable[object]) -> tuple[str, ...]:
+    return tuple(map(str, ranges))
+
+
+_PLAIN = re.compile(r"""[^\s"\\*\x00-\x1f\x7f-\x9f]+""")
+"""Names that nft(8)'s quoted strings can hold and mean nothing else than themselves."""
+
+
+def _quoted(name: str) -> str:
+    if not _PLAIN.fullmatch(name):
+        raise KernelError(f"{name!r} cannot be written in nftables' syntax", errno.EINVAL)
+    return f'"{name}"'
+
+
+def _set(name: str, words: _Words) -> str:
+    flags = "\t\tflags interval\n" if words.intervals else ""
+    rows, row = [], ""
+    for value in words.values:
+        longer = f"{row}, {value}" if row else value
+        if len(longer) > _WIDTH:
+            rows.append(row)
+            longer = value
+        row = longer
+    elements = ",\n\t\t\t".join((*rows, row))
+    return f"\tset {name} {{\n\t\ttype {words.type}\n{flags}\t\telements = {{ {elements} }}\n\t}}\n"
+
+
+def _differing(wanted: _Wanted, twin: _Twin) -> Iterator[str]:
+    """What is different in a table that is known to differ from its twin."""
+    name = f"table {wanted.family} {TABLE}"
+    flags = nfnetlink.table_flags(wanted.family, TABLE)
+    if flags:
+        words = [word for bit, word in _TABLE_FLAGS.items() if flags & bit]
+        yield f"{name} has the flags {flags} ({', '.join(words) or 'unknown'}), should have none"
+        return
+    nftables.prepare()
+    try:
+        listed = isolation.run_in(
+            netns.CURRENT, nftables.list_text, wanted.family, TABLE, deadline_s=_LISTING_S
+        )
+    except KernelError as error:
+        yield f"{name} is another one, and cannot be listed: {_shown(str(error))}"
+        return
+    if listed is None:
+        yield f"{name} is missing"
+        return
+    found = list(_compared(_parts(twin.listing), _parts(listed)))
+    yield from found or (f"{name} differs in something that its listing does not show",)
+
+
+def _compared(should: dict[str, str], has: dict[str, str]) -> Iterator[str]:
+    yield from (f"{part} is missing" for part in should if part not in has)
+    yield from (f"{_shown(part)} is there and should not be" for part in has if part not in should)
+    for part, what in should.items():
+        if part in has and has[part] != what:
+            yield f"{part} is {_shown(has[part])}, should be {_shown(what)}"
+    if should.keys() == has.keys() and list(should) != list(has):
+        yield "the lines are in another order"
+
+
+_OBJECT = re.compile(r"\t(?P<kind>[a-z ]+) (?P<name>\S+) \{")
+_RULE = re.compile(r"\t\t\S")
+"""In a chain, after the row that says what the chain is; what a rule goes on with is indented further."""
+_COMMENT = re.compile(r"""(?P<rule>.*?) ?comment "(?P<name>[^"]*)\"""")
+
+
+def _parts(listing: str) -> dict[str, str]:
+    """What each object and rule of a table's listing is, by a name for people, in order."""
+    parts: dict[str, list[str]] = {}
+    seen: Counter[str] = Counter()
+
+    def part(name: str, *rows: str) -> list[str]:
+        seen[name] += 1
+        numbered = name if seen[name] == 1 else f"{name} (number {seen[name]})"
+        parts[numbered] = list(rows)
+        return parts[numbered]
+
+    where, is_chain = "table", False
+    head = last = part(where)
+    for row in listing.split("\n")[1:]:
+        opened = _OBJECT.fullmatch(row)
+        if opened:
+            where, is_chain = f"{opened['kind']} {opened['name']}", opened["kind"] == "chain"
+            head = last = part(where)
+        elif is_chain and head and _RULE.match(row):
+            rule = _COMMENT.fullmatch(row[2:])
+            name = rule["name"] if rule else "without a name"
+            last = part(f"line {name} of {where}", rule["rule"] if rule else row[2:])
+        elif row.strip() not in ("", "}"):
+            last.append(row.strip())
+    return {name: " ".join(rows) for name, rows in parts.items()}
+
+
+def _shown(text: str) -> str:
+    """A text of others', of bounded length and without what could do something to a terminal."""
+    clipped = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in clipped
+    )

@@ -1,46 +1,12 @@
 """The decision: which connections of a workload go to its sidecar. One ordered list per direction.
 
-The first line that matches decides. Backends render the lines and decide nothing; `explain`
-evaluates the same lines without a kernel. Only the first packet of a connection is decided on. For one that
-is older than the rules that is some segment in its middle, because connection tracking begins with them
-(nf_conntrack_tcp_loose): redirecting that would reset it, so only a SYN is redirected.
+The first line all of whose criteria match decides. Backends render the lines and decide nothing; `explain`
+evaluates the same lines without a kernel. docs/redirect.md shows the lists as tables and says why each line
+is where it is.
 
-Outbound, for connections that a process of the workload opens (nat hook output, after routing):
-
-| line                 | matches                                      | then the connection       |
-| -------------------- | -------------------------------------------- | ------------------------- |
-| not-tcp              | any protocol but TCP                         | is left as it is          |
-| older                | a segment that opens no connection (no SYN)  | is left as it is          |
-| ipv4-off, ipv6-off   | a family that the policy leaves alone        | is left as it is          |
-| proxy                | opened by the sidecar (its user id)          | is left as it is          |
-| own-address          | routed to the loopback interface: 127.0.0.1, | is left as it is          |
-|                      | ::1 and each address of the workload itself  |                           |
-| loopback-ipv4        | to 127.0.0.0/8, wherever it is routed        | is left as it is          |
-| loopback-ipv6        | to ::1, wherever it is routed                | is left as it is          |
-| link-local-ipv6      | to fe80::/10                                 | is left as it is          |
-| excluded-uid         | opened by an excluded user                   | is left as it is          |
-| excluded-port        | to an excluded port                          | is left as it is          |
-| excluded-cidr-ipv4   | to an excluded IPv4 network                  | is left as it is          |
-| excluded-cidr-ipv6   | to an excluded IPv6 network                  | is left as it is          |
-| to-outbound-listener | everything else                              | goes to the outbound port |
-
-Inbound, for connections that arrive at the workload (nat hook prerouting, before routing):
-
-| line                 | matches                                      | then the connection       |
-| -------------------- | -------------------------------------------- | ------------------------- |
-| not-tcp              | any protocol but TCP                         | is left as it is          |
-| older                | a segment that opens no connection (no SYN)  | is left as it is          |
-| ipv4-off, ipv6-off   | a family that the policy leaves alone        | is left as it is          |
-| from-within          | arrives on the loopback interface            | is left as it is          |
-| inbound-listener     | to the inbound port itself                   | is left as it is          |
-| excluded-port        | to an excluded port                          | is left as it is          |
-| to-inbound-listener  | everything else, the outbound port among it  | goes to the inbound port  |
-
-A workload's call to its own address never leaves it, so it is not redirected on its way out; the
-kernel decides once per connection, so it is not redirected on its way back in either. A socket that
-speaks to a link-local IPv6 address is bound to its interface and cannot reach a listener on the
-loopback interface. From outside nobody reaches the outbound listener, which would forward for
-anybody.
+Only the first packet of a connection is decided on. For one that is older than the rules that is some
+segment in its middle, because connection tracking begins with them (nf_conntrack_tcp_loose): redirecting
+that would reset it, so only a SYN is redirected.
 """
 
 import enum
@@ -50,18 +16,46 @@ from typing import TypeAlias, assert_never
 
 import msgspec
 
-from tidegate.intent.policy import Family, Policy, PortRange
+from tidegate.intent.policy import (
+    Family,
+    IdRange,
+    Mark,
+    Mode,
+    Policy,
+    PortRange,
+    Protocol,
+    UserPorts,
+)
 from tidegate.model import Direction
 
 LOOPBACK_INTERFACE = "lo"
+DNS_PORT = 53
+DNS_ZONE = 53
+"""Connection tracking zone of redirected queries, so that the proxy may send the same query from the same port."""
+
+_LOOPBACK = {Family.IPV4: "127.0.0.0/8", Family.IPV6: "::1/128"}
+_OWN_CALL_SOURCES = {Family.IPV4: "127.0.0.6/32", Family.IPV6: "::6/128"}
+"""Where Istio's sidecars call the application from (istio InboundPassthroughBindIpv4, -Ipv6)."""
 
 
-class NotTcp(msgspec.Struct, frozen=True):
-    """Any protocol but TCP."""
+_Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class NotOpening(msgspec.Struct, frozen=True):
-    """A TCP segment other than a SYN, as the first one that connection tracking sees."""
+class OfProtocol(msgspec.Struct, frozen=True):
+    """TCP, UDP or one of both."""
+
+    protocols: tuple[Protocol, ...]
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """A TCP segment that opens a connection: a SYN, without ACK, FIN or RST."""
+
+
+class OfKnownSocket(msgspec.Struct, frozen=True):
+    """A segment for which this namespace has a socket of exactly these addresses and ports.
+
+    Or one that listens on exactly this address; one that listens on all addresses does not count.
+    """
 
 
 class OfFamily(msgspec.Struct, frozen=True):
@@ -70,20 +64,38 @@ class OfFamily(msgspec.Struct, frozen=True):
     family: Family
 
 
-class OpenedBy(msgspec.Struct, frozen=True):
-    """Opened by a process with one of these user ids, which are distinct and sorted."""
+class ByUser(msgspec.Struct, frozen=True):
+    """Sent by a process with one of these user ids; ranges are sorted and do not touch each other."""
 
-    uids: tuple[int, ...]
+    uids: tuple[IdRange, ...]
+
+
+class ByGroup(msgspec.Struct, frozen=True):
+    """Sent by a process with one of these group ids; ranges as for users."""
+
+    gids: tuple[IdRange, ...]
+
+
+class Marked(msgspec.Struct, frozen=True):
+    """Bears this packet mark."""
+
+    mark: Mark
+
+
+class InCgroup(msgspec.Struct, frozen=True):
+    """Sent by a process in this cgroup (v2, path below its root) or in one below it."""
+
+    path: str
 
 
 class OnInterface(msgspec.Struct, frozen=True):
-    """Outbound: routed to this interface. Inbound: arrives on it."""
+    """Outbound: routed to one of these interfaces. Inbound: arrives on one. Names are sorted."""
 
-    interface: str
+    interfaces: tuple[str, ...]
 
 
 class ToPort(msgspec.Struct, frozen=True):
-    """To one of these TCP ports; the ranges are sorted and do not touch each other."""
+    """To one of these ports; the ranges are sorted and do not touch each other."""
 
     ports: tuple[PortRange, ...]
 
@@ -95,22 +107,89 @@ class ToNetwork(msgspec.Struct, frozen=True):
     networks: tuple[str, ...]
 
 
-class Anything(msgspec.Struct, frozen=True):
-    """Every connection that got this far."""
+class FromNetwork(msgspec.Struct, frozen=True):
+    """From an address of one of these networks of one family, which are sorted and do not overlap."""
+
+    family: Family
+    networks: tuple[str, ...]
 
 
-Match: TypeAlias = (
-    NotTcp | NotOpening | OfFamily | OpenedBy | OnInterface | ToPort | ToNetwork | Anything
+class ToSelf(msgspec.Struct, frozen=True):
+    """To an address of this namespace."""
+
+
+class Invalid(msgspec.Struct, frozen=True):
+    """Connection tracking cannot place the packet (ct state invalid)."""
+
+
+class Translated(msgspec.Struct, frozen=True):
+    """Of a connection whose destination connection tracking translates (ct status dnat)."""
+
+
+Criterion: TypeAlias = (
+    OfProtocol
+    | Opening
+    | OfKnownSocket
+    | OfFamily
+    | ByUser
+    | ByGroup
+    | Marked
+    | InCgroup
+    | OnInterface
+    | ToPort
+    | ToNetwork
+    | FromNetwork
+    | ToSelf
+    | Invalid
+    | Translated
 )
 
 
-class Action(enum.StrEnum):
-    """What becomes of a connection."""
+class Not(msgspec.Struct, frozen=True):
+    """The packet does not match the criterion."""
 
-    RETURN = "return"
+    criterion: Criterion
+
+
+Match: TypeAlias = Criterion | Not
+
+
+class Leave(msgspec.Struct, frozen=True):
     """It goes where it was going."""
-    REDIRECT = "redirect"
-    """It goes to a port of the sidecar."""
+
+
+class Redirect(msgspec.Struct, frozen=True):
+    """It goes to a port of this namespace."""
+
+    port: int
+
+
+class Tproxy(msgspec.Struct, frozen=True):
+    """It goes to a transparent socket on a port of this namespace, addresses as they are."""
+
+    port: int
+
+
+class Translate(msgspec.Struct, frozen=True):
+    """It goes to another address and port."""
+
+    address: str
+    port: int
+
+
+class Zone(msgspec.Struct, frozen=True):
+    """Its original direction is tracked in a zone of its own."""
+
+    number: int
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """It ends here."""
+
+
+Action: TypeAlias = Leave | Redirect | Tproxy | Translate | Zone | Drop
+
+LEAVE = Leave()
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -118,21 +197,43 @@ class Line(msgspec.Struct, frozen=True):
 
     name: str
     """Unique in its list: what `explain`, counters and differences call the line."""
-    match: Match
-    action: Action = Action.RETURN
-    port: int | None = None
-    """Where to, for REDIRECT."""
+    matches: tuple[Match, ...]
+    """All must match; () matches everything that got this far."""
+    action: Action = LEAVE
+
+
+class Hook(enum.StrEnum):
+    """Where in the kernel a list is asked; the value is the list's name everywhere."""
+
+    OUTBOUND = "outbound"
+    """Connections that a process of the workload opens: nat, output, priority -100."""
+    INBOUND = "inbound"
+    """Connections that arrive at the workload: nat, prerouting, priority -100."""
+    INBOUND_TPROXY = "inbound-tproxy"
+    """Packets that arrive at the workload: filter (mangle), prerouting, priority -150."""
+    DNS_ZONE = "dns-zone"
+    """Packets that a process of the workload sends, before connection tracking: raw, output, priority -300."""
+    INVALID = "invalid"
+    """Packets that arrive, after connection tracking: filter (mangle), prerouting, priority -151."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """Both decision lists of a workload; an empty list leaves its direction alone."""
+    """The decision lists of a workload. Lists that have no line are not there."""
 
-    outbound: tuple[Line, ...]
-    inbound: tuple[Line, ...]
+    families: tuple[Family, ...]
+    """IPv4 before IPv6; packets of other families are never seen."""
+    lists: tuple[tuple[Hook, tuple[Line, ...]], ...]
+    """In the order of Hook."""
+
+    def lines(self, hook: Hook) -> tuple[Line, ...]:
+        """The list of a hook, () when it is not there."""
+        return dict(self.lists).get(hook, ())
 
     def of(self, direction: Direction) -> tuple[Line, ...]:
-        """The list for a direction."""
-        return self.outbound if direction is Direction.OUTBOUND else self.inbound
+        """The list that decides on connections of a direction."""
+        if direction is Direction.OUTBOUND:
+            return self.lines(Hook.OUTBOUND)
+        return self.lines(Hook.INBOUND) or self.lines(Hook.INBOUND_TPROXY)
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,120 +243,372 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     destination: str
     """Address that the client dials."""
     port: int
+    source: str = ""
+    """Address that the client dials from; "" for one that no line speaks of."""
     interface: str = "eth0"
     """Outbound: where the workload's routes send it. Inbound: where it arrives."""
     uid: int | None = None
     """User id of the process that opens it, where that is a process of the workload."""
-    protocol: str = "tcp"
+    gid: int | None = None
+    mark: int = 0
+    cgroup: str = ""
+    """Cgroup of that process, below the root of cgroup v2."""
+    protocol: Protocol | str = Protocol.TCP
     opening: bool = True
     """False for a connection that is older than the rules."""
+    forwarded: bool = False
+    """Inbound: whether the destination is not an address of the workload."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of a connection, and which line says so (None: its direction is left alone)."""
 
     action: Action
-    port: int | None
     line: str | None
 
 
 def rules_for(policy: Policy) -> Rules:
     """The decision lists of a policy. Policies that mean the same give equal rules."""
+    families = tuple(family for family in Family if family in policy.families)
+    inbound = Hook.INBOUND if policy.mode is Mode.REDIRECT else Hook.INBOUND_TPROXY
+    lists = {
+        Hook.OUTBOUND: _outbound(policy),
+        inbound: _inbound(policy),
+        Hook.DNS_ZONE: _dns_zone(policy),
+        Hook.INVALID: _invalid(policy),
+    }
+    made = ((hook, _of_families(lists.get(hook, ()), families)) for hook in Hook)
     return Rules(
-        outbound=tuple(_outbound(policy)) if policy.families and policy.outbound.enabled else (),
-        inbound=tuple(_inbound(policy)) if policy.families and policy.inbound.enabled else (),
+        families=families,
+        lists=tuple((hook, lines) for hook, lines in made if _does_something(lines)),
     )
 
 
 def explain(rules: Rules, connection: Connection) -> Decision:
     """Where a connection goes under these rules, and which line decides it."""
+    family = _family(_address(connection.destination))
+    if family not in rules.families:
+        return Decision(action=LEAVE, line=f"{family}-off" if rules.lists else None)
     for line in rules.of(connection.direction):
-        if _matches(line.match, connection):
-            return Decision(action=line.action, port=line.port, line=line.name)
-    return Decision(action=Action.RETURN, port=None, line=None)
+        if all(_matches(match, connection) for match in line.matches):
+            return Decision(action=line.action, line=line.name)
+    return Decision(action=LEAVE, line=None)
+
+
+def lines_of_family(lines: Iterable[Line], family: Family) -> tuple[Line, ...]:
+    """The lines that packets of one family can match, without what then goes without saying."""
+    kept = []
+    for line in _of_families(lines, (family,)):
+        matches = tuple(match for match in line.matches if not isinstance(match, OfFamily))
+        kept.append(Line(line.name, matches, line.action))
+    return tuple(kept)
+
+
+_FAMILY_CRITERIA = (OfFamily, ToNetwork, FromNetwork)
+
+
+def _of_families(lines: Iterable[Line], families: tuple[Family, ...]) -> tuple[Line, ...]:
+    """The lines that packets of these families can get to and match."""
+    kept: list[Line] = []
+    for line in lines if families else ():
+        if all(m.family in families for m in line.matches if isinstance(m, _FAMILY_CRITERIA)):
+            kept.append(line)
+            if not line.matches:
+                break
+    return tuple(kept)
+
+
+def _does_something(lines: tuple[Line, ...]) -> bool:
+    """Whether not every packet is left alone anyway; where it is, the kernel need not be troubled."""
+    return any(line.action != LEAVE for line in lines)
 
 
 def _outbound(policy: Policy) -> Iterator[Line]:
     outbound = policy.outbound
-    yield from _not_concerned(policy)
-    yield Line("proxy", OpenedBy(_distinct(policy.proxy.uids)))
-    yield Line("own-address", OnInterface(LOOPBACK_INTERFACE))
-    yield Line("loopback-ipv4", ToNetwork(Family.IPV4, ("127.0.0.0/8",)))
-    yield Line("loopback-ipv6", ToNetwork(Family.IPV6, ("::1/128",)))
-    yield Line("link-local-ipv6", ToNetwork(Family.IPV6, ("fe80::/10",)))
+    here, elsewhere = _dns(policy)
+    concerned = _TCP_OR_UDP if here or elsewhere else _TCP
+    yield Line("other-protocol", (Not(concerned),))
+    yield Line("older", (_TCP, Not(Opening())))
+    # From a link-local address there is no way to ::1, where redirection leads.
+    yield Line("link-local-ipv6", (ToNetwork(Family.IPV6, ("fe80::/10",)),))
+    yield from _self_calls(policy)
+    yield from _proxy(policy)
+    yield from _excluded_outbound(policy, concerned)
+    # A query to a resolver on loopback can only be sent on to one on loopback: its source address is 127.0.0.1.
+    yield from here
+    yield Line("own-address", (OnInterface((LOOPBACK_INTERFACE,)),))
+    for family, network in _LOOPBACK.items():
+        yield Line(f"loopback-{family}", (ToNetwork(family, (network,)),))
+    yield from elsewhere
+    if concerned != _TCP:
+        yield Line("not-tcp", (Not(_TCP),))
+    if not outbound.enabled:
+        return
+    if outbound.include_interfaces is not None:
+        yield Line("not-included-interface", _outside(outbound.include_interfaces))
+    to_listener = Redirect(outbound.port)
+    if outbound.include_cidrs is None:
+        yield Line("to-outbound-listener", (_TCP,), to_listener)
+        return
+    if outbound.include_ports:
+        yield Line("included-port", (_TCP, ToPort(_merged(outbound.include_ports))), to_listener)
+    for family in Family:
+        if networks := _collapsed(family, outbound.include_cidrs):
+            yield Line(f"included-cidr-{family}", (_TCP, ToNetwork(family, networks)), to_listener)
+
+
+def _self_calls(policy: Policy) -> Iterator[Line]:
+    if not policy.proxy.self_calls_inbound or not policy.inbound.enabled:
+        return
+    for name, by_proxy in _proxy_criteria(policy):
+        for family in Family:
+            yield Line(
+                f"self-call-{name}-{family}",
+                (
+                    OfFamily(family),
+                    _TCP,
+                    by_proxy,
+                    OnInterface((LOOPBACK_INTERFACE,)),
+                    Not(ToNetwork(family, (_LOOPBACK[family],))),
+                    Not(FromNetwork(family, (_OWN_CALL_SOURCES[family],))),
+                    Not(ToPort((PortRange(policy.inbound.port, policy.inbound.port),))),
+                ),
+                Redirect(policy.inbound.port),
+            )
+
+
+def _proxy(policy: Policy) -> Iterator[Line]:
+    for name, criterion in _proxy_criteria(policy):
+        yield Line(name, (criterion,))
+
+
+def _proxy_criteria(policy: Policy) -> Iterator[tuple[str, Criterion]]:
+    proxy = policy.proxy
+    if proxy.uids:
+        yield "proxy", ByUser(_spans(IdRange(uid, uid) for uid in proxy.uids))
+    if proxy.gids:
+        yield "proxy-group", ByGroup(_spans(IdRange(gid, gid) for gid in proxy.gids))
+    if proxy.mark:
+        yield "proxy-mark", Marked(proxy.mark)
+    if proxy.cgroup:
+        yield "proxy-cgroup", InCgroup(proxy.cgroup)
+
+
+def _excluded_outbound(policy: Policy, concerned: OfProtocol) -> Iterator[Line]:
+    outbound = policy.outbound
     if outbound.exclude_uids:
-        yield Line("excluded-uid", OpenedBy(_distinct(outbound.exclude_uids)))
+        yield Line("excluded-uid", (ByUser(_spans(outbound.exclude_uids)),))
+    if outbound.exclude_gids:
+        yield Line("excluded-gid", (ByGroup(_spans(outbound.exclude_gids)),))
+    by_user = {
+        UserPorts(protocols, _merged(item.ports), _spans(item.uids))
+        for item in outbound.exclude_user_ports
+        if (protocols := tuple(p for p in concerned.protocols if p in item.protocols))
+    }
+    for number, item in enumerate(sorted(by_user), 1):
+        matches = (OfProtocol(item.protocols), ByUser(item.uids), ToPort(item.ports))
+        yield Line(f"excluded-user-port-{number}", matches)
     if outbound.exclude_ports:
-        yield Line("excluded-port", ToPort(_merged(outbound.exclude_ports)))
+        yield Line("excluded-port", (ToPort(_merged(outbound.exclude_ports)),))
     for family in Family:
         if networks := _collapsed(family, outbound.exclude_cidrs):
-            yield Line(f"excluded-cidr-{family}", ToNetwork(family, networks))
-    yield Line("to-outbound-listener", Anything(), Action.REDIRECT, outbound.port)
+            yield Line(f"excluded-cidr-{family}", (ToNetwork(family, networks),))
+    if outbound.exclude_interfaces:
+        yield Line("excluded-interface", (OnInterface(_distinct(outbound.exclude_interfaces)),))
+
+
+def _dns(policy: Policy) -> tuple[list[Line], list[Line]]:
+    """The lines for queries, to a resolver on loopback and to one elsewhere."""
+    here: list[Line] = []
+    elsewhere: list[Line] = []
+    for address, queries in _redirected_queries(policy):
+        matches = (_TCP_OR_UDP, *queries)
+        line = Line(f"dns-{_family(address)}", matches, Translate(str(address), policy.dns.port))
+        (here if address.is_loopback else elsewhere).append(line)
+    return here, elsewhere
+
+
+def _redirected_queries(policy: Policy) -> Iterator[tuple[_Address, tuple[Match, ...]]]:
+    """Where the queries of each family go, and what tells them, but for the protocol."""
+    dns = policy.dns
+    if not dns.enabled:
+        return
+    to_dns = ToPort((PortRange(DNS_PORT, DNS_PORT),))
+    for address in sorted(map(_address, dns.addresses), key=lambda address: address.version):
+        family = _family(address)
+        if family not in policy.families:
+            continue
+        if not dns.resolvers:
+            yield address, (OfFamily(family), to_dns)
+        elif resolvers := _collapsed(family, map(_host_network, dns.resolvers)):
+            yield address, (to_dns, ToNetwork(family, resolvers))
+
+
+def _dns_zone(policy: Policy) -> Iterator[Line]:
+    zoned = [
+        Line(f"dns-{_family(address)}", (_UDP, *queries), Zone(DNS_ZONE))
+        for address, queries in _redirected_queries(policy)
+    ]
+    if zoned:
+        yield Line("not-udp", (Not(_UDP),))
+        yield from _proxy(policy)
+        yield from zoned
+
+
+def _invalid(policy: Policy) -> Iterator[Line]:
+    if policy.drop_invalid and policy.redirects_anything:
+        yield Line("from-within", (OnInterface((LOOPBACK_INTERFACE,)),))
+        yield Line("invalid", (_TCP, Invalid()), Drop())
 
 
 def _inbound(policy: Policy) -> Iterator[Line]:
-    inbound = policy.inbound
-    yield from _not_concerned(policy)
-    yield Line("from-within", OnInterface(LOOPBACK_INTERFACE))
-    yield Line("inbound-listener", ToPort((PortRange(inbound.port, inbound.port),)))
+    inbound, outbound = policy.inbound, policy.outbound
+    if not inbound.enabled and not outbound.enabled:
+        return
+    yield Line("not-tcp", (Not(_TCP),))
+    # With tproxy every packet comes by. One that has a socket already belongs to it; one that has none may be the
+    # end of a handshake that the listener keeps no state of (SYN cookies), and only the listener can tell.
+    known = () if policy.mode is Mode.REDIRECT else (OfKnownSocket(),)
+    yield Line("older", (Not(Opening()), *known))
+    if policy.mode is Mode.TPROXY:
+        # Its addresses here are not those of its socket: an answer to a query that was sent elsewhere, or a connection
+        # from before the mode changed.
+        yield Line("translated", (Translated(),))
+    yield Line("from-within", (OnInterface((LOOPBACK_INTERFACE,)),))
+    yield Line("forwarded", (Not(ToSelf()),))
+    yield Line("inbound-listener", (ToPort((PortRange(inbound.port, inbound.port),)),))
+    if outbound.enabled:
+        own = ToPort((PortRange(outbound.port, outbound.port),))
+        yield from _to_inbound_listener(policy, "outbound-listener", _TCP, own)
+    if not inbound.enabled:
+        return
+    if inbound.direct_probes:
+        for family in Family:
+            if addresses := _collapsed(family, inbound.node_addresses):
+                yield Line(f"probe-{family}", (FromNetwork(family, addresses),))
     if inbound.exclude_ports:
-        yield Line("excluded-port", ToPort(_merged(inbound.exclude_ports)))
-    yield Line("to-inbound-listener", Anything(), Action.REDIRECT, inbound.port)
-
-
-def _not_concerned(policy: Policy) -> Iterator[Line]:
-    yield Line("not-tcp", NotTcp())
-    yield Line("older", NotOpening())
+        yield Line("excluded-port", (ToPort(_merged(inbound.exclude_ports)),))
     for family in Family:
-        if family not in policy.families:
-            yield Line(f"{family}-off", OfFamily(family))
+        if networks := _collapsed(family, inbound.exclude_cidrs):
+            yield Line(f"excluded-cidr-{family}", (FromNetwork(family, networks),))
+    if inbound.exclude_interfaces:
+        yield Line("excluded-interface", (OnInterface(_distinct(inbound.exclude_interfaces)),))
+    if inbound.include_interfaces is not None:
+        yield Line("not-included-interface", _outside(inbound.include_interfaces))
+    if inbound.include_ports is None:
+        yield from _to_inbound_listener(policy, "to-inbound-listener", _TCP)
+    elif inbound.include_ports:
+        included = ToPort(_merged(inbound.include_ports))
+        yield from _to_inbound_listener(policy, "included-port", _TCP, included)
+
+
+def _to_inbound_listener(policy: Policy, name: str, *matches: Match) -> Iterator[Line]:
+    port = policy.inbound.port
+    if policy.mode is Mode.REDIRECT:
+        yield Line(name, matches, Redirect(port))
+        return
+    yield Line(name, matches, Tproxy(port))
+    # Where no transparent socket listens, nftables goes on with the next rule (nft_tproxy_eval; NFT_BREAK), and what
+    # the sidecar should have had would reach the application. The iptables target drops by itself.
+    yield Line(f"{name}-unserved", matches, Drop())
+
+
+_TCP = OfProtocol((Protocol.TCP,))
+_UDP = OfProtocol((Protocol.UDP,))
+_TCP_OR_UDP = OfProtocol((Protocol.TCP, Protocol.UDP))
+
+
+def _outside(interfaces: tuple[str, ...]) -> tuple[Match, ...]:
+    """Not on one of these interfaces; with none of them, everything."""
+    return (Not(OnInterface(_distinct(interfaces))),) if interfaces else ()
 
 
 def _matches(match: Match, connection: Connection) -> bool:
-    match match:
-        case NotTcp():
-            return connection.protocol != "tcp"
-        case NotOpening():
+    if isinstance(match, Not):
+        return not _meets(match.criterion, connection)
+    return _meets(match, connection)
+
+
+def _meets(criterion: Criterion, connection: Connection) -> bool:
+    match criterion:
+        case OfProtocol(protocols):
+            return connection.protocol in protocols
+        case Opening():
+            return connection.opening
+        case OfKnownSocket():
             return not connection.opening
         case OfFamily(family):
             return _family(_address(connection.destination)) is family
-        case OpenedBy(uids):
-            return connection.uid in uids
-        case OnInterface(interface):
-            return connection.interface == interface
+        case ByUser(uids):
+            return _one_of(connection.uid, uids)
+        case ByGroup(gids):
+            return _one_of(connection.gid, gids)
+        case Marked(mark):
+            return connection.mark & mark.mask == mark.value
+        case InCgroup(path):
+            return f"{connection.cgroup}/".startswith(f"{path}/")
+        case OnInterface(interfaces):
+            return connection.interface in interfaces
         case ToPort(ports):
             return any(connection.port in range_ for range_ in ports)
         case ToNetwork(_, networks):
-            address = _address(connection.destination)
-            return any(address in ipaddress.ip_network(network) for network in networks)
-        case Anything():
-            return True
+            return _within(connection.destination, networks)
+        case FromNetwork(_, networks):
+            return bool(connection.source) and _within(connection.source, networks)
+        case ToSelf():
+            return not connection.forwarded
+        case Invalid() | Translated():
+            return False
         case _:
-            assert_never(match)
+            assert_never(criterion)
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _one_of(number: int | None, ranges: tuple[IdRange, ...]) -> bool:
+    return number is not None and any(number in range_ for range_ in ranges)
+
+
+def _within(address: str, networks: tuple[str, ...]) -> bool:
+    parsed = _address(address)
+    return any(parsed in ipaddress.ip_network(network) for network in networks)
+
+
+def _address(text: str) -> _Address:
     """The address as it is on the wire: IPv4-mapped IPv6 addresses are IPv4."""
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _family(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Family:
+def _family(address: _Address) -> Family:
     return Family.IPV4 if address.version == 4 else Family.IPV6
 
 
-def _distinct(uids: Iterable[int]) -> tuple[int, ...]:
-    return tuple(sorted(set(uids)))
+def _host_network(address: str) -> str:
+    return str(ipaddress.ip_network(_address(address)))
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(names)))
 
 
 def _merged(ranges: Iterable[PortRange]) -> tuple[PortRange, ...]:
-    merged: list[PortRange] = []
-    for ports in sorted(ranges):
-        if merged and ports.first <= merged[-1].last + 1:
-            merged[-1] = PortRange(merged[-1].first, max(merged[-1].last, ports.last))
+    spans = _joined((ports.first, ports.last) for ports in ranges)
+    return tuple(PortRange(first, last) for first, last in spans)
+
+
+def _spans(ranges: Iterable[IdRange]) -> tuple[IdRange, ...]:
+    spans = _joined((ids.first, ids.last) for ids in ranges)
+    return tuple(IdRange(first, last) for first, last in spans)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers, by sorted spans that do not touch each other."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], last))
         else:
-            merged.append(ports)
-    return tuple(merged)
+            joined.append((first, last))
+    return joined
 
 
 def _collapsed(family: Family, cidrs: Iterable[str]) -> tuple[str, ...]:

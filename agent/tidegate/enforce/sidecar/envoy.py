@@ -21,6 +21,7 @@ from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.admin import SidecarAdmin
 from tidegate.enforce.sidecar.files import SidecarError, SidecarFiles
 from tidegate.kernel import netns
+from tidegate.kernel.capabilities import CAP_NET_RAW, has
 from tidegate.kernel.errors import KernelError
 
 DRAIN_TIME_S = 30
@@ -29,6 +30,7 @@ FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 30.0
 HEALTHY_AFTER_S = 60.0
 """An Envoy that ran this long has the next failure count as its first."""
+RESTART_DEADLINE_S = 5.0
 LARGEST_LOG = 1024 * 1024
 KEPT_LOG = 64 * 1024
 
@@ -114,18 +116,21 @@ class EnvoyProcess:
             last_exit=self._last_exit,
         )
 
-    def ensure(self, now: float) -> State:
+    def ensure(self, now: float, *, transparent: bool = False) -> State:
         """Adopt, start or, when its time has come, start again. `now` in seconds of a steady clock.
 
-        Its files must have been written before. SidecarError when it cannot be started at all.
+        Its files must have been written before. A `transparent` listener needs a capability that Envoy otherwise does
+        not have: one that runs without it is ended and started again. SidecarError when it cannot be started at all.
         """
         if self._process is None:
             self._adopt(now)
+        if transparent and self._process and not has(self._process.pid, CAP_NET_RAW):
+            self.stop(RESTART_DEADLINE_S)
         if self._process is not None and not self._alive(self._process):
             self._note_exit(now)
         if self._process is None:
             if now >= self._start_not_before:
-                self._start(now)
+                self._start(now, transparent=transparent)
         elif now - self._started_at >= HEALTHY_AFTER_S:
             self._delay_s = FIRST_DELAY_S
         self._bound_log()
@@ -208,7 +213,7 @@ class EnvoyProcess:
         self._start_not_before = now + self._delay_s
         self._delay_s = min(self._delay_s * 2, LONGEST_DELAY_S)
 
-    def _start(self, now: float) -> None:
+    def _start(self, now: float, *, transparent: bool) -> None:
         self._files.prepare()
         _allow_files(render.FILE_DESCRIPTORS)
         try:
@@ -222,6 +227,8 @@ class EnvoyProcess:
                     self._arguments(),
                     user=self._files.uid,
                     group=self._files.gid,
+                    # The least that IP_TRANSPARENT asks for (net/ipv4/ip_sockglue.c).
+                    capabilities=(CAP_NET_RAW,) if transparent else (),
                     stdout=log,
                     stderr=log,
                     cwd=str(self._files.working),

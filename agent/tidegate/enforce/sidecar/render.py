@@ -175,6 +175,7 @@ def _public_listener(spec: SidecarSpec) -> Resource:
         chains += [_permissive_chain(port) for port in spec.service_ports]
     return {
         **_listener(PUBLIC_LISTENER, _WILDCARD, spec.inbound_port, spec.families),
+        **({"transparent": True} if spec.transparent else {}),
         "traffic_direction": "INBOUND",
         "filter_chains": chains,
     }

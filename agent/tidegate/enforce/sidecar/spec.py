@@ -66,6 +66,8 @@ class SidecarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """TCP ports of the application; the first is the one that mTLS connections reach."""
     inbound_port: int = DEFAULT_INBOUND_PORT
     outbound_port: int = DEFAULT_OUTBOUND_PORT
+    transparent: bool = False
+    """Whether inbound connections are handed over with their addresses as they are (tproxy)."""
     intentions: tuple[IntentionRule, ...] = ()
     """Who may call this service, highest precedence first."""
     default_allow: bool = False

@@ -1,0 +1,607 @@
+"""`tidegate redirect`: the rules of one network namespace, by hand and for scripts.
+
+Puts options, policy and engine together and prints. Exit codes: 0 good; 1 failed, different or not there; 2 bad input,
+and for commands that ask a question also: it cannot be told.
+"""
+
+import argparse
+import contextlib
+import ipaddress
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+from rich.text import Text
+
+from tidegate.cli import namespaces, policies, redirect_text, tables, target, workloads
+from tidegate.cli.namespaces import Target
+from tidegate.cli.target import is_root, require_root
+from tidegate.enforce.redirect import block
+from tidegate.enforce.redirect.backend import Backend, BackendName, Change
+from tidegate.enforce.redirect.engine import AUTO, Applied, Engine, choose
+from tidegate.enforce.redirect.iptables import IptablesBackend
+from tidegate.enforce.redirect.nftables import NftablesBackend
+from tidegate.enforce.redirect.rules import (
+    LOOPBACK_INTERFACE,
+    Action,
+    Connection,
+    explain,
+    rules_for,
+)
+from tidegate.enforce.redirect.verify import Outcome, verify
+from tidegate.errors import InputError, TidegateError
+from tidegate.intent.policy import DEFAULT, Policy
+from tidegate.kernel import netns, routes, sockets
+from tidegate.kernel.errors import KernelError
+from tidegate.model import Direction
+from tidegate.node.users import group_id, user_id
+
+BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {
+    BackendName.NFTABLES: NftablesBackend,
+    BackendName.IPTABLES: IptablesBackend,
+}
+CANNOT_TELL = 2
+DEFAULT_INTERFACE = "eth0"
+OUTCOME_STYLES = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.SKIPPED: "yellow"}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command group `redirect`."""
+    group = subparsers.add_parser(
+        "redirect",
+        help="which connections go to the sidecar: apply, show, check, explain, verify, remove",
+        description="Redirects the connections of one network namespace to a sidecar, by one policy, and shows that it "
+        "does. The agent does the same for its workloads; these commands are for everything else, and for looking.",
+    )
+    commands = group.add_subparsers(dest="redirect_command", required=True, metavar="COMMAND")
+    apply = _command(
+        commands,
+        "apply",
+        run_apply,
+        "make a namespace follow a policy",
+        "Loads the rules in one step, replacing tidegate's own and nobody else's; open connections stay as they are. "
+        "Rules that are there already are not touched.",
+        """
+  tidegate redirect apply --netns shop-1
+  tidegate redirect apply --pid 4711 --policy shop.yaml --backend iptables
+  tidegate redirect apply --netns shop-1 --annotations pod.yaml --adopt
+  tidegate redirect apply --dry-run --policy shop.yaml | nft -c -f -""",
+    )
+    namespaces.add_options(apply, required=False)
+    policies.add_options(apply)
+    _add_backend(apply)
+    apply.add_argument(
+        "--adopt",
+        action="store_true",
+        help="replace the rules that Consul left there, without a moment in which nothing is redirected",
+    )
+    apply.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print exactly what would be loaded where nothing is, and load nothing; needs no namespace",
+    )
+
+    show = _command(
+        commands,
+        "show",
+        run_show,
+        "the rules that a namespace has, with counters",
+        "Shows tidegate's rules as the kernel has them. Exits 1 when there are none, 2 when that cannot be told.",
+        """
+  tidegate redirect show --netns shop-1
+  tidegate redirect show --workload web --json""",
+    )
+    namespaces.add_options(show, required=True)
+
+    check = _command(
+        commands,
+        "check",
+        run_check,
+        "does the kernel equal the policy?",
+        "Compares the rules of a namespace with a policy. Exits 0 when they are equal, 1 with the differences, one a "
+        "line, and 2 when it cannot tell. What goes around the sidecar although the rules are right is noted.",
+        """
+  tidegate redirect check --netns shop-1 --policy shop.yaml
+  tidegate redirect check --workload web""",
+    )
+    namespaces.add_options(check, required=True)
+    policies.add_options(check)
+    _add_backend(check)
+
+    _add_explain(commands)
+
+    verify_ = _command(
+        commands,
+        "verify",
+        run_verify,
+        "send probes and see where they land",
+        "Sends the first packets of connections, in both directions and families, and looks where they land. No host "
+        "outside is needed, nothing leaves the namespace, and nothing stays open. Exits 0 when nothing failed, 1 when "
+        "something did, 2 when it could not be tried.",
+        """
+  tidegate redirect verify --netns shop-1 --policy shop.yaml
+  tidegate redirect verify --workload web --json""",
+    )
+    namespaces.add_options(verify_, required=True)
+    policies.add_options(verify_)
+
+    remove = _command(
+        commands,
+        "remove",
+        run_remove,
+        "leave a namespace as it was",
+        "Takes tidegate's rules away, those of both backends; other programs' rules stay. Removing nothing is fine.",
+        """
+  tidegate redirect remove --netns shop-1""",
+    )
+    namespaces.add_options(remove, required=True)
+
+
+def run_apply(args: argparse.Namespace) -> int:
+    """Applies a policy, or prints what that would load."""
+    if args.dry_run:
+        return _dry_run(args)
+    require_root()
+    where = namespaces.of_command(args)
+    policy = _policy(args, where)
+    warnings = [*_own_namespace(where), *_managed(where, policy)]
+    for warning in warnings:
+        _warn(warning)
+    engine = Engine(args.backend)
+    applied = engine.apply(where.path, policy, adopt=args.adopt)
+    after = (*engine.gaps(where.path, policy), *_unheard(where, policy))
+    for warning in after:
+        foreign = warning in applied.foreign
+        _warn(f"{warning}; --adopt replaces it, if it is Consul's" if foreign else warning)
+    if args.json:
+        _print_json(
+            {
+                "netns": where.path,
+                "change": applied.change,
+                "backend": applied.backend,
+                "why": engine.choice.why,
+                "replaced_backend": applied.replaced_backend,
+                "adopted": applied.adopted,
+                "warnings": (*warnings, *after),
+            }
+        )
+    else:
+        print(f"{where.name}: {_applied(applied, policy)}")
+        if applied.change is not Change.REMOVED and policy.redirects_anything:
+            print(f"  backend: {applied.backend} ({engine.choice.why})")
+        if applied.replaced_backend is not None:
+            print(f"  replaced: the rules of {applied.replaced_backend}, in the same step")
+        for one in applied.adopted:
+            print(f"  adopted: {one}")
+    return 0
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Prints the rules that are there; 1 when none are."""
+    with _cannot_tell():
+        require_root()
+        where = namespaces.of_command(args)
+        engine = Engine(AUTO)
+        backend = engine.backend_of(where.path)
+        installed = engine.current(where.path)
+        blocked = block.is_blocked(where.path)
+    if args.json:
+        lines = [
+            {"list": line.hook, "line": line.name, "decided": line.packets}
+            for line in installed or ()
+        ]
+        found = {"netns": where.path, "backend": backend, "blocked": blocked, "lines": lines}
+        _print_json(found)
+    elif installed is None:
+        print(f"{where.name}: no rules of tidegate")
+    else:
+        print(f"{where.name}: {backend}")
+        tables.console().print(redirect_text.installed(installed))
+    if blocked and not args.json:
+        print(
+            f"{where.name}: blocked, nothing but loopback passes until `remove` or the agent's next success"
+        )
+    return 0 if installed is not None or blocked else 1
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Prints how the kernel differs from the policy; the exit code is the answer."""
+    with _cannot_tell():
+        require_root()
+        where = namespaces.of_command(args)
+        policy = _policy(args, where)
+        engine = _engine_of(args.backend, where)
+        differences = engine.check(where.path, policy)
+        gaps = engine.gaps(where.path, policy)
+        notes = tuple(gap for gap in gaps if gap not in differences)
+        backend = engine.backend_of(where.path)
+    if args.json:
+        _print_json(
+            {
+                "netns": where.path,
+                "equal": not differences,
+                "backend": backend,
+                "differences": differences,
+                "notes": notes,
+            }
+        )
+    else:
+        for difference in differences:
+            print(difference)
+        if not differences:
+            print(f"{where.name}: the kernel equals the policy ({backend or 'no rules'})")
+        for note in notes:
+            print(f"NOTE: {note}", file=sys.stderr)
+    return 1 if differences else 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Prints where a connection goes under a policy, without asking the kernel's rules."""
+    address, port = args.destination
+    if args.source and _version(args.source) != _version(address):
+        problem = f"{args.source} and {address} are of two families"
+        raise InputError(problem, field="--from", expected="an address of the destination's family")
+    where = namespaces.chosen(args)
+    policy = _policy(args, where)
+    direction = Direction(args.direction)
+    asked = Connection(
+        direction=direction,
+        destination=address,
+        port=port,
+        source=args.source or "",
+        interface=args.interface or _interface(direction, address, where),
+        uid=args.uid,
+        gid=args.gid,
+        mark=args.mark,
+        cgroup=args.cgroup.strip("/"),
+        protocol=args.protocol,
+        opening=not args.older,
+        forwarded=args.forwarded,
+    )
+    rules = rules_for(policy)
+    decision = explain(rules, asked)
+    goes = redirect_text.goes(policy, decision.action)
+    because = redirect_text.decided_by(rules, asked, decision)
+    lines = rules.of(direction)
+    if args.json:
+        _print_json(
+            {
+                "connection": msgspec.to_builtins(asked),
+                "goes": goes,
+                "action": _action(decision.action),
+                "line": decision.line,
+                "because": because,
+                "list": [
+                    {
+                        "line": line.name,
+                        "when": redirect_text.condition(line.matches, shown=None),
+                        "then": _action(line.action),
+                    }
+                    for line in lines
+                ],
+            }
+        )
+        return 0
+    print(f"{redirect_text.connection(asked)} {goes}")
+    print(because)
+    if args.all and lines:
+        print()
+        tables.console().print(redirect_text.lines(decision.line, lines))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Prints what became of each probe; 1 when one failed."""
+    with _cannot_tell():
+        require_root()
+        where = namespaces.of_command(args)
+        policy = _policy(args, where)
+        probes = verify(where.path, policy)
+    failed = any(probe.outcome is Outcome.FAILED for probe in probes)
+    if args.json:
+        passed = not failed
+        _print_json({"netns": where.path, "passed": passed, "probes": msgspec.to_builtins(probes)})
+    else:
+        out = tables.console()
+        for probe in probes:
+            outcome = Text(f"{probe.outcome.value.upper():<7}", OUTCOME_STYLES[probe.outcome])
+            out.print(Text.assemble(outcome, f"  {probe.name}: {probe.detail}"), soft_wrap=True)
+    return 1 if failed else 0
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    """Takes the rules of both backends away."""
+    require_root()
+    where = namespaces.of_command(args)
+    warnings = tuple(_managed(where, None))
+    for warning in warnings:
+        _warn(warning)
+    engine = Engine(AUTO)
+    backend = engine.backend_of(where.path)
+    blocked = block.is_blocked(where.path)
+    change = engine.remove(where.path)
+    if args.json:
+        removed = {"change": change, "backend": backend, "unblocked": blocked, "warnings": warnings}
+        _print_json({"netns": where.path, **removed})
+    elif change is Change.REMOVED:
+        parts = [f"the rules of {backend}"] if backend else []
+        parts += ["the block"] if blocked else []
+        print(f"{where.name}: removed {' and '.join(parts) or 'what was left of rules'}")
+    else:
+        print(f"{where.name}: unchanged, no rules of tidegate were there")
+    return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    where = namespaces.chosen(args) if args.workload is not None else None
+    policy = _policy(args, where)
+    backend = _renderer(args.backend)
+    ruleset = backend.render(rules_for(policy))
+    if args.json:
+        _print_json({"backend": backend.name, "ruleset": ruleset})
+    else:
+        sys.stdout.write(ruleset)
+    if not ruleset:
+        print("the policy redirects nothing: apply takes away what is there", file=sys.stderr)
+    return 0
+
+
+def _renderer(wanted: str) -> Backend:
+    """The backend that `apply` would use; nobody but root can try what the kernel has."""
+    if is_root():
+        return BACKENDS[choose(AUTO).backend if wanted == AUTO else BackendName(wanted)]()
+    if wanted == BackendName.IPTABLES:
+        _warn("without root nothing can be tried; this is for a kernel with IP sets")
+        return IptablesBackend(with_sets=True)
+    if wanted == AUTO:
+        _warn("without root nothing can be tried; this is for nftables")
+    return NftablesBackend()
+
+
+# Options
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:{examples}",
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=run)
+    return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Keeps the lines of the examples and folds everything else."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=[AUTO, *BACKENDS],
+        default=AUTO,
+        help="the kernel's interface for the rules (default auto: what works here, nftables first)",
+    )
+
+
+def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(
+        commands,
+        "explain",
+        run_explain,
+        "where a connection goes under a policy, and which line decides",
+        "Says what becomes of a connection that somebody opens, by the policy alone: no rules are looked at or loaded. "
+        "With a namespace its routes say which interface an outbound connection leaves by.",
+        """
+  tidegate redirect explain outbound 10.1.2.3:443 --uid 1000
+  tidegate redirect explain inbound '[fd77::2]:8080' --from fd77::1 --annotations pod.yaml --all
+  tidegate redirect explain outbound 10.96.0.10:53 --protocol udp --policy shop.yaml""",
+    )
+    parser.add_argument("direction", choices=[direction.value for direction in Direction])
+    parser.add_argument(
+        "destination", type=_endpoint, metavar="ADDRESS:PORT", help="what the client dials"
+    )
+    client = parser.add_argument_group("the connection")
+    client.add_argument(
+        "--from", dest="source", type=_address, metavar="ADDRESS", help="of the client"
+    )
+    client.add_argument(
+        "--protocol",
+        type=str.lower,
+        default="tcp",
+        metavar="NAME",
+        help="tcp (default), udp or another",
+    )
+    client.add_argument(
+        "--interface",
+        metavar="NAME",
+        help="outbound: where the routes send it; inbound: where it arrives (default: eth0, "
+        "and lo for loopback addresses)",
+    )
+    client.add_argument("--uid", type=_id_of("user", user_id), metavar="USER", help="who opens it")
+    client.add_argument("--gid", type=_id_of("group", group_id), metavar="GROUP")
+    client.add_argument("--mark", type=_mark, default=0, metavar="MARK", help="such as 0x1")
+    client.add_argument(
+        "--cgroup", default="", metavar="PATH", help="of the process, below the root of cgroup v2"
+    )
+    client.add_argument(
+        "--older", action="store_true", help="it was open before the rules were loaded"
+    )
+    client.add_argument(
+        "--forwarded", action="store_true", help="inbound: to an address that is not the workload's"
+    )
+    parser.add_argument("-v", "--all", action="store_true", help="show the whole decision list")
+    namespaces.add_options(parser, required=False)
+    policies.add_options(parser)
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    address, _, port = text.rpartition(":")
+    if ":" in address:
+        if not (address.startswith("[") and address.endswith("]")):
+            raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT; IPv6: [fd00::1]:443")
+        address = address[1:-1]
+    if not address or not port.isascii() or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 10.1.2.3:443")
+    return _address(address), int(port)
+
+
+def _address(text: str) -> str:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from error
+    if "%" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names an interface; say it by --interface")
+    return str(address)
+
+
+def _id_of(kind: str, number_of: Callable[[str], int | None]) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdecimal() else number_of(text)
+        if number is None:
+            raise argparse.ArgumentTypeError(f"this machine has no {kind} {text!r}")
+        return number
+
+    return parse
+
+
+def _mark(text: str) -> int:
+    try:
+        mark = int(text, 0)
+    except ValueError:
+        mark = -1
+    if not 0 <= mark < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a packet mark, such as 0x1 or 17")
+    return mark
+
+
+# What the options mean
+
+
+def _policy(args: argparse.Namespace, where: Target | None) -> Policy:
+    if policies.is_given(args):
+        return policies.given(args)
+    workload = where.workload if where else None
+    if workload is None:
+        return DEFAULT
+    if not workload.wanted_in_mesh:
+        _warn(f"{workload.name} is to have no sidecar; this is the policy that it would have")
+    if workload.problem:
+        _warn(f"the agent says of {workload.name}: {workload.problem}")
+    if workload.policy is not None:
+        return workload.policy
+    return policies.of_workload(workload)
+
+
+def _engine_of(wanted: str, where: Target) -> Engine:
+    """The engine of the backend that is in use there, unless one is asked for."""
+    engine = Engine(wanted)
+    used = engine.backend_of(where.path)
+    return engine if wanted != AUTO or used in (None, engine.choice.backend) else Engine(used)
+
+
+def _interface(direction: Direction, address: str, where: Target | None) -> str:
+    if direction is Direction.OUTBOUND and where is not None:
+        interface = routes.outgoing_interface(where.path, address)
+        if interface is None:
+            _warn(f"{where.name} has no route to {address}; {DEFAULT_INTERFACE} is assumed")
+        return interface or DEFAULT_INTERFACE
+    return LOOPBACK_INTERFACE if _is_loopback(address) else DEFAULT_INTERFACE
+
+
+def _version(address: str) -> int:
+    return _on_the_wire(address).version
+
+
+def _is_loopback(address: str) -> bool:
+    return _on_the_wire(address).is_loopback
+
+
+def _on_the_wire(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _own_namespace(where: Target) -> Iterator[str]:
+    if namespaces.is_own(where.path):
+        yield f"{where.name} is the network namespace of this shell: everything that runs in it is redirected"
+
+
+def _unheard(where: Target, policy: Policy) -> Iterator[str]:
+    """A warning for each port that connections are redirected to and nobody listens on."""
+    directions = (policy.inbound, policy.outbound) if policy.families else ()
+    ports = {direction.port for direction in directions if direction.enabled}
+    heard = {listener.port for listener in netns.run_in(where.path, sockets.listeners)}
+    for port in sorted(ports - heard):
+        yield f"nothing listens on port {port}: connections that are redirected there are refused"
+
+
+def _managed(where: Target, policy: Policy | None) -> Iterator[str]:
+    """A warning when an agent keeps this namespace, and by another policy than this (None: no rules)."""
+    identity = netns.identity(where.path)
+    for node in workloads.known(target.agents_of_this_machine()):
+        for one in node.workloads:
+            with contextlib.suppress(KernelError):
+                same = policy is not None and one.policy == policy
+                if netns.identity(one.netns) == identity and not same:
+                    yield (
+                        f"{one.name} belongs to the agent of {node.node}, which keeps its redirection as "
+                        "its annotations say, and takes back what is changed by hand"
+                    )
+
+
+@contextlib.contextmanager
+def _cannot_tell() -> Iterator[None]:
+    """Whatever keeps a question from being answered exits 2: 1 is an answer."""
+    try:
+        yield
+    except TidegateError as error:
+        error.exit_code = CANNOT_TELL
+        raise
+    except KernelError as error:
+        unanswered = TidegateError(str(error))
+        unanswered.exit_code = CANNOT_TELL
+        raise unanswered from error
+
+
+# Output
+
+
+def _applied(applied: Applied, policy: Policy) -> str:
+    if not policy.redirects_anything:
+        if applied.change is Change.UNCHANGED:
+            return "unchanged, the policy redirects nothing and no rules are there"
+        return "removed, the policy redirects nothing"
+    if applied.change is Change.UNCHANGED:
+        return "unchanged, the kernel follows this policy already"
+    return applied.change.value
+
+
+def _action(action: Action) -> dict[str, Any]:
+    return {"kind": type(action).__name__.lower(), **msgspec.structs.asdict(action)}
+
+
+def _warn(warning: str) -> None:
+    print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    print(json.dumps(msgspec.to_builtins(answer), indent=2))

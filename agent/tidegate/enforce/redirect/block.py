@@ -1,0 +1,217 @@
+"""Fail closed: nothing but loopback passes a workload's namespace, until it is unblocked.
+
+For a workload that has to be behind its sidecar and cannot be put there. Every packet that arrives or is sent on
+another interface than lo is dropped, before any translation, those of open connections too; they go on afterwards,
+if their ends have waited so long. Only neighbour discovery passes, so that addresses and routes stay alive. What a
+process with CAP_NET_RAW writes past the IP stack is not seen.
+
+Through nftables, in a table of its own; through the legacy tables where nf_tables is not there or refuses. Neither
+touches what redirects, nor do the backends of redirection touch this.
+"""
+
+import errno
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+from tidegate.enforce.redirect.backend import Change
+from tidegate.kernel import isolation, netns, nfnetlink, nftables, xtables
+from tidegate.kernel.errors import KernelError
+from tidegate.kernel.nfnetlink import Contents
+from tidegate.kernel.xtables import Content
+
+TABLE = "tidegate-block"
+"""Name of the nftables table, of family inet."""
+
+_FAMILY = "inet"
+_CHAINS = ("arriving", "sent")
+# The priority is before that of everything that netfilter itself does (enum nf_ip_hook_priorities).
+_RULES = f"""\
+table {_FAMILY} {TABLE}
+delete table {_FAMILY} {TABLE}
+table {_FAMILY} {TABLE} {{
+	chain arriving {{
+		type filter hook prerouting priority -1000; policy drop;
+		iifname "lo" accept
+		meta nfproto ipv6 icmpv6 type {{ 133, 134, 135, 136 }} accept
+	}}
+	chain sent {{
+		type filter hook output priority -1000; policy drop;
+		oifname "lo" accept
+		meta nfproto ipv6 icmpv6 type {{ 133, 134, 135, 136 }} accept
+	}}
+}}
+"""
+"""133 to 136: solicitation and advertisement of routers and neighbours (RFC 4861, 4)."""
+
+_LEGACY_TABLE = "raw"
+_LEGACY_CHAINS = "TIDEBLOCK_(?:IN|OUT)"
+_LEGACY = """\
+*raw
+:TIDEBLOCK_IN - [0:0]
+:TIDEBLOCK_OUT - [0:0]
+-I PREROUTING 1 -j TIDEBLOCK_IN
+-I OUTPUT 1 -j TIDEBLOCK_OUT
+-A TIDEBLOCK_IN -i lo -j RETURN
+-A TIDEBLOCK_OUT -o lo -j RETURN
+{neighbours}\
+-A TIDEBLOCK_IN -j DROP
+-A TIDEBLOCK_OUT -j DROP
+COMMIT
+"""
+_NEIGHBOURS = {
+    xtables.Family.IPV4: "",
+    xtables.Family.IPV6: "".join(
+        f"-A {chain} -p ipv6-icmp -m icmp6 --icmpv6-type {kind} -j RETURN\n"
+        for chain in ("TIDEBLOCK_IN", "TIDEBLOCK_OUT")
+        for kind in (133, 134, 135, 136)
+    ),
+}
+
+_NO_NF_TABLES = (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EINVAL, errno.EOPNOTSUPP)
+"""How a kernel without nf_tables, or without netlink for netfilter, answers."""
+
+_MOST_BYTES = 2**16
+"""More than the table has; a longer one was changed by somebody."""
+
+
+def block(netns_path: str) -> Change:
+    """Let nothing but loopback pass from now on; idempotent.
+
+    KernelError when the namespace is gone, or when the kernel takes neither kind of rules; one family may be blocked
+    then, which is better than none.
+    """
+    netns.identity(netns_path)
+    try:
+        return _block_by_nftables(netns_path)
+    except KernelError as error:
+        refused = error
+    try:
+        return _block_by_legacy_tables(netns_path)
+    except KernelError as error:
+        problem = f"{netns_path} cannot be blocked: {refused}; {error}"
+        raise KernelError(problem, refused.errno or error.errno) from error
+
+
+def unblock(netns_path: str) -> Change:
+    """Let everything pass as before the block; idempotent. Nothing of the block is left."""
+    changes = (_unblock_by_nftables(netns_path), _unblock_by_legacy_tables(netns_path))
+    return Change.REMOVED if Change.REMOVED in changes else Change.UNCHANGED
+
+
+def is_blocked(netns_path: str) -> bool:
+    """Whether nothing but loopback passes, because of `block`. KernelError when that cannot be told."""
+    present = netns.run_in(netns_path, _contents)
+    if present is not None and present == _whole():
+        return True
+    families = netns.run_in(netns_path, _families)
+    if netns.run_in(netns_path, _families_with_legacy_table) != families:
+        return False
+    wanted = _legacy_contents(families)
+    return netns.run_in(netns_path, _is_loaded, wanted)
+
+
+def _block_by_nftables(netns_path: str) -> Change:
+    whole = _whole()
+    present = netns.run_in(netns_path, _contents)
+    if present == whole:
+        return Change.UNCHANGED
+    isolation.run_in(netns_path, nftables.load, _RULES)
+    return Change.CREATED if present is None else Change.REPLACED
+
+
+def _unblock_by_nftables(netns_path: str) -> Change:
+    if netns.run_in(netns_path, _contents) is None:
+        return Change.UNCHANGED
+    nftables.prepare()
+    isolation.run_in(netns_path, nftables.load, f"delete table {_FAMILY} {TABLE}")
+    return Change.REMOVED
+
+
+def _contents() -> Contents | None:
+    """What the table of the current namespace holds; None when there is none, as without nf_tables."""
+    try:
+        return nfnetlink.contents(_FAMILY, TABLE, _CHAINS, _MOST_BYTES)
+    except KernelError as error:
+        if error.errno in _NO_NF_TABLES:
+            return None
+        raise
+
+
+@functools.cache
+def _whole() -> Contents | None:
+    """What the table holds where it was just loaded. KernelError where it cannot be loaded."""
+
+    def load() -> Contents | None:
+        nftables.load(_RULES)
+        return _contents()
+
+    return netns.run_in_new(load)
+
+
+def _block_by_legacy_tables(netns_path: str) -> Change:
+    wanted = _legacy_contents(netns.run_in(netns_path, _families))
+    return _loaded(netns_path, wanted)
+
+
+def _unblock_by_legacy_tables(netns_path: str) -> Change:
+    families = netns.run_in(netns_path, _families_with_legacy_table)
+    if not families:
+        return Change.UNCHANGED
+    return _loaded(netns_path, dict.fromkeys(families, xtables.EMPTY))
+
+
+def _families() -> tuple[xtables.Family, ...]:
+    """The families that the current namespace can have packets of."""
+    six = Path("/proc/thread-self/net/if_inet6").exists()
+    return (xtables.Family.IPV4, xtables.Family.IPV6) if six else (xtables.Family.IPV4,)
+
+
+def _families_with_legacy_table() -> tuple[xtables.Family, ...]:
+    return tuple(family for family in xtables.Family if _LEGACY_TABLE in xtables.existing(family))
+
+
+def _legacy_contents(families: Iterable[xtables.Family]) -> dict[xtables.Family, Content]:
+    """What the table should hold. KernelError where the libraries for that are missing."""
+    tables = {family: xtables.parse(_legacy_text(family)) for family in families}
+    return {
+        family: xtables.compiled(family, parsed)[_LEGACY_TABLE] for family, parsed in tables.items()
+    }
+
+
+def _legacy_text(family: xtables.Family) -> str:
+    return _LEGACY.format(neighbours=_NEIGHBOURS[family])
+
+
+def _loaded(netns_path: str, wanted: dict[xtables.Family, Content]) -> Change:
+    """Have the legacy tables of the namespace hold this of the block, and say what that changed."""
+    changes = netns.run_in(netns_path, _load, wanted)
+    for change in (Change.REPLACED, Change.CREATED, Change.REMOVED):
+        if change in changes:
+            return change
+    return Change.UNCHANGED
+
+
+def _load(wanted: dict[xtables.Family, Content]) -> list[Change]:
+    changes = []
+    with xtables.locked():
+        for family, content in wanted.items():
+            present = xtables.content(family, _LEGACY_TABLE, _LEGACY_CHAINS, {})
+            if present.equals(content):
+                changes.append(Change.UNCHANGED)
+                continue
+            xtables.replace(family, _LEGACY_TABLE, _LEGACY_CHAINS, content, {})
+            if content.is_empty:
+                changes.append(Change.REMOVED)
+            elif present.is_empty:
+                changes.append(Change.CREATED)
+            else:
+                changes.append(Change.REPLACED)
+    return changes
+
+
+def _is_loaded(wanted: dict[xtables.Family, Content]) -> bool:
+    return all(
+        xtables.content(family, _LEGACY_TABLE, _LEGACY_CHAINS, {}).equals(content)
+        for family, content in wanted.items()
+    )

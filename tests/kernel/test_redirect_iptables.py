@@ -1,0 +1,952 @@
+"""Redirection by the legacy tables: what is loaded, what counts as drift, and what is never touched.
+
+Where each kind of connection lands under each policy is in test_redirect_matrix.py, for all backends.
+"""
+
+import fcntl
+import os
+import re
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from namespaces import (
+    DEADLINE_S,
+    dial,
+    echoes,
+    landing,
+    namespace,
+    open_descriptors,
+    pair_of,
+    serving,
+)
+
+from tidegate.enforce.redirect.backend import Change
+from tidegate.enforce.redirect.iptables import IptablesBackend
+from tidegate.enforce.redirect.nftables import NftablesBackend
+from tidegate.enforce.redirect.rules import (
+    Hook,
+    Line,
+    OfProtocol,
+    Rules,
+    ToPort,
+    Tproxy,
+    Zone,
+    rules_for,
+)
+from tidegate.intent.policy import (
+    DEFAULT,
+    Dns,
+    Family,
+    IdRange,
+    Inbound,
+    Mark,
+    Mode,
+    Outbound,
+    Policy,
+    PortRange,
+    Protocol,
+    Proxy,
+    UserPorts,
+)
+from tidegate.kernel import cgroups, ipset, netns, xtables
+from tidegate.kernel.errors import KernelError
+
+INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 5432
+PORTS = (INBOUND, OUTBOUND, APP, OTHER)
+PROXY_UID = 5995
+
+
+def ports(*numbers):
+    return tuple(PortRange(number, number) for number in numbers)
+
+
+def excluding_ports(*numbers):
+    return Policy(outbound=Outbound(exclude_ports=ports(*numbers)))
+
+
+MANY_PORTS = tuple(range(1, 2001, 2))
+MANY = Policy(
+    outbound=Outbound(
+        exclude_ports=ports(*MANY_PORTS, APP),
+        exclude_cidrs=("192.0.2.0/24", "198.51.100.7/32", "2001:db8::/32", "2001:db9::1/128"),
+    )
+)
+IPV4_ONLY = Policy(families=(Family.IPV4,))
+IPV6_ONLY = Policy(families=(Family.IPV6,))
+NOTHING = Policy(inbound=Inbound(enabled=False), outbound=Outbound(enabled=False))
+WITH_ALL_TABLES = Policy(dns=Dns(enabled=True), drop_invalid=True)
+BACKENDS = [IptablesBackend(with_sets=True), IptablesBackend(with_sets=False)]
+WITH_AND_WITHOUT_SETS = pytest.mark.parametrize(
+    "backend", BACKENDS, ids=["with sets", "without sets"]
+)
+
+
+def apply(netns_path, policy, backend=None):
+    return (backend or IptablesBackend()).apply(netns_path, rules_for(policy))
+
+
+def check(netns_path, policy, backend=None):
+    return (backend or IptablesBackend()).check(netns_path, rules_for(policy))
+
+
+def remove(netns_path):
+    return IptablesBackend().remove(netns_path)
+
+
+def lines(netns_path):
+    return {line.name: line.packets for line in IptablesBackend().current(netns_path)}
+
+
+def run(netns_path, *arguments, text=None):
+    process = netns.spawn(
+        netns_path, arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != "XTABLES_LOCKFILE"},
+    )  # fmt: skip
+    output, problem = process.communicate(text and text.encode(), timeout=DEADLINE_S)
+    assert process.returncode == 0, problem
+    return output.decode()
+
+
+def sh(netns_path, command):
+    return run(netns_path, "sh", "-ec", command)
+
+
+def saved(netns_path, family="ip"):
+    """What iptables-legacy-save tells of the tables that are there, without counters and times."""
+    listed = run(netns_path, f"{family}tables-legacy-save")
+    rows = (re.sub(r"\[\d+:\d+\]", "", row) for row in listed.splitlines())
+    return [row for row in rows if not row.startswith("#")]
+
+
+def ruleset(netns_path):
+    return saved(netns_path), saved(netns_path, "ip6"), set_names(netns_path)
+
+
+def set_names(netns_path):
+    return run(netns_path, "ipset", "list", "-n").split()
+
+
+def tables(netns_path):
+    """The legacy tables that exist."""
+    return {
+        family.value: netns.run_in(netns_path, xtables.existing, family)
+        for family in xtables.Family
+    }
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """A pair with servers on all ports of both ends; each test applies a policy of its own."""
+    with pair_of() as pair, serving(pair.pod, "pod", PORTS), serving(pair.peer, "peer", PORTS):
+        yield pair
+
+
+@pytest.fixture
+def redirected(lab):
+    assert apply(lab.pod, DEFAULT) is Change.CREATED
+    yield lab
+    remove(lab.pod)
+
+
+@pytest.fixture
+def pod(new_namespace):
+    """A namespace without interfaces, for tests without traffic."""
+    return new_namespace()
+
+
+@contextmanager
+def cgroup(name):
+    """A new cgroup below the root of cgroup v2."""
+    place = cgroups.mounted_at() / name
+    place.mkdir()
+    try:
+        yield name
+    finally:
+        place.rmdir()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+class TestBothFamilies:
+    def test_outbound_goes_to_the_sidecar_which_learns_what_was_dialled(self, redirected, version):
+        address = redirected.peer_address(version)
+        landed = landing(redirected.pod, address, APP)
+        assert (landed.server, landed.port) == ("pod", OUTBOUND)
+        assert landed.original == (address, APP)
+
+    def test_inbound_goes_to_the_sidecar_which_learns_what_was_dialled(self, redirected, version):
+        address = redirected.pod_address(version)
+        landed = landing(redirected.peer, address, APP)
+        assert (landed.server, landed.port) == ("pod", INBOUND)
+        assert landed.original == (address, APP)
+
+    def test_the_sidecars_own_connections_go_where_it_dials(self, redirected, version):
+        out = landing(redirected.pod, redirected.peer_address(version), APP, uid=PROXY_UID)
+        assert (out.server, out.port) == ("peer", APP)
+
+    def test_connections_that_are_older_than_the_first_rules_live_on(self, lab, version):
+        with ExitStack() as stack:
+            out, _ = dial(lab.pod, lab.peer_address(version), APP)
+            stack.enter_context(out)
+            into, _ = dial(lab.peer, lab.pod_address(version), APP)
+            stack.enter_context(into)
+            assert apply(lab.pod, DEFAULT) is Change.CREATED
+            stack.callback(remove, lab.pod)
+            for _ in range(3):
+                assert echoes(out)
+                assert echoes(into)
+
+    def test_rules_that_come_back_know_nothing_of_connections_from_before(self, lab, version):
+        address, port = lab.peer_address(version), 40_002
+        apply(lab.pod, DEFAULT)
+        before, landed = dial(lab.pod, address, APP, source_port=port)
+        assert landed.server == "pod"
+        before.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        before.close()
+        remove(lab.pod)
+        direct, landed = dial(lab.pod, address, APP, source_port=port)
+        with direct:
+            assert landed.server == "peer"
+            assert apply(lab.pod, DEFAULT) is Change.CREATED
+            try:
+                for _ in range(3):
+                    assert echoes(direct)
+            finally:
+                remove(lab.pod)
+
+    @WITH_AND_WITHOUT_SETS
+    def test_excluded_ports_and_networks_are_left_alone_with_sets_and_without(
+        self, lab, version, backend
+    ):
+        peer = lab.peer_address(version)
+        networks = (f"{peer}/{32 if version == 4 else 128}", "192.0.2.0/24", "2001:db8::/32")
+        by_network = Policy(outbound=Outbound(exclude_cidrs=networks))
+        seen = []
+        try:
+            for policy in (MANY, by_network):
+                apply(lab.pod, policy, backend)
+                seen += [landing(lab.pod, peer, port).server for port in (APP, OTHER)]
+        finally:
+            remove(lab.pod)
+        assert seen == ["peer", "pod", "peer", "peer"]
+
+
+@pytest.fixture
+def every_policy():
+    """Policies that use every criterion and every action, by name."""
+    with cgroup(f"tg-xt-{os.getpid()}") as path:
+        yield {
+            "proxy": Policy(
+                proxy=Proxy(
+                    uids=(1, 2, 7),
+                    gids=(3, 9),
+                    mark=Mark(0x10, 0xF0),
+                    cgroup=path,
+                    self_calls_inbound=True,
+                )
+            ),
+            "whole mark": Policy(proxy=Proxy(uids=(), mark=Mark(5))),
+            "dns": WITH_ALL_TABLES,
+            "dns of some": Policy(dns=Dns(enabled=True, resolvers=("10.0.0.1", "10.0.0.9", "fd00::1"))),
+            "tproxy": Policy(mode=Mode.TPROXY, drop_invalid=True),
+            "including": Policy(
+                inbound=Inbound(include_ports=ports(1, 5), include_interfaces=("eth0", "eth1")),
+                outbound=Outbound(
+                    include_ports=ports(9),
+                    include_cidrs=("10.0.0.0/8", "192.0.2.0/24", "fd00::/8"),
+                    include_interfaces=("a", "b"),
+                ),
+            ),
+            "excluding": Policy(
+                inbound=Inbound(
+                    exclude_cidrs=("0.0.0.0/0", "::/0"),
+                    exclude_interfaces=("a", "b-c.d@e", "fifteen-letters"),
+                    direct_probes=True,
+                    node_addresses=("10.0.0.1/32", "fd00::1/128"),
+                ),
+                outbound=Outbound(
+                    exclude_gids=(IdRange(0, 4294967294),),
+                    exclude_uids=(IdRange(0, 1), IdRange(4294967294, 4294967294)),
+                    exclude_ports=(*(PortRange(port, port + 2) for port in range(1, 99, 4)), PortRange(30000, 65535)),
+                    exclude_cidrs=("10.0.0.0/9", "172.16.0.1/32", "fd00:1::/33", "fd00:2::1/128"),
+                    exclude_user_ports=(
+                        UserPorts((Protocol.TCP,), ports(5, 8), (IdRange(1, 1), IdRange(3, 4))),
+                        UserPorts((Protocol.TCP, Protocol.UDP), ports(5), (IdRange(1, 1),)),
+                    ),
+                ),
+            ),
+        }  # fmt: skip
+
+
+@WITH_AND_WITHOUT_SETS
+@pytest.mark.parametrize("families", [(Family.IPV4, Family.IPV6), (Family.IPV4,), (Family.IPV6,)])
+def test_everything_that_a_policy_can_say_the_kernel_takes_and_keeps(
+    pod, every_policy, families, backend
+):
+    for policy in every_policy.values():
+        rules = rules_for(msgspec.structs.replace(policy, families=families))
+        assert backend.apply(pod, rules) in (Change.CREATED, Change.REPLACED)
+        assert backend.check(pod, rules) == ()
+        assert backend.apply(pod, rules) is Change.UNCHANGED
+        installed = {(line.hook, line.name) for line in backend.current(pod)}
+        assert installed == {(hook, line.name) for hook, found in rules.lists for line in found}
+
+
+@WITH_AND_WITHOUT_SETS
+def test_what_is_loaded_is_what_the_programs_make_of_the_text(new_namespace, every_policy, backend):
+    for policy in every_policy.values():
+        mine, theirs = new_namespace(), new_namespace()
+        backend.apply(mine, rules_for(policy))
+        sections = re.split(r"^# (sets|ip6?)$", backend.render(rules_for(policy)), flags=re.M)
+        for name, section in zip(sections[1::2], sections[2::2], strict=True):
+            if name == "sets":
+                run(theirs, "ipset", "restore", text=section)
+            else:
+                run(theirs, f"{name}tables-legacy-restore", "--noflush", text=section)
+        assert ruleset(mine) == ruleset(theirs)
+
+
+def test_lines_are_told_in_the_order_of_the_policy_with_the_packets_of_both_families(redirected):
+    before = lines(redirected.pod)
+    for version in (4, 6):
+        landing(redirected.pod, redirected.peer_address(version), APP, uid=PROXY_UID)
+        landing(redirected.pod, redirected.peer_address(version), APP)
+        landing(redirected.pod, redirected.pod_address(version), APP)
+        landing(redirected.peer, redirected.pod_address(version), APP)
+    after = lines(redirected.pod)
+    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert grown == {
+        "proxy": 2,
+        "to-outbound-listener": 2,
+        "own-address": 2,
+        "to-inbound-listener": 2,
+    }
+    wanted = [line.name for _, listed in rules_for(DEFAULT).lists for line in listed]
+    assert [line.name for line in IptablesBackend().current(redirected.pod)] == wanted
+
+
+def test_a_rule_that_only_leads_on_to_the_rest_of_the_list_counts_for_no_line(lab):
+    apply(lab.pod, WITH_ALL_TABLES)
+    try:
+        before = lines(lab.pod)
+        for version in (4, 6):
+            landing(lab.pod, lab.peer_address(version), APP)
+        after = lines(lab.pod)
+    finally:
+        remove(lab.pod)
+    assert after["to-outbound-listener"] - before["to-outbound-listener"] == 2
+    assert after["other-protocol"] == before["other-protocol"]
+
+
+def test_an_unchanged_policy_changes_nothing_and_keeps_the_counters(redirected):
+    landing(redirected.pod, redirected.peer_ipv4, APP)
+    before = run(redirected.pod, "iptables-legacy-save", "-c", "-t", "nat").splitlines()[1:-1]
+    assert any(re.match(r"\[[1-9].* to-outbound-listener", row) for row in before)
+    assert apply(redirected.pod, DEFAULT) is Change.UNCHANGED
+    assert check(redirected.pod, DEFAULT) == ()
+    after = run(redirected.pod, "iptables-legacy-save", "-c", "-t", "nat").splitlines()[1:-1]
+    assert after == before
+
+
+def test_open_connections_live_through_a_change_of_the_policy(redirected):
+    with ExitStack() as stack:
+        out, landed = dial(redirected.pod, redirected.peer_ipv4, APP)
+        stack.enter_context(out)
+        into, _ = dial(redirected.peer, redirected.pod_ipv6, APP)
+        stack.enter_context(into)
+        assert (landed.server, landed.port) == ("pod", OUTBOUND)
+        assert apply(redirected.pod, MANY) is Change.REPLACED
+        assert echoes(out)
+        assert echoes(into)
+        assert landing(redirected.pod, redirected.peer_ipv4, APP).server == "peer"
+
+
+OUR_SET = "$(ipset list -n | grep excluded-port)"
+DRIFTS = {
+    "iptables-legacy -t nat -A TIDEGATE_OUTBOUND -p tcp --dport 1 -j ACCEPT":
+        "line without a name of chain TIDEGATE_OUTBOUND in table nat of ip is there and should not be",
+    "ip6tables-legacy -t nat -I TIDEGATE_INBOUND -p tcp -m comment --comment not-tcp -j ACCEPT":
+        "line not-tcp of chain TIDEGATE_INBOUND in table nat of ip6 is "
+        "'-p tcp -m comment --comment not-tcp -j ACCEPT', "
+        "should be '! -p tcp -m comment --comment not-tcp -j RETURN'",
+    "iptables-legacy -t nat -F TIDEGATE_INBOUND":
+        "line to-inbound-listener of chain TIDEGATE_INBOUND in table nat of ip is missing",
+    "iptables-legacy -t nat -R TIDEGATE_OUTBOUND 3 -m owner --uid-owner 1 -m comment --comment proxy -j RETURN":
+        "line proxy of chain TIDEGATE_OUTBOUND in table nat of ip is "
+        "'-m owner --uid-owner 1 -m comment --comment proxy -j RETURN', "
+        "should be '-m owner --uid-owner 5995 -m comment --comment proxy -j RETURN'",
+    "iptables-legacy -t nat -R TIDEGATE_OUTBOUND 4 -p tcp -m set ! --match-set $(ipset list -n | grep excluded-port) "
+    "dst -m comment --comment excluded-port -j RETURN":
+        "line excluded-port of chain TIDEGATE_OUTBOUND in table nat of ip is '-p tcp -m set ! --match-set tidegate-",
+    "iptables-legacy -t nat -D OUTPUT -j TIDEGATE_OUTBOUND":
+        "rule 1 of OUTPUT in table nat of ip is not '-j TIDEGATE_OUTBOUND'",
+    "iptables-legacy -t nat -I OUTPUT -j ACCEPT":
+        "rule 2 of OUTPUT in table nat of ip is '-j TIDEGATE_OUTBOUND' and should not be",
+    "iptables-legacy -t nat -R OUTPUT 1 -p udp -j TIDEGATE_OUTBOUND":
+        "rule 1 of OUTPUT in table nat of ip is '-p udp -j TIDEGATE_OUTBOUND' and should not be",
+    "iptables-legacy -t nat -A PREROUTING -j TIDEGATE_INBOUND":
+        "rule 2 of PREROUTING in table nat of ip is '-j TIDEGATE_INBOUND' and should not be",
+    "iptables-legacy -t nat -N TIDEGATE_OUTBOUND_7":
+        "chain TIDEGATE_OUTBOUND_7 in table nat of ip is there and should not be",
+    "iptables-legacy -t mangle -N TIDEGATE_TPROXY":
+        "chain TIDEGATE_TPROXY in table mangle of ip is there and should not be",
+    "iptables-legacy -t nat -F; iptables-legacy -t nat -X":
+        "chain TIDEGATE_OUTBOUND in table nat of ip is missing",
+    "ipset add $(ipset list -n | grep excluded-port) 65000": "set tidegate-",
+    "ipset del $(ipset list -n | grep excluded-port) 1": "set tidegate-",
+    "ipset flush": "set tidegate-",
+    "ipset create tidegate-left hash:ip": "set tidegate-left is there and should not be",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", DRIFTS)
+def test_drift_is_named_and_repaired(pod, command):
+    apply(pod, MANY)
+    before = ruleset(pod)
+    sh(pod, command)
+    differences = check(pod, MANY)
+    assert any(one.startswith(DRIFTS[command]) for one in differences), differences
+    assert apply(pod, MANY) is Change.REPLACED
+    assert check(pod, MANY) == ()
+    ours = [[row for row in rows if "TIDEGATE" in row] for rows in before[:2]]
+    assert [[row for row in rows if "TIDEGATE" in row] for rows in ruleset(pod)[:2]] == ours
+    assert set_names(pod) == before[2]
+
+
+def test_drift_of_a_set_is_told_by_its_entries(pod):
+    apply(pod, MANY)
+    name = next(name for name in set_names(pod) if name.endswith("excluded-port"))
+    sh(pod, f"ipset add {name} 65000; ipset del {name} 1999")
+    assert check(pod, MANY) == (
+        f"set {name} holds 65000 and should not",
+        f"set {name} does not hold 1999",
+    )
+
+
+def test_lines_in_another_order_are_drift(pod):
+    apply(pod, DEFAULT)
+    first, second = (row for row in saved(pod) if re.search("comment (proxy|own-address)", row))
+    sh(pod, f"iptables-legacy -t nat {first.replace('-A', '-D', 1)}")
+    at = 1 + [row for row in saved(pod) if row.startswith("-A TIDEGATE_OUTBOUND")].index(second)
+    words = first.removeprefix("-A TIDEGATE_OUTBOUND ")
+    sh(pod, f"iptables-legacy -t nat -I TIDEGATE_OUTBOUND {at + 1} {words}")
+    assert check(pod, DEFAULT) == (
+        "the lines of chain TIDEGATE_OUTBOUND in table nat of ip are in another order",
+    )
+    assert apply(pod, DEFAULT) is Change.REPLACED
+    assert check(pod, DEFAULT) == ()
+
+
+def test_invalid_packets_are_dropped_before_a_proxy_can_take_them(pod):
+    apply(pod, Policy(mode=Mode.TPROXY, drop_invalid=True))
+    jumps = [row for row in saved(pod) if row.startswith("-A PREROUTING")]
+    assert jumps == ["-A PREROUTING -j TIDEGATE_INVALID", "-A PREROUTING -j TIDEGATE_TPROXY"]
+
+
+def test_rules_chains_and_sets_of_others_stay_as_they_are_with_their_counters(pod):
+    for family in ("ip", "ip6"):
+        sh(
+            pod,
+            f"""{family}tables-legacy -t nat -N TIDEGATE_OTHER; {family}tables-legacy -t nat -N MINE
+            {family}tables-legacy -t nat -A OUTPUT -c 7 8 -m owner --uid-owner 5 -j MINE
+            {family}tables-legacy -t nat -A PREROUTING -p tcp --dport 99 -m comment --comment proxy -j ACCEPT
+            {family}tables-legacy -t nat -A MINE -c 3 4 -j TIDEGATE_OTHER
+            {family}tables-legacy -t filter -P INPUT DROP
+            {family}tables-legacy -t filter -A OUTPUT -j DROP
+            {family}tables-legacy -t mangle -A PREROUTING -j MARK --set-mark 3""",
+        )
+    sh(pod, "ipset create other hash:ip; ipset add other 192.0.2.1")
+
+    def everything():
+        kept = [run(pod, f"{family}tables-legacy-save", "-c") for family in ("ip", "ip6")]
+        rows = [row for text in kept for row in text.splitlines() if not row.startswith("#")]
+        return rows, run(pod, "ipset", "save")
+
+    sh(pod, "iptables-legacy -t raw -S; ip6tables-legacy -t raw -S")
+    before = everything()
+    assert apply(pod, MANY) is Change.CREATED
+    assert apply(pod, WITH_ALL_TABLES) is Change.REPLACED
+    assert apply(pod, IPV4_ONLY) is Change.REPLACED
+    assert apply(pod, Policy(mode=Mode.TPROXY)) is Change.REPLACED
+    assert remove(pod) is Change.REMOVED
+    assert everything() == before
+    assert remove(pod) is Change.UNCHANGED
+    assert IptablesBackend().current(pod) is None
+
+
+def test_what_the_programs_of_nf_tables_wrote_is_not_touched(pod):
+    sh(
+        pod,
+        "iptables-nft -t nat -N TIDEGATE_OUTBOUND; iptables-nft -t nat -A OUTPUT -j TIDEGATE_OUTBOUND",
+    )
+    before = run(pod, "nft", "list", "ruleset")
+    assert apply(pod, MANY) is Change.CREATED
+    assert remove(pod) is Change.REMOVED
+    assert run(pod, "nft", "list", "ruleset") == before
+
+
+@pytest.mark.parametrize("policy", [NOTHING, Policy(families=())])
+def test_a_policy_that_redirects_nothing_takes_everything_away(pod, policy):
+    assert apply(pod, policy) is Change.UNCHANGED
+    assert tables(pod) == {"ip": set(), "ip6": set()}
+    apply(pod, MANY)
+    assert "chain TIDEGATE_OUTBOUND in table nat of ip is there and should not be" in check(
+        pod, policy
+    )
+    assert apply(pod, policy) is Change.REMOVED
+    assert check(pod, policy) == ()
+    assert set_names(pod) == []
+    assert not any("TIDEGATE" in row for rows in ruleset(pod) for row in rows)
+
+
+def test_redirected_connections_go_on_when_another_backend_has_taken_over(redirected):
+    # By itself the kernel tracks connections only as long as some rule needs it.
+    with ExitStack() as stack:
+        out = stack.enter_context(dial(redirected.pod, redirected.peer_ipv4, APP)[0])
+        stack.callback(NftablesBackend().remove, redirected.pod)
+        NftablesBackend().apply(redirected.pod, rules_for(DEFAULT))
+        assert IptablesBackend().withdraw(redirected.pod) is Change.REMOVED
+        assert IptablesBackend().withdraw(redirected.pod) is Change.UNCHANGED
+        assert echoes(out)
+
+
+class TestOneFamily:
+    @pytest.mark.parametrize(("policy", "touched"), [(IPV4_ONLY, "ip"), (IPV6_ONLY, "ip6")])
+    def test_a_family_that_is_off_gets_no_table(self, pod, policy, touched):
+        for _ in range(2):
+            assert apply(pod, policy) is Change.CREATED
+            assert apply(pod, policy) is Change.UNCHANGED
+            assert check(pod, policy) == ()
+            assert IptablesBackend().current(pod)
+            assert remove(pod) is Change.REMOVED
+        assert tables(pod) == {"ip": set(), "ip6": set(), touched: {"nat"}}
+
+    def test_looking_and_removing_make_no_table(self, pod):
+        assert check(pod, DEFAULT)
+        assert IptablesBackend().current(pod) is None
+        assert remove(pod) is Change.UNCHANGED
+        assert tables(pod) == {"ip": set(), "ip6": set()}
+
+    def test_a_family_that_is_switched_off_loses_its_rules(self, lab):
+        apply(lab.pod, DEFAULT)
+        try:
+            assert apply(lab.pod, IPV4_ONLY) is Change.REPLACED
+            assert landing(lab.pod, lab.peer_ipv4, APP).server == "pod"
+            assert landing(lab.pod, lab.peer_ipv6, APP).server == "peer"
+        finally:
+            remove(lab.pod)
+
+
+class TestSets:
+    def test_a_thousand_excluded_ports_are_one_rule(self, pod):
+        assert apply(pod, excluding_ports(*MANY_PORTS)) is Change.CREATED
+        rows = [row for row in saved(pod) if "--comment excluded-port" in row]
+        assert len(rows) == 1
+        assert apply(pod, excluding_ports(*MANY_PORTS)) is Change.UNCHANGED
+        assert len(set_names(pod)) == 1
+
+    def test_without_sets_they_are_as_few_rules_as_multiport_takes(self, pod):
+        backend = IptablesBackend(with_sets=False)
+        assert apply(pod, excluding_ports(*MANY_PORTS), backend) is Change.CREATED
+        rows = [row for row in saved(pod) if "--comment excluded-port" in row]
+        assert len(rows) == 67
+        assert set_names(pod) == []
+        assert check(pod, excluding_ports(*MANY_PORTS), backend) == ()
+
+    def test_a_change_of_a_list_leaves_no_old_set(self, pod):
+        apply(pod, excluding_ports(*MANY_PORTS))
+        before = set_names(pod)
+        assert apply(pod, excluding_ports(*MANY_PORTS[1:])) is Change.REPLACED
+        assert len(set_names(pod)) == 1
+        assert set_names(pod) != before
+
+    def test_a_set_is_repaired_in_place_and_the_rules_are_not_touched(self, pod):
+        apply(pod, MANY)
+        sh(
+            pod,
+            f"ipset flush {OUR_SET}; iptables-legacy -t nat -Z; ipset create tidegate-spare hash:ip",
+        )
+        before = saved(pod)
+        assert apply(pod, MANY) is Change.REPLACED
+        assert saved(pod) == before
+        assert check(pod, MANY) == ()
+
+    def test_what_a_crash_left_goes_with_the_next_call(self, pod):
+        netns.run_in(pod, ipset.create, [ipset.Set("tidegate-left", ipset.Kind.PORTS, ("1",))])
+        assert apply(pod, DEFAULT) is Change.REPLACED
+        assert set_names(pod) == []
+        netns.run_in(pod, ipset.create, [ipset.Set("tidegate-left", ipset.Kind.PORTS, ())])
+        assert remove(pod) is Change.REMOVED
+        assert set_names(pod) == []
+
+    def test_a_set_that_the_kernel_refuses_leaves_none_of_the_others(self, pod, monkeypatch):
+        apply(pod, WITH_ALL_TABLES)
+        before = ruleset(pod)
+        add = ipset._add
+
+        def refuse_networks(sets, one, entries):
+            if one.kind is ipset.Kind.IPV6_NETWORKS:
+                raise KernelError("too many")
+            add(sets, one, entries)
+
+        monkeypatch.setattr(ipset, "_add", refuse_networks)
+        with pytest.raises(KernelError, match="too many"):
+            apply(pod, MANY)
+        assert ruleset(pod) == before
+
+    def test_sets_are_read_as_they_were_made(self, pod):
+        made = [
+            ipset.Set(
+                "a", ipset.Kind.PORTS, ("0", *map(str, MANY_PORTS[1:]), "2001-60000", "65535")
+            ),
+            ipset.Set("b", ipset.Kind.IPV4_NETWORKS, ("0.0.0.0/1", "192.0.2.1/32")),
+            ipset.Set("c", ipset.Kind.IPV6_NETWORKS, ("2001:db8::/32", "fd00::1/128")),
+        ]
+        netns.run_in(pod, ipset.create, made)
+        sh(pod, "ipset create d hash:ip; ipset create e bitmap:port range 1-5")
+        found = netns.run_in(pod, ipset.found, "")
+        assert [one.set for one in found][:3] == made
+        assert found[3] == ipset.Found("d", found[3].index, None)
+
+    @pytest.mark.parametrize(
+        ("function", "arguments", "problem"),
+        [
+            (ipset.destroy, ["nowhere"], "cannot destroy the set nowhere: No such file"),
+            (ipset.create, [ipset.Set("x" * 32, ipset.Kind.PORTS, ())], "cannot create the set x"),
+            (ipset.create, [ipset.Set("x", ipset.Kind.IPV4_NETWORKS, ("::/1",))], "cannot fill the set x"),
+        ],
+    )  # fmt: skip
+    def test_what_the_kernel_refuses_is_an_error_that_names_the_set(
+        self, pod, function, arguments, problem
+    ):
+        with pytest.raises(KernelError, match=problem):
+            netns.run_in(pod, function, arguments)
+
+
+TCP, UDP = OfProtocol((Protocol.TCP,)), OfProtocol((Protocol.UDP,))
+REFUSED_LATE = Rules(
+    families=(Family.IPV4, Family.IPV6),
+    lists=(
+        # TPROXY is for the table mangle: nat refuses it, when raw is loaded already.
+        (Hook.OUTBOUND, (Line("bad", (TCP, ToPort(ports(*range(1, 99, 2)))), Tproxy(1)),)),
+        (Hook.DNS_ZONE, (Line("good", (UDP,), Zone(3)),)),
+    ),
+)
+
+
+@pytest.mark.parametrize("policy", [MANY, WITH_ALL_TABLES, NOTHING])
+def test_a_table_that_the_kernel_refuses_leaves_the_old_rules_everywhere(pod, policy):
+    apply(pod, policy)
+    for family in ("ip", "ip6"):
+        sh(pod, f"for table in raw mangle nat; do {family}tables-legacy -t $table -S; done")
+    before = ruleset(pod)
+    with pytest.raises(KernelError, match="cannot change table nat of ip: Invalid argument"):
+        IptablesBackend().apply(pod, REFUSED_LATE)
+    assert ruleset(pod) == before
+    assert check(pod, policy) == ()
+
+
+def test_a_table_that_cannot_be_taken_back_either_is_told(pod, monkeypatch):
+    replace = xtables.replace
+    loaded = []
+
+    def refuse_the_second_time(*arguments):
+        place = arguments[:2]
+        if place in loaded:
+            raise KernelError("no more")
+        loaded.append(place)
+        replace(*arguments)
+
+    monkeypatch.setattr(xtables, "replace", refuse_the_second_time)
+    with pytest.raises(KernelError, match=r"Invalid argument; and what was .* taken back: no more"):
+        IptablesBackend().apply(pod, REFUSED_LATE)
+
+
+def test_what_is_added_comes_before_what_goes(pod, monkeypatch):
+    replace = xtables.replace
+    order = []
+
+    def recording(family, table, *arguments):
+        order.append(f"{family} {table}")
+        replace(family, table, *arguments)
+
+    monkeypatch.setattr(xtables, "replace", recording)
+
+    def steps(policy):
+        order.clear()
+        apply(pod, msgspec.structs.replace(policy, families=(Family.IPV4,)))
+        return order[:]
+
+    assert steps(WITH_ALL_TABLES) == ["ip raw", "ip mangle", "ip nat"]
+    assert steps(Policy(mode=Mode.TPROXY, drop_invalid=True)) == ["ip mangle", "ip nat", "ip raw"]
+    assert steps(Policy(drop_invalid=True)) == ["ip nat", "ip mangle"]
+    assert steps(NOTHING) == ["ip nat", "ip mangle"]
+
+
+class TestOtherProgramsAtTheSameTime:
+    def test_a_rule_that_comes_between_reading_and_loading_is_kept(self, pod, monkeypatch):
+        edit = xtables._edit
+        raced = []
+
+        def edit_late(*arguments):
+            edit(*arguments)
+            if len(raced) < 3:
+                raced.append(1)
+                sh(pod, "iptables-legacy -t nat -A OUTPUT -p tcp --dport 9 -j ACCEPT")
+
+        with xtables_lock_elsewhere(monkeypatch):
+            monkeypatch.setattr(xtables, "_edit", edit_late)
+            assert apply(pod, IPV4_ONLY) is Change.CREATED
+        assert check(pod, IPV4_ONLY) == ()
+        others = [row for row in saved(pod) if row == "-A OUTPUT -p tcp -m tcp --dport 9 -j ACCEPT"]
+        assert len(others) == 3
+
+    def test_a_table_that_changes_all_the_time_is_given_up(self, pod, monkeypatch):
+        monkeypatch.setattr(xtables._Handle, "commit", lambda self: False)
+        with pytest.raises(
+            KernelError, match="table nat of ip is being changed by another program"
+        ):
+            apply(pod, DEFAULT)
+
+    def test_the_lock_is_waited_for(self, pod, monkeypatch):
+        with xtables_lock_elsewhere(monkeypatch) as lock, ThreadPoolExecutor(1) as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = threading.Event()
+            wait_for = xtables._wait_for
+            monkeypatch.setattr(
+                xtables, "_wait_for", lambda *arguments: (waiting.set(), wait_for(*arguments))
+            )
+            applied = pool.submit(apply, pod, DEFAULT)
+            assert waiting.wait(DEADLINE_S)
+            assert IptablesBackend().current(pod) is None
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert applied.result(DEADLINE_S) is Change.CREATED
+
+    def test_a_lock_that_is_held_too_long_is_named_and_nothing_is_changed(self, pod, monkeypatch):
+        apply(pod, DEFAULT)
+        with xtables_lock_elsewhere(monkeypatch) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            monkeypatch.setattr(xtables, "LOCK_WAIT_S", 0.05)
+            problem = f"another program holds the xtables lock {re.escape(lock.name)} for 0.05 s"
+            with pytest.raises(KernelError, match=problem):
+                apply(pod, MANY)
+            # What changes nothing needs no lock.
+            assert apply(pod, DEFAULT) is Change.UNCHANGED
+        assert check(pod, DEFAULT) == ()
+        assert set_names(pod) == []
+
+    def test_a_lock_file_that_is_not_there_is_made_for_the_owner_alone(self, tmp_path, monkeypatch):
+        path = tmp_path / "lock"
+        monkeypatch.setenv("XTABLES_LOCKFILE", str(path))
+        with xtables.locked():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "no" / "lock"))
+        problem = f"cannot open the xtables lock {tmp_path}/no/lock: No such"
+        with pytest.raises(KernelError, match=problem), xtables.locked():
+            pass
+
+    def test_iptables_waits_for_us_as_well(self, pod):
+        with xtables.locked():
+            process = netns.spawn(
+                pod,
+                ["iptables-legacy", "-w", "1", "-t", "nat", "-S"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            _, problem = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 4
+        assert b"xtables lock" in problem
+
+    def test_a_jump_from_somebody_elses_chain_is_told_and_goes_and_the_chain_stays(self, pod):
+        apply(pod, IPV4_ONLY)
+        sh(
+            pod,
+            "iptables-legacy -t nat -N MINE; iptables-legacy -t nat -A MINE -j TIDEGATE_OUTBOUND",
+        )
+        assert check(pod, IPV4_ONLY) != ()
+        assert remove(pod) is Change.REMOVED
+        assert "-N MINE" in sh(pod, "iptables-legacy -t nat -S")
+
+
+@contextmanager
+def xtables_lock_elsewhere(monkeypatch):
+    """A lock file that only this test has, so that iptables-legacy does not wait for it."""
+    path = Path(f"/run/tg-xt-{os.getpid()}.lock")
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(path))
+    try:
+        with path.open("w") as lock:
+            yield lock
+    finally:
+        path.unlink()
+
+
+def test_a_cgroup_that_is_made_anew_under_its_name_is_a_difference(pod):
+    name = f"tg-xt-{os.getpid()}-anew"
+    policy = Policy(proxy=Proxy(uids=(), cgroup=name), families=(Family.IPV4,))
+    with cgroup(name):
+        apply(pod, policy)
+        assert check(pod, policy) == ()
+    with cgroup(name):
+        (difference,) = check(pod, policy)
+        assert difference.startswith(
+            "line proxy-cgroup of chain TIDEGATE_OUTBOUND in table nat of ip is"
+        )
+        assert apply(pod, policy) is Change.REPLACED
+        assert check(pod, policy) == ()
+    for attempt in (apply, check):
+        with pytest.raises(KernelError, match=f"there is no cgroup {name}"):
+            attempt(pod, policy)
+
+
+def test_a_namespace_that_is_gone_is_an_error_that_names_it():
+    with namespace() as path:
+        pass
+    for attempt in (
+        lambda: apply(path, DEFAULT),
+        lambda: check(path, DEFAULT),
+        lambda: IptablesBackend().current(path),
+        lambda: IptablesBackend().withdraw(path),
+        lambda: remove(path),
+    ):
+        with pytest.raises(KernelError, match=path):
+            attempt()
+
+
+def test_a_table_that_is_too_large_is_not_read(pod, monkeypatch):
+    apply(pod, DEFAULT)
+    monkeypatch.setattr(xtables, "_MOST", 4096)
+    with pytest.raises(KernelError, match=r"table nat of ip has .* too much to be read"):
+        check(pod, DEFAULT)
+
+
+ALONE = """
+import os, subprocess, sys
+import _posixsubprocess
+
+def refuse(*arguments, **keywords):
+    raise SystemExit("a program was started")
+
+_posixsubprocess.fork_exec = os.posix_spawn = os.execve = os.system = refuse
+subprocess._fork_exec = refuse
+from tidegate.enforce.redirect.iptables import IptablesBackend
+from tidegate.enforce.redirect.nftables import NftablesBackend
+from tidegate.enforce.redirect.rules import rules_for
+from tidegate.intent.policy import DEFAULT, Outbound, Policy, PortRange
+
+many = Policy(outbound=Outbound(exclude_ports=tuple(PortRange(n, n) for n in range(1, 99, 2))))
+backend = IptablesBackend()
+for policy in (DEFAULT, many):
+    print(backend.apply(sys.argv[1], rules_for(policy)), backend.check(sys.argv[1], rules_for(policy)))
+print(len(backend.check(sys.argv[1], rules_for(DEFAULT))) > 0, backend.remove(sys.argv[1]))
+"""
+
+
+def test_no_program_is_needed_and_none_is_started(pod):
+    process = subprocess.run(
+        [sys.executable, "-c", ALONE, pod],
+        env={"PATH": "/nonexistent"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert process.stderr == ""
+    assert process.stdout.splitlines() == ["created ()", "replaced ()", "True removed"]
+
+
+def test_only_the_first_rules_of_their_kind_take_a_process(pod, monkeypatch):
+    apply(pod, MANY)
+    remove(pod)
+    monkeypatch.setattr(os, "fork", None)
+    assert apply(pod, MANY) is Change.CREATED
+    assert apply(pod, MANY) is Change.UNCHANGED
+    assert check(pod, MANY) == ()
+    assert remove(pod) is Change.REMOVED
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(xtables, "_remembered", {})
+    monkeypatch.setattr(xtables, "_loaded", xtables._loaded.__wrapped__)
+    monkeypatch.setitem(xtables._SHARED, "xtables", ("libnowhere.so.12", 12))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "iptc"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(KernelError, match="cannot load the libraries of iptables: libnowhere"):
+        xtables.prepare()
+
+
+def test_twenty_namespaces_at_once_get_each_their_own_rules():
+    with ExitStack() as stack:
+        pods = [stack.enter_context(namespace()) for _ in range(20)]
+        policies = [excluding_ports(*range(number, 6000, 60)) for number in range(1, len(pods) + 1)]
+        with ThreadPoolExecutor(20) as pool:
+            changes = list(pool.map(apply, pods, policies))
+        assert changes == [Change.CREATED] * len(pods)
+        for path, policy in zip(pods, policies, strict=True):
+            assert check(path, policy) == ()
+
+
+def test_three_hundred_cycles_leave_nothing_in_this_process(pod):
+    def cycles(count):
+        for _ in range(count):
+            assert apply(pod, MANY) is Change.CREATED
+            assert remove(pod) is Change.REMOVED
+
+    cycles(20)
+    before = open_descriptors(), threading.active_count(), resident_bytes()
+    cycles(300)
+    descriptors, threads, resident = open_descriptors(), threading.active_count(), resident_bytes()
+    assert (descriptors, threads) == before[:2]
+    assert resident - before[2] < 4 * 2**20
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_rule_is_told_as_iptables_writes_it(pod):
+    text = """*nat
+:C - [0:0]
+-I OUTPUT 1 -j C
+-A C ! -s 10.0.0.0/9 ! -d 192.0.2.1/32 ! -o eth0 ! -p udp -m mark ! --mark 0x1/0xff -j RETURN
+-A C -p tcp -m multiport ! --dports 1,2:3 -m comment --comment "a \\"b\\" c" -j REDIRECT --to-ports 7
+-A C -p udp -j DNAT --to-destination 127.0.0.1:53
+-A C -m owner ! --uid-owner 1-2 -m addrtype ! --dst-type LOCAL -g D
+:D - [0:0]
+COMMIT
+"""
+    family = xtables.Family.IPV4
+    rules = [row.removeprefix("-A C ") for row in text.splitlines() if row.startswith("-A")]
+    ((_, content),) = xtables.compiled(family, xtables.parse(text)).items()
+    assert xtables.spelled(family, content.entries()["C"]) == rules
+    netns.run_in(pod, xtables.replace, family, "nat", "C|D", content, {})
+    assert netns.run_in(pod, xtables.content, family, "nat", "C|D", {}).equals(content)
+    assert [row.removeprefix("-A C ") for row in saved(pod) if row.startswith("-A C ")] == rules
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "-m comment --comment x",
+        "-j RETURN -j RETURN",
+        "-p icmp -j RETURN",
+        "-s fd00::/8 -j RETURN",
+        "-o sixteen-letters-x -j RETURN",
+        "-m nowhere --what 1 -j RETURN",
+        "-m owner --uid-owner nobody-at-all -j RETURN",
+        "-m owner -j RETURN",
+        "-p tcp -m multiport --dports 70000 -j RETURN",
+        "-p tcp -j REDIRECT --to-ports x",
+        "-j REDIRECT --to-ports 1",
+        "--uid-owner 1 -j RETURN",
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused_before_the_kernel_is_asked(rule):
+    text = f"*nat\n:C - [0:0]\n-A C {rule}\nCOMMIT\n"
+    with pytest.raises(KernelError, match=f"cannot write the rule '{re.escape(rule)}': ."):
+        xtables.compiled(xtables.Family.IPV4, xtables.parse(text))

@@ -1,0 +1,740 @@
+"""`tidegate redirect` without a kernel: where a policy comes from, what explain and dry-run say, bad input."""
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import re
+import shlex
+import threading
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from tidegate.cli import redirect_text, target
+from tidegate.cli.main import main, make_parser
+from tidegate.enforce.redirect.backend import BackendName, Change
+from tidegate.enforce.redirect.engine import Applied, Choice
+from tidegate.enforce.redirect.rules import Hook, rules_for
+from tidegate.intent.policy import (
+    Dns,
+    IdRange,
+    Inbound,
+    Mark,
+    Mode,
+    Outbound,
+    Policy,
+    PortRange,
+    Protocol,
+    Proxy,
+    UserPorts,
+)
+from tidegate.kernel import netns
+from tidegate.kernel.errors import KernelError
+from tidegate.kernel.sockets import Listener
+from tidegate.lab import state
+
+COMMANDS = ("apply", "show", "check", "explain", "verify", "remove")
+QUESTIONS = ("show", "check", "verify")
+NOBODY = 65534
+BAD_INPUT = 2
+
+EVERYTHING = Policy(
+    proxy=Proxy(
+        uids=(1, 2), gids=(3,), mark=Mark(1, 255), cgroup="pod/sidecar", self_calls_inbound=True
+    ),
+    inbound=Inbound(
+        include_ports=(PortRange(1, 100),),
+        exclude_ports=(PortRange(22, 22),),
+        exclude_cidrs=("10.0.0.0/8", "fd00::/8"),
+        exclude_interfaces=("eth1",),
+        include_interfaces=("eth0",),
+        direct_probes=True,
+        node_addresses=("192.0.2.1/32", "2001:db8::1/128"),
+    ),
+    outbound=Outbound(
+        include_cidrs=("10.0.0.0/8", "fd00::/8"),
+        include_ports=(PortRange(443, 443),),
+        exclude_ports=(PortRange(22, 22),),
+        exclude_cidrs=("10.1.0.0/16", "fd01::/16"),
+        exclude_uids=(IdRange(7, 8),),
+        exclude_gids=(IdRange(9, 9),),
+        exclude_user_ports=(
+            UserPorts((Protocol.TCP,), (PortRange(5432, 5432),), (IdRange(5, 6),)),
+        ),
+        include_interfaces=("eth0",),
+        exclude_interfaces=("eth1",),
+    ),
+    dns=Dns(
+        enabled=True, addresses=("127.0.0.1", "2001:db8::53"), resolvers=("10.96.0.10", "fd00::a")
+    ),
+    drop_invalid=True,
+)
+
+
+def run(capsys, *argv, code=0):
+    """Standard output and standard error of a command that ends as it should."""
+    assert main(["redirect", *argv]) == code
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return printed.out, printed.err
+
+
+def usage_error(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["redirect", *argv])
+    assert caught.value.code == BAD_INPUT
+    return capsys.readouterr().err
+
+
+def explained(capsys, *argv):
+    return json.loads(run(capsys, "explain", *argv, "--json")[0])
+
+
+def line_of(capsys, *argv):
+    return explained(capsys, *argv)["line"]
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def give(text):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    return give
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine without any tidegate, whose namespaces are the files of a directory."""
+    for name in ("TIDEGATE_LAB", "TIDEGATE_SOCKET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(state, "BASE", tmp_path / "lab")
+    monkeypatch.setattr(target, "AGENT_SOCKET", tmp_path / "agent.sock")
+    monkeypatch.setattr(netns, "DIRECTORY", tmp_path / "netns")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    (tmp_path / "netns").mkdir()
+    return tmp_path
+
+
+# Help and usage
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples_that_it_accepts(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main(["redirect", command, "--help"])
+    assert caught.value.code == 0
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    commands = [line.partition("|")[0] for line in examples.splitlines() if line.strip()]
+    assert commands
+    for line in commands:
+        words = shlex.split(line)
+        assert words[:3] == ["tidegate", "redirect", command]
+        make_parser("redirect").parse_args(words[1:])
+
+
+@pytest.mark.parametrize("command", ["show", "check", "verify", "remove"])
+def test_a_command_on_a_namespace_needs_one_and_only_one(capsys, command):
+    assert "one of the arguments --netns --pid --workload is required" in usage_error(
+        capsys, command
+    )
+    text = usage_error(capsys, command, "--netns", "a", "--pid", "1")
+    assert "not allowed with argument" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["explain"], "required"),
+        (["explain", "sideways", "10.0.0.1:1"], "invalid choice"),
+        (["explain", "outbound", "10.0.0.1"], "is not ADDRESS:PORT"),
+        (["explain", "outbound", "10.0.0.1:0"], "is not ADDRESS:PORT"),
+        (["explain", "outbound", "10.0.0.1:70000"], "is not ADDRESS:PORT"),
+        (["explain", "outbound", "fd00::1:443"], "IPv6: [fd00::1]:443"),
+        (["explain", "outbound", "[fe80::1%eth0]:443"], "names an interface"),
+        (["explain", "outbound", "example.org:443"], "is not an IP address"),
+        (["explain", "outbound", "10.0.0.1:1", "--uid", "nobody-of-this-name"], "no user"),
+        (["explain", "outbound", "10.0.0.1:1", "--gid", "nobody-of-this-name"], "no group"),
+        (["explain", "outbound", "10.0.0.1:1", "--mark", "0x100000000"], "is not a packet mark"),
+        (["apply", "--netns", "a", "--backend", "ebtables"], "invalid choice"),
+        (["show", "--pid", "self"], "invalid int"),
+    ],
+)
+def test_bad_arguments_are_bad_usage(capsys, argv, problem):
+    assert problem in usage_error(capsys, *argv)
+
+
+# Explain
+
+
+@pytest.mark.parametrize(
+    ("argv", "line", "goes"),
+    [
+        (
+            "outbound 10.1.2.3:443",
+            "to-outbound-listener",
+            "the sidecar's outbound listener, port 15001",
+        ),
+        ("outbound [fd77::2]:443", "to-outbound-listener", "the sidecar's outbound listener"),
+        ("outbound [::ffff:10.1.2.3]:443 --uid 5995", "proxy", "not redirected"),
+        ("outbound 10.1.2.3:443 --uid root", "to-outbound-listener", "outbound listener"),
+        ("outbound 10.1.2.3:443 --protocol UDP", "other-protocol", "not redirected"),
+        ("outbound 10.1.2.3:443 --older", "older", "not redirected"),
+        ("outbound 127.0.0.9:443", "own-address", "not redirected"),
+        ("outbound 127.0.0.9:443 --interface eth0", "loopback-ipv4", "not redirected"),
+        (
+            "inbound [fd77::2]:8080 --from fd77::1",
+            "to-inbound-listener",
+            "inbound listener, port 20000",
+        ),
+        ("inbound 10.0.0.2:20000", "inbound-listener", "not redirected"),
+        ("inbound 10.0.0.2:15001", "outbound-listener", "inbound listener, port 20000"),
+        ("inbound 10.0.0.2:8080 --forwarded", "forwarded", "not redirected"),
+    ],
+)
+def test_explain_says_where_a_connection_goes_and_which_line_decides(capsys, argv, line, goes):
+    out, err = run(capsys, "explain", *argv.split())
+    first, second = out.splitlines()
+    assert first.startswith(argv.split()[0])
+    assert first.endswith(goes) or goes in first
+    assert second.startswith(f"decided by {line}: ")
+    assert err == ""
+
+
+def test_explain_for_programs_has_the_connection_the_action_and_the_whole_list(capsys):
+    said = explained(
+        capsys,
+        *["inbound", "10.0.0.2:80", "--from", "10.0.0.9"],
+        *["--gid", "7", "--mark", "0x10"],
+        *["--cgroup", "/a/b/"],
+    )
+    assert said["connection"] == {
+        "direction": "inbound",
+        "destination": "10.0.0.2",
+        "port": 80,
+        "source": "10.0.0.9",
+        "interface": "eth0",
+        "uid": None,
+        "gid": 7,
+        "mark": 16,
+        "cgroup": "a/b",
+        "protocol": "tcp",
+        "opening": True,
+        "forwarded": False,
+    }
+    assert said["action"] == {"kind": "redirect", "port": 20000}
+    assert said["line"] == "to-inbound-listener" == said["list"][-1]["line"]
+    assert said["list"][0] == {"line": "not-tcp", "when": "not tcp", "then": {"kind": "leave"}}
+
+
+@pytest.mark.parametrize("option", ["--all", "-v"])
+def test_explain_shows_the_whole_list_with_a_mark_at_the_line_that_decides(capsys, option):
+    out, _ = run(capsys, "explain", "outbound", "10.0.0.1:80", "--uid", "5995", option)
+    marked = [line.split() for line in out.splitlines() if line.startswith("=>")]
+    assert marked == [["=>", "proxy", "by", "user", "5995", "leave"]]
+    assert "to-outbound-listener" in out
+
+
+def test_explain_tells_why_no_line_decides(capsys, stdin):
+    stdin("inbound: {enabled: false}\noutbound: {enabled: false}\n")
+    out, _ = run(capsys, "explain", "outbound", "10.0.0.1:80", "--policy", "-")
+    assert "redirects nothing outbound" in out
+    stdin("outbound: {include_cidrs: [10.0.0.0/8]}\n")
+    out, _ = run(capsys, "explain", "outbound", "192.0.2.1:80", "--policy", "-")
+    assert "none of them matches" in out
+    stdin("families: [ipv6]\n")
+    out, _ = run(capsys, "explain", "outbound", "192.0.2.1:80", "--policy", "-")
+    assert "decided by ipv4-off: the policy does not cover this family" in out
+
+
+def test_explain_refuses_a_client_of_another_family(capsys):
+    _, err = run(capsys, "explain", "inbound", "10.0.0.2:80", "--from", "fd00::1", code=BAD_INPUT)
+    assert err == (
+        "tidegate: --from: fd00::1 and 10.0.0.2 are of two families; "
+        "expected an address of the destination's family\n"
+    )
+
+
+def test_long_lists_are_cut_for_people_and_whole_for_programs(capsys, stdin):
+    ports = ",".join(str(port) for port in range(2, 2002, 2))
+    policy = json.dumps({"tidegate.io/exclude-outbound-ports": ports})
+    stdin(policy)
+    out, _ = run(capsys, "explain", "outbound", "10.0.0.1:4", "--annotations", "-")
+    assert out.splitlines()[1].endswith("14, 16 and 992 more")
+    stdin(policy)
+    said = explained(capsys, "outbound", "10.0.0.1:4", "--annotations", "-")
+    (line,) = (line for line in said["list"] if line["line"] == "excluded-port")
+    assert line["when"].endswith(" 1998, 2000")
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_every_line_that_a_policy_can_have_has_words(mode):
+    for _hook, lines in rules_for(msgspec.structs.replace(EVERYTHING, mode=mode)).lists:
+        for line in lines:
+            assert redirect_text.condition(line.matches)
+            assert redirect_text.action(line.action)
+            assert redirect_text.goes(EVERYTHING, line.action)
+    assert {hook for hook, _ in rules_for(EVERYTHING).lists} == set(Hook) - {Hook.INBOUND_TPROXY}
+
+
+# Where the policy comes from
+
+
+def test_a_policy_is_read_from_yaml_json_and_standard_input(capsys, stdin, tmp_path):
+    yaml, json_ = tmp_path / "policy.yaml", tmp_path / "policy.json"
+    yaml.write_text("outbound:\n  exclude_ports: ['5432', 6000-6010]\n")
+    json_.write_text('{"outbound": {"exclude_ports": ["5432", "6000-6010"]}}')
+    for file in (yaml, json_):
+        argv = ("outbound", "10.0.0.1:6005", "--policy", str(file))
+        assert line_of(capsys, *argv) == "excluded-port"
+    stdin(yaml.read_text())
+    assert line_of(capsys, "outbound", "10.0.0.1:5432", "--policy", "-") == "excluded-port"
+
+
+ANNOTATIONS = {
+    "mapping.yaml": "tidegate.io/exclude-outbound-ports: '5432'\nother.example/thing: x\n",
+    "commented.yaml": "# of web\n\"tidegate.io/exclude-outbound-ports\": '5432'\n",
+    "mapping.json": '{"consul.hashicorp.com/transparent-proxy-exclude-outbound-ports": "5432"}',
+    "pod.yaml": (
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: web\n"
+        "  annotations:\n    tidegate.io/exclude-outbound-ports: '5432'\n"
+    ),
+    "deployment.yaml": (
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata:\n  annotations: {a/b: c}\nspec:\n  template:\n"
+        "    metadata:\n      annotations:\n        tidegate.io/exclude-outbound-ports: '5432'\n"
+    ),
+    "cronjob.yaml": (
+        "kind: CronJob\nspec: {jobTemplate: {spec: {template: {metadata: {annotations: "
+        "{tidegate.io/exclude-outbound-ports: '5432'}}}}}}\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_annotations_are_a_mapping_or_those_of_a_manifest(capsys, tmp_path, name):
+    file = tmp_path / name
+    file.write_text(ANNOTATIONS[name])
+    argv = ("outbound", "10.0.0.1:5432", "--annotations", str(file))
+    assert line_of(capsys, *argv) == "excluded-port"
+
+
+def test_a_pod_without_annotations_has_the_built_in_policy(capsys, stdin):
+    stdin("kind: Pod\nmetadata: {name: web}\n")
+    argv = ("outbound", "10.0.0.1:80", "--annotations", "-")
+    assert line_of(capsys, *argv) == "to-outbound-listener"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("tidegate.io/exclude-outbound-ports: 5432\n", 'is not a string; expected "5432"'),
+        ("kind: Pod\nmetadata: {annotations: [a]}\n", "metadata.annotations: is not a mapping"),
+        ("a: b\n---\nc: d\n", "holds 2 documents"),
+        ("", "holds 0 documents"),
+        ("{", "expected JSON"),
+    ],
+)
+def test_annotations_that_are_none_are_refused(capsys, stdin, text, problem):
+    stdin(text)
+    argv = ("explain", "outbound", "10.0.0.1:1", "--annotations", "-")
+    _, err = run(capsys, *argv, code=BAD_INPUT)
+    assert problem in err
+
+
+CONSUL = '{"ProxyUserID": "4242", "ProxyInboundPort": 20000, "ExcludeOutboundPorts": ["3"]}'
+
+
+def test_consuls_own_configuration_is_taken_as_it_is(capsys, stdin, tmp_path):
+    file = tmp_path / "redirect.json"
+    file.write_text(CONSUL)
+    for option in (CONSUL, f"@{file}", "-"):
+        stdin(CONSUL)
+        argv = ("outbound", "10.0.0.1:80", "--uid", "4242", "--consul-config", option)
+        assert line_of(capsys, *argv) == "proxy"
+
+
+def test_later_sources_change_what_earlier_ones_gave(capsys, tmp_path):
+    policy, annotations = tmp_path / "policy.yaml", tmp_path / "annotations.yaml"
+    policy.write_text("outbound: {exclude_ports: ['1'], exclude_uids: ['77']}\n")
+    annotations.write_text("tidegate.io/exclude-outbound-ports: '2'\n")
+    # The order of the options on the command line does not matter.
+    sources = ("--annotations", str(annotations), "--policy", str(policy))
+    assert line_of(capsys, "outbound", "10.0.0.1:1", *sources) == "to-outbound-listener"
+    assert line_of(capsys, "outbound", "10.0.0.1:2", *sources) == "excluded-port"
+    assert line_of(capsys, "outbound", "10.0.0.1:3", "--uid", "77", *sources) == "excluded-uid"
+    sources = (*sources, "--consul-config", CONSUL)
+    assert line_of(capsys, "outbound", "10.0.0.1:2", *sources) == "to-outbound-listener"
+
+
+def test_standard_input_can_be_read_only_once(capsys, stdin):
+    stdin("{}")
+    argv = ("explain", "outbound", "10.0.0.1:1", "--policy", "-", "--annotations", "-")
+    _, err = run(capsys, *argv, code=BAD_INPUT)
+    assert err.startswith("tidegate: --policy and --annotations both read standard input")
+
+
+def test_all_faults_of_all_sources_are_told_at_once(capsys, tmp_path):
+    policy, annotations = tmp_path / "policy.yaml", tmp_path / "annotations.yaml"
+    policy.write_text("inbound: {port: 70000}\noutbound: {exclude_cidrs: [10.0.0.0/33]}\n")
+    annotations.write_text(
+        "tidegate.io/exclude-outbound-ports: 80-70,x\ntidegate.io/exclude-uids: nobody-of-this-name\n"
+    )
+    argv = ["--policy", str(policy), "--annotations", str(annotations), "--consul-config", "@/none"]
+    out, err = run(capsys, "apply", "--dry-run", *argv, code=BAD_INPUT)
+    assert out == ""
+    for fault in ("70000", "10.0.0.0/33", "80-70", "'x'", "nobody-of-this-name"):
+        assert fault in err
+    assert "/none: cannot be read: No such file or directory" in err
+    assert err.count(str(annotations)) == 3
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(capsys, tmp_path):
+    _, err = run(capsys, "apply", "--dry-run", "--policy", str(tmp_path), code=BAD_INPUT)
+    assert err == f"tidegate: {tmp_path}: cannot be read: Is a directory; expected a file, or -\n"
+
+
+# Dry run
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """A user who may not make a namespace."""
+
+    def refuse(*_):
+        raise KernelError("cannot make a network namespace", 1)
+
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    monkeypatch.setattr(netns, "run_in_new", refuse)
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+def test_a_dry_run_needs_no_root_and_prints_the_ruleset_alone(nobody, capsys, backend):
+    out, _ = run(capsys, "apply", "--dry-run", "--backend", backend)
+    assert re.search(r"15001\b", out)
+    assert out.endswith("\n")
+    as_json = json.loads(run(capsys, "apply", "--dry-run", "--backend", backend, "--json")[0])
+    assert as_json == {"backend": backend, "ruleset": out}
+
+
+@pytest.mark.parametrize(
+    ("backend", "warning"),
+    [
+        ("nftables", ""),
+        ("auto", "WARNING: without root nothing can be tried; this is for nftables\n"),
+        (
+            "iptables",
+            "WARNING: without root nothing can be tried; this is for a kernel with IP sets\n",
+        ),
+    ],
+)
+def test_a_dry_run_without_root_says_what_it_could_not_try(nobody, capsys, backend, warning):
+    assert run(capsys, "apply", "--dry-run", "--backend", backend)[1] == warning
+
+
+def test_a_dry_run_of_a_policy_that_redirects_nothing_prints_nothing(capsys, stdin):
+    stdin("inbound: {enabled: false}\noutbound: {enabled: false}\n")
+    out, err = run(capsys, "apply", "--dry-run", "--policy", "-", "--backend", "nftables")
+    assert out == ""
+    assert "redirects nothing" in err
+
+
+# Which namespace
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_root_it_is_one_sentence(monkeypatch, capsys, command):
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    if command == "explain":
+        return
+    out, err = run(capsys, command, "--netns", "x", code=2 if command in QUESTIONS else 1)
+    assert out == ""
+    assert "needs root" in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_namespace_is_answered_with_those_near_it(machine, capsys):
+    for name in ("shop-1", "shop-2", "till"):
+        (machine / "netns" / name).touch()
+    _, err = run(capsys, "apply", "--netns", "shop1", code=BAD_INPUT)
+    assert err == (
+        "tidegate: --netns: there is no network namespace 'shop1'; "
+        "expected one of shop-1, shop-2 (of 3)\n"
+    )
+    _, err = run(capsys, "remove", "--netns", "zzz", code=BAD_INPUT)
+    assert err.endswith("expected one of shop-1, shop-2, till\n")
+    _, err = run(capsys, "show", "--netns", "no name", code=BAD_INPUT)
+    assert "'no name' is not a name" in err
+
+
+def test_where_no_namespace_has_a_name_it_says_so(machine, capsys):
+    _, err = run(capsys, "check", "--netns", "shop", code=BAD_INPUT)
+    assert err.endswith("expected a path; none has a name here\n")
+
+
+@pytest.mark.parametrize("place", ["/nonexistent/netns", "/dev/null", "/tmp"])
+def test_a_path_that_leads_to_no_namespace_is_bad_input(machine, capsys, place):
+    _, err = run(capsys, "apply", "--netns", place, code=BAD_INPUT)
+    assert err.startswith("tidegate: --netns: ")
+    assert place in err
+
+
+@pytest.mark.parametrize("pid", ["0", "-3", "99999999999"])
+def test_a_process_that_is_gone_is_bad_input(machine, capsys, pid):
+    _, err = run(capsys, "show", f"--pid={pid}", code=BAD_INPUT)
+    assert err.startswith(f"tidegate: --pid: there is no process {pid}; it may have ended")
+
+
+def test_apply_needs_a_namespace_unless_it_is_dry(machine, capsys):
+    _, err = run(capsys, "apply", code=BAD_INPUT)
+    assert err == (
+        "tidegate: no network namespace is named; expected --netns, --pid or --workload\n"
+    )
+
+
+# Workloads of an agent
+
+
+def said_of(name, **fields):
+    return {
+        "id": f"id-{name}",
+        "name": name,
+        "netns": f"/run/netns/{name}",
+        "wanted_in_mesh": True,
+        "annotations": {},
+        "namespace_annotations": {},
+        "redirect": "applied",
+        "problem": "",
+        **fields,
+    }
+
+
+@contextmanager
+def agent(path, *workloads):
+    """An agent's GET /v1/status on a unix socket."""
+    ready, done = threading.Event(), threading.Event()
+
+    async def status(_request):
+        return web.json_response({"node": "n1", "round_at": 1.0, "workloads": workloads})
+
+    async def serve():
+        app = web.Application()
+        app.add_routes([web.get("/v1/status", status)])
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.UnixSite(runner, str(path)).start()
+        ready.set()
+        await asyncio.to_thread(done.wait)
+        await runner.cleanup()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """Namespaces that are entered without being there."""
+    monkeypatch.setattr("tidegate.cli.namespaces._entered", lambda path, _option: path)
+    monkeypatch.setattr(
+        "tidegate.cli.redirect.routes.outgoing_interface", lambda _path, _address: "eth0"
+    )
+    monkeypatch.setattr("tidegate.cli.redirect.block.is_blocked", lambda _path: False)
+    heard = (Listener("::", 15001), Listener("0.0.0.0", 20000))
+    monkeypatch.setattr("tidegate.cli.redirect.sockets.listeners", lambda: heard)
+    monkeypatch.setattr(netns, "run_in", lambda _path, function, *args: function(*args))
+
+
+def test_a_workload_has_the_policy_that_its_agent_works_by(machine, capsys, entered):
+    policy = msgspec.to_builtins(Policy(outbound=Outbound(exclude_ports=(PortRange(7, 7),))))
+    problem = "an annotation is wrong"
+    with agent(machine / "agent.sock", said_of("web", policy=policy, problem=problem)):
+        argv = ("outbound", "10.0.0.1:7", "--workload", "web")
+        assert line_of(capsys, *argv) == "excluded-port"
+        given = ("--consul-config", CONSUL)
+        assert line_of(capsys, *argv, *given) == "to-outbound-listener"
+        out, err = run(
+            capsys, "apply", "--dry-run", "--workload", "id-web", "--backend", "nftables"
+        )
+        assert "7" in re.findall(r"\d+", out)
+        assert err == "WARNING: the agent says of web: an annotation is wrong\n"
+
+
+def test_a_workload_without_policy_has_that_of_its_annotations(machine, capsys, entered):
+    web = said_of(
+        "web",
+        policy=None,
+        namespace_annotations={
+            "tidegate.io/exclude-outbound-ports": "7",
+            "tidegate.io/exclude-uids": "9",
+        },
+        annotations={"tidegate.io/exclude-outbound-ports": "8"},
+    )
+    bad = said_of("bad", annotations={"tidegate.io/exclude-outbound-ports": "70000"})
+    with agent(machine / "agent.sock", web, bad):
+        argv = ("--workload", "web")
+        assert line_of(capsys, "outbound", "10.0.0.1:7", *argv) == "to-outbound-listener"
+        assert line_of(capsys, "outbound", "10.0.0.1:8", *argv) == "excluded-port"
+        assert line_of(capsys, "outbound", "10.0.0.1:7", "--uid", "9", *argv) == "excluded-uid"
+        _, err = run(capsys, "check", "--workload", "bad", code=BAD_INPUT)
+        assert err.startswith("tidegate: workload bad: tidegate.io/exclude-outbound-ports: ")
+
+
+def test_a_workload_that_is_to_have_no_sidecar_is_told_of(machine, capsys, entered):
+    with agent(machine / "agent.sock", said_of("nightly", wanted_in_mesh=False)):
+        _, err = run(capsys, "explain", "outbound", "10.0.0.1:7", "--workload", "nightly")
+    assert err == (
+        "WARNING: nightly is to have no sidecar; this is the policy that it would have\n"
+    )
+
+
+def test_an_unknown_workload_is_answered_with_those_that_there_are(machine, capsys):
+    with agent(machine / "agent.sock", said_of("web"), said_of("api")):
+        _, err = run(capsys, "show", "--workload", "wob", code=BAD_INPUT)
+    assert err == "tidegate: --workload: no workload 'wob' is known (known: api, web)\n"
+
+
+def test_a_name_that_two_workloads_bear_needs_an_id(machine, capsys):
+    twins = said_of("web"), said_of("web", id="other")
+    with agent(machine / "agent.sock", *twins):
+        _, err = run(capsys, "show", "--workload", "web", code=BAD_INPUT)
+    assert "'web' is several workloads: id-web on n1, other on n1; expected an id" in err
+
+
+def test_an_agent_that_says_too_little_is_named(machine, capsys):
+    with agent(machine / "agent.sock", {"name": "web"}):
+        _, err = run(capsys, "show", "--workload", "web", code=2)
+    assert f"the agent at unix://{machine}/agent.sock answers /v1/status in a way" in err
+    assert err.count("\n") == 1
+
+
+def test_where_no_agent_answers_a_question_cannot_be_told(machine, capsys):
+    argv = ("--workload", "web", "--socket", str(machine / "none.sock"))
+    _, err = run(capsys, "check", *argv, code=2)
+    assert "no agent answers at unix://" in err
+    run(capsys, "remove", *argv, code=1)
+
+
+def test_the_agents_of_a_lab_are_all_asked(machine, capsys):
+    parser = argparse.ArgumentParser()
+    target.add_options(parser)
+    paths = state.LabPaths("demo")
+    for node in ("n1", "n2"):
+        paths.node(node).mkdir(parents=True)
+    state.write_bytes(paths.spec, b'{"name": "demo", "nodes": ["n1", "n2"], "pods": []}')
+    expected = tuple(f"unix://{paths.agent_socket(node)}" for node in ("n1", "n2"))
+    assert target.agent_addresses(parser.parse_args(["--lab", "demo"])) == expected
+    assert target.agent_addresses(parser.parse_args([])) == expected
+    with agent(paths.agent_socket("n2")):
+        assert target.agents_of_this_machine() == expected[1:]
+        assert target.agent_address(parser.parse_args([])) == expected[1]
+
+
+def test_a_workload_is_found_although_another_node_of_the_lab_does_not_answer(
+    machine, capsys, entered
+):
+    paths = state.LabPaths("demo")
+    for node in ("n1", "n2"):
+        paths.node(node).mkdir(parents=True)
+    state.write_bytes(paths.spec, b'{"name": "demo", "nodes": ["n1", "n2"], "pods": []}')
+    with agent(paths.agent_socket("n2"), said_of("web")):
+        assert line_of(capsys, "outbound", "10.0.0.1:7", "--workload", "web")
+        _, err = run(capsys, "check", "--workload", "api", code=2)
+    assert f"no agent answers at unix://{paths.agent_socket('n1')}" in err
+
+
+class Engine:
+    """Stands for the engine: nothing is in the kernel, and nothing gets there."""
+
+    choice = Choice(BackendName.NFTABLES, "it works")
+
+    def __init__(self, wanted=""):
+        pass
+
+    def apply(self, _path, _policy, *, adopt):
+        return Applied(change=Change.CREATED, backend=BackendName.NFTABLES)
+
+    def gaps(self, path, _policy):
+        if path.startswith("/run/"):
+            raise KernelError(f"no network namespace at {path}", 2)
+        return ("IPv6 goes around the sidecar",)
+
+    def backend_of(self, _path):
+        return None
+
+    def remove(self, _path):
+        return Change.UNCHANGED
+
+
+OWN = "/proc/self/ns/net"
+
+
+def test_whoever_changes_the_namespace_of_an_agents_workload_is_warned(
+    machine, monkeypatch, capsys, entered
+):
+    monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
+    policy = Policy(outbound=Outbound(exclude_ports=(PortRange(7, 7),)))
+    web = said_of("web", netns=OWN, policy=msgspec.to_builtins(policy))
+    with agent(machine / "agent.sock", web, said_of("gone")):
+        warning = "WARNING: web belongs to the agent of n1, which keeps its redirection"
+        assert warning in run(capsys, "apply", "--netns", OWN)[1]
+        assert warning in run(capsys, "remove", "--netns", OWN)[1]
+        # What the agent itself would do is no contradiction.
+        assert warning not in run(capsys, "apply", "--workload", "web")[1]
+    out, err = run(capsys, "remove", "--netns", OWN, "--json")
+    assert json.loads(out)["warnings"] == []
+    assert err == ""
+
+
+def test_whoever_redirects_the_shell_itself_is_warned(machine, monkeypatch, capsys, entered):
+    monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
+    warning = (
+        f"{OWN} is the network namespace of this shell: everything that runs in it is redirected"
+    )
+    out, err = run(capsys, "apply", "--netns", OWN, "--json")
+    assert f"WARNING: {warning}\n" in err
+    assert json.loads(out)["warnings"] == [warning, "IPv6 goes around the sidecar"]
+
+
+def test_the_doctor_names_the_ways_around_the_sidecars_of_an_agents_workloads(
+    machine, monkeypatch, capsys
+):
+    doctor = "tidegate.cli.doctor"
+    monkeypatch.setattr(f"{doctor}.Engine", Engine)
+    monkeypatch.setattr(f"{doctor}.probe_all", lambda: ())
+    monkeypatch.setattr(f"{doctor}.choose", lambda _wanted: Engine.choice)
+    known = (
+        said_of("web", netns=OWN),
+        said_of("gone"),
+        said_of("outside", netns=OWN, wanted_in_mesh=False),
+    )
+    with agent(machine / "agent.sock", *known):
+        main(["doctor", "--json"])
+        said = json.loads(capsys.readouterr().out)["redirection"]
+        assert said["ways_around"] == {
+            "web on n1": ["IPv6 goes around the sidecar"],
+            "gone on n1": ["not known: no network namespace at /run/netns/gone"],
+        }
+        main(["doctor"])
+        assert "web on n1: IPv6 goes around the sidecar\n" in capsys.readouterr().out
+    main(["doctor", "--json"])
+    assert json.loads(capsys.readouterr().out)["redirection"]["ways_around"] == {}
+
+
+def test_the_doctor_finds_a_machine_without_any_backend_ill(machine, monkeypatch, capsys):
+    def refuse(wanted):
+        raise KernelError(f"{wanted} is not there", 95)
+
+    monkeypatch.setattr("tidegate.cli.doctor.choose", refuse)
+    monkeypatch.setattr("tidegate.cli.doctor.probe_all", lambda: ())
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "no backend works here" in out
+    assert "iptables is not there" in out
