@@ -375,6 +375,20 @@ def test_explain_asks_the_routes_of_a_namespace(pair):
     assert "has no route to 192.0.2.1; eth0 is assumed" in err
 
 
+def test_explain_knows_by_the_namespace_what_is_forwarded(pair):
+    here = ("--netns", pair.pod)
+    for own in (f"{pair.pod_ipv4}:80", f"[{pair.pod_ipv6}]:80"):
+        answer = said("explain", "inbound", own, *here)
+        assert (answer["line"], answer["notes"]) == ("to-inbound-listener", [])
+        assert said("explain", "inbound", own, *here, "--forwarded")["line"] == "forwarded"
+    for other in ("192.0.2.9", "2001:db8::9"):
+        dialled = f"[{other}]:80" if ":" in other else f"{other}:80"
+        assert said("explain", "inbound", dialled)["line"] == "to-inbound-listener"
+        out, err = run("explain", "inbound", dialled, *here)
+        assert "decided by forwarded: " in out
+        assert err == f"NOTE: {other} is no address of {pair.pod}: such connections are forwarded\n"
+
+
 def test_the_namespace_of_the_shell_itself_is_warned_of(pod):
     argv = ["nsenter", f"--net={pod}", sys.executable, "-m", "tidegate.cli.main", "redirect"]
     done = subprocess.run(

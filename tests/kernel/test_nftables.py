@@ -6,7 +6,7 @@ import select
 import pytest
 from namespaces import DEADLINE_S, namespace, open_descriptors
 
-from tidegate.kernel import cgroups, netns, nfnetlink, nftables
+from tidegate.kernel import cgroups, netns, nf_tables, nftables
 from tidegate.kernel.errors import KernelError
 
 TABLE = """
@@ -40,7 +40,7 @@ def inside(new_namespace):
 
 
 def contents(most=PLENTY):
-    return nfnetlink.contents("inet", "tg-nft", CHAINS, most)
+    return nf_tables.contents("inet", "tg-nft", CHAINS, most)
 
 
 def test_a_transaction_is_taken_whole_or_not_at_all(inside):
@@ -71,8 +71,8 @@ def test_a_table_with_flags_is_listed_by_its_flags_alone(inside):
     assert inside(nftables.list_text, "inet", "tg-nft") == "table inet tg-nft {\n\tflags 1\n}\n"
     listed = inside(nftables.list_table, "inet", "tg-nft")
     assert listed == [{"table": {"family": "inet", "name": "tg-nft", "flags": 1}}]
-    assert inside(nfnetlink.table_flags, "inet", "tg-nft") == 1
-    assert inside(nfnetlink.table_flags, "ip", "tg-nft") is None
+    assert inside(nf_tables.table_flags, "inet", "tg-nft") == 1
+    assert inside(nf_tables.table_flags, "ip", "tg-nft") is None
 
 
 def test_every_transaction_makes_the_generation_one_higher(inside):
@@ -130,15 +130,15 @@ def test_what_is_longer_than_wanted_is_cut_off_and_equals_nothing_else(inside):
 
 def test_a_table_that_is_not_there_has_no_contents_and_no_rules(inside):
     assert inside(contents) is None
-    assert inside(nfnetlink.rules, "inet", "tg-nft") is None
-    assert not inside(nfnetlink.has_chain, "inet", "tg-nft", "first")
+    assert inside(nf_tables.rules, "inet", "tg-nft") is None
+    assert not inside(nf_tables.has_chain, "inet", "tg-nft", "first")
 
 
 def test_rules_come_in_order_with_their_comments_and_counts(inside):
     inside(nftables.load, TABLE)
-    assert inside(nfnetlink.has_chain, "inet", "tg-nft", "first")
-    assert not inside(nfnetlink.has_chain, "inet", "tg-nft", "third")
-    assert inside(nfnetlink.rules, "inet", "tg-nft") == [
+    assert inside(nf_tables.has_chain, "inet", "tg-nft", "first")
+    assert not inside(nf_tables.has_chain, "inet", "tg-nft", "third")
+    assert inside(nf_tables.rules, "inet", "tg-nft") == [
         ("first", "some ports", 0),
         ("first", "", 8),
         ("second", "last", 0),
@@ -163,7 +163,7 @@ def test_reading_leaves_no_descriptor_open(inside):
     for _ in range(20):
         inside(contents)
         inside(contents, 10)
-        inside(nfnetlink.rules, "inet", "tg-nft")
+        inside(nf_tables.rules, "inet", "tg-nft")
         inside(nftables.generation)
     assert open_descriptors() == before
 

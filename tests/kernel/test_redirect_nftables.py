@@ -49,7 +49,7 @@ from tidegate.intent.policy import (
     Proxy,
     UserPorts,
 )
-from tidegate.kernel import cgroups, isolation, netns, nfnetlink, nftables
+from tidegate.kernel import cgroups, isolation, netns, nf_tables, nftables
 from tidegate.kernel.errors import KernelError
 
 INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 5432
@@ -443,7 +443,7 @@ class TestOneFamily:
                 landing(lab.peer, lab.pod_address(version), APP)
             assert {version for version, server in landed.items() if server == "pod"} == tracked
             assert netns.run_in(lab.pod, tracked_families) == tracked
-            assert netns.run_in(lab.pod, nfnetlink.table_flags, table, "tidegate") == 0
+            assert netns.run_in(lab.pod, nf_tables.table_flags, table, "tidegate") == 0
         finally:
             remove(lab.pod)
 
@@ -635,8 +635,8 @@ class TestNothingIsAskedTwice:
         for module, name in (
             (nftables, "load"),
             (nftables, "list_text"),
-            (nfnetlink, "contents"),
-            (nfnetlink, "table_flags"),
+            (nf_tables, "contents"),
+            (nf_tables, "table_flags"),
             (isolation, "run_in"),
             (netns, "run_in_new"),
         ):
@@ -649,7 +649,7 @@ class TestNothingIsAskedTwice:
     def test_what_a_comparison_found_is_remembered(self, pod, backend, monkeypatch):
         apply(pod, DEFAULT)
         assert backend.check(pod, rules_for(DEFAULT)) == ()
-        monkeypatch.setattr(nfnetlink, "contents", refuse)
+        monkeypatch.setattr(nf_tables, "contents", refuse)
         assert apply(pod, DEFAULT, backend) is Change.UNCHANGED
 
     def test_a_change_of_another_table_makes_it_look_again(self, pod, backend, monkeypatch):
@@ -696,7 +696,7 @@ class TestNothingIsAskedTwice:
 class TestRaces:
     def test_a_change_between_reading_and_remembering_is_seen(self, pod, backend, monkeypatch):
         apply(pod, DEFAULT)
-        contents = nfnetlink.contents
+        contents = nf_tables.contents
         changed = []
 
         def contents_then_change(*arguments):
@@ -706,7 +706,7 @@ class TestRaces:
                 nft(pod, "add rule inet tidegate outbound accept")
             return read
 
-        monkeypatch.setattr(nfnetlink, "contents", contents_then_change)
+        monkeypatch.setattr(nf_tables, "contents", contents_then_change)
         assert len(backend.check(pod, rules_for(DEFAULT))) == 1
         assert apply(pod, DEFAULT, backend) is Change.REPLACED
 
@@ -873,7 +873,9 @@ class TestWhatOthersPutThere:
         assert all(difference.isprintable() for difference in differences)
         installed = backend.current(pod)
         assert installed[-1].hook is Hook.INBOUND
-        assert installed[-1].name == comment
+        assert installed[-1].name == comment.replace("\x1b", "\\x1b").replace("\n", "\\n").replace(
+            "\t", "\\t"
+        )
         assert apply(pod, DEFAULT, backend) is Change.REPLACED
 
     def test_a_table_that_another_program_owns_is_refused_by_name(self, pod, backend):
@@ -896,7 +898,7 @@ def owned_table():
         rest = subsystem if not attributes else struct.pack("=BBH", family, 0, 0) + attributes
         batch += struct.pack("=IHHII", 16 + len(rest), kind, 1 | 0x400, 0, 0) + rest
     owner.send(batch)
-    assert nfnetlink.table_flags("inet", "tidegate") == 2
+    assert nf_tables.table_flags("inet", "tidegate") == 2
     return owner
 
 
@@ -997,7 +999,9 @@ def test_a_thousand_exclusions_fit_into_one_line(pod, backend):
 
 networks = st.one_of(
     st.ip_addresses(v=4).flatmap(lambda a: st.integers(0, 32).map(lambda n: (a, n))),
-    st.ip_addresses(v=6).flatmap(lambda a: st.integers(0, 128).map(lambda n: (a, n))),
+    st.ip_addresses(v=6)
+    .filter(lambda address: address.ipv4_mapped is None)
+    .flatmap(lambda a: st.integers(0, 128).map(lambda n: (a, n))),
 ).map(lambda pair: canonical_network(f"{pair[0]}/{pair[1]}"))
 port_ranges = st.integers(1, 14000).flatmap(
     lambda first: st.sampled_from(

@@ -26,6 +26,8 @@ from tidegate.intent.policy import (
     UserPorts,
 )
 from tidegate.intent.policy_settings import SETTINGS, value_of
+from tidegate.lab import runtime
+from tidegate.lab.spec import ConfigText, LabSpec, PodSpec
 
 CONSUL = "consul.hashicorp.com/transparent-proxy"
 CONFIG = "consul.hashicorp.com/redirect-traffic-config"
@@ -104,7 +106,6 @@ def test_without_annotations_the_policy_is_the_base():
         ("direct-probes", "true", "inbound.direct_probes", True),
         ("include-outbound-cidrs", "10.0.0.0/8", "outbound.include_cidrs", ("10.0.0.0/8",)),
         ("include-outbound-cidrs", "*", "outbound.include_cidrs", None),
-        ("include-outbound-ports", "443", "outbound.include_ports", ports((443, 443))),
         ("exclude-outbound-ports", "5432", "outbound.exclude_ports", ports((5432, 5432))),
         ("exclude-outbound-cidrs", "192.0.2.1", "outbound.exclude_cidrs", ("192.0.2.1/32",)),
         ("exclude-uids", "0,1000-1009,postgres", "outbound.exclude_uids", ids((0, 0), (1000, 1009), (70, 70))),
@@ -257,7 +258,18 @@ def test_a_contradiction_between_layers_counts_only_when_it_lasts():
         ("exclude-inbound-ports", "8\u0660", "is not a port", "8000-8010"),
         ("exclude-inbound-ports", "20000", "port 20000, on which the sidecar", "application"),
         ("exclude-inbound-ports", "15001", "port 15001, on which the sidecar", "application"),
-        ("exclude-outbound-ports", "15000-15002", "includes port 15001", "application"),
+        ("exclude-inbound-ports", "80:70", "'80:70' runs backwards", "70:80"),
+        ("exclude-inbound-ports", "80:70000", "'80:70000'", "from 1 to 65535"),
+        ("exclude-uids", "9:1", "'9:1' runs backwards", "1:9"),
+        (
+            "exclude-outbound-ports",
+            "20000",
+            "is port 20000, on which sidecars listen",
+            "no sidecar",
+        ),
+        ("exclude-outbound-ports", "15000-15002", "includes port 15001", "no sidecar"),
+        ("exclude-outbound-cidrs", "::ffff:10.0.0.0/8", "'::ffff:10.0.0.0/8'", "10.0.0.0/8"),
+        ("include-outbound-cidrs", "::ffff:a00:7/95", "IPv4", "0 to 32"),
         ("exclude-outbound-cidrs", "10.0.0.0/33", "'10.0.0.0/33'", "10.0.0.0/8"),
         ("exclude-outbound-cidrs", "fe80::1%eth0", "names an interface", "fe80::1"),
         ("exclude-outbound-cidrs", "db.local", "'db.local' is not an address", "10.0.0.0/8"),
@@ -271,7 +283,11 @@ def test_a_contradiction_between_layers_counts_only_when_it_lasts():
         ("mode", "ebpf", "'ebpf' is not a mode", "redirect or tproxy"),
         ("families", "inet", "'inet' is not an address family", "ipv4 or ipv6"),
         ("inbound-port", "70000", "there is no port 70000", "1 to 65535"),
-        ("inbound-port", "15001", "the inbound listener's port as well", "of its own"),
+        ("families", "", "no family", 'tidegate.io/redirect: "false"'),
+        ("families", " , ", "no family", 'tidegate.io/redirect: "false"'),
+        ("include-outbound-ports", "443", "has no effect unless", 'include-outbound-cidrs: ""'),
+        ("inbound-port", "15001", "both listeners would have port 15001", "a port for each"),
+        ("outbound-port", "20000", "both listeners would have port 20000", "a port for each"),
         ("proxy-mark", "0x0/0xff", "all traffic without a mark", "other than 0"),
         ("proxy-cgroup", "/sys/fs/cgroup/x", "begins with /", "below the root"),
         ("include-inbound-interfaces", "lo", "never redirected", "eth0"),
@@ -299,6 +315,7 @@ def test_all_faults_of_all_annotations_are_reported_at_once():
             "tidegate.io/exclude-inbound-ports": "70000,80,abc",
             f"{CONSUL}-exclude-uids": "nobody-here",
             f"{CONSUL}-exclude-outbound-port": "5432",
+            "tidegate.io/include-outbound-cidrs": "",
             "tidegate.io/include-outbound-ports": "443",
             "tidegate.io/exclude-outbound-ports": "443",
         }
@@ -310,6 +327,88 @@ def test_all_faults_of_all_annotations_are_reported_at_once():
         "tidegate.io/exclude-inbound-ports",
         "tidegate.io/include-outbound-ports",
     ]
+
+
+def test_ports_may_be_included_where_networks_are_listed():
+    said = own(include_outbound_ports="443")
+    listed = own(include_outbound_cidrs="")
+    policy = policy_from_annotations(said | listed)
+    assert policy.outbound == Outbound(include_cidrs=(), include_ports=ports((443, 443)))
+    by_the_node = Policy(outbound=Outbound(include_cidrs=("10.0.0.0/8",)))
+    assert policy_from_annotations(said, by_the_node).outbound.include_ports == ports((443, 443))
+    assert policy_of(said, listed) == policy
+    assert policy_from_annotations(own(include_outbound_ports="")) == DEFAULT
+    (fault,) = faults_of(said | own(include_outbound_cidrs="all"))
+    assert fault.field == "tidegate.io/include-outbound-ports"
+    (fault,) = faults_of(said | own(include_outbound_cidrs="db.local"))
+    assert fault.field == "tidegate.io/include-outbound-cidrs"
+    (fault,) = faults_of(own(include_outbound_ports="http"))
+    assert "'http' is not a port" in fault.problem
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (99999, '"99999"'),
+        (1.5, '"1.5"'),
+        (True, '"true"'),
+        (None, '""'),
+        ([8080, "9000-9010"], '"8080,9000-9010"'),
+        ([], '""'),
+        (["x" * 1000], "text in quotes"),
+        ([[1]], "text in quotes"),
+        ({"a": 1}, "text in quotes"),
+    ],
+)
+def test_a_value_that_is_no_text_is_refused_with_the_text_that_it_should_be(value, advice):
+    faults = faults_of({"tidegate.io/exclude-outbound-ports": value})
+    assert (faults[0].problem, faults[0].expected) == ("is not a string", advice)
+    assert faults[0].field == "tidegate.io/exclude-outbound-ports"
+    (fault,) = faults_of({"app": value})
+    assert fault.field == "app", "no annotation of anybody's can be anything else"
+
+
+def test_a_value_that_is_no_text_hides_no_other_fault():
+    said = {
+        "tidegate.io/exclude-inbound-port": "80",
+        "tidegate.io/exclude-outbound-ports": 99999,
+        "tidegate.io/include-inbound-ports": [8080, "9000-9010"],
+        "tidegate.io/exclude-inbound-ports": "8080",
+    }
+    assert [
+        (fault.field.removeprefix("tidegate.io/"), fault.problem) for fault in faults_of(said)
+    ] == [
+        ("exclude-outbound-ports", "is not a string"),
+        ("include-inbound-ports", "is not a string"),
+        ("exclude-inbound-port", "there is no such annotation"),
+        ("exclude-outbound-ports", "there is no port '99999'"),
+        ("include-inbound-ports", "'8080' is included, and excluded as well"),
+    ]
+    with pytest.raises(InputErrors) as raised:
+        policy_of({"a": 1}, {})
+    assert str(raised.value) == 'namespace: a: is not a string; expected "1"'
+
+
+def test_wrong_annotations_in_a_lab_file_are_told_with_file_and_field():
+    good = PodSpec(name="api", node="one", service="api", annotations=own(direct_probes="true"))
+    bad = PodSpec(name="customer", node="one", service="c", annotations=own(inbound_port="x"))
+    mesh = ConfigText(source="lab.yaml: config[0] (line 8)", text='Kind = "mesh"')
+    entry = ConfigText(source="lab.yaml: config[1] (line 9)", text='Kind = "mash"')
+    spec = LabSpec(name="lab", nodes=("one",), pods=(good, bad), config=(mesh, entry))
+    with pytest.raises(InputErrors) as raised:
+        runtime.check(spec, "lab.yaml")
+    of_entry, of_pod = map(str, raised.value.faults)
+    assert of_entry.startswith("lab.yaml: config[1] (line 9): ")
+    assert of_pod == (
+        "lab.yaml: pods[1].annotations of pod customer: tidegate.io/inbound-port: 'x' is not a port; "
+        "expected 1 to 65535"
+    )
+
+
+def test_very_many_values_that_are_no_texts_are_not_all_told():
+    faults = faults_of({f"x{number}": number for number in range(10_000)})
+    assert len(faults) == MAX_FAULTS + 1
+    assert "9980 more" in faults[-1].problem
 
 
 def test_a_value_that_cannot_be_read_does_not_lead_to_contradictions_besides():
@@ -350,6 +449,26 @@ def test_a_mistyped_annotation_is_a_fault_that_names_the_nearest(mistyped, neare
     (fault,) = faults_of({mistyped: "1"})
     assert fault.field == mistyped
     assert fault.expected == nearest
+
+
+def test_where_several_annotations_may_have_been_meant_all_are_named():
+    (fault,) = faults_of({"tidegate.io/exclude-ports": "1"})
+    assert fault.expected == (
+        "tidegate.io/exclude-user-ports or tidegate.io/exclude-inbound-ports or tidegate.io/exclude-outbound-ports"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("tidegate.io/bypass", "tidegate.io/exclude-inbound-ports"),
+        (f"{CONSUL}-goes-around-everything", f"{CONSUL}-exclude-inbound-ports"),
+        (f"{ISTIO}x", f"{ISTIO}excludeInboundPorts"),
+    ],
+)
+def test_for_an_annotation_that_is_like_no_other_none_is_guessed(name, like):
+    (fault,) = faults_of({name: "1"})
+    assert fault.expected.startswith(f"one that exists, such as {like}, or none that begins with ")
 
 
 @pytest.mark.parametrize(
@@ -489,7 +608,7 @@ def test_consuls_dns_annotation_redirects_what_its_webhook_would():
         (WEBHOOK | {"ProxyUserID": ""}, "ProxyUserID", "is missing"),
         (WEBHOOK | {"ProxyInboundPort": 0}, "ProxyInboundPort", "is missing"),
         (WEBHOOK | {"ProxyInboundPort": 70000}, "ProxyInboundPort", "no port 70000"),
-        (WEBHOOK | {"ProxyOutboundPort": 20000}, "ProxyOutboundPort", "as well"),
+        (WEBHOOK | {"ProxyOutboundPort": 20000}, "ProxyOutboundPort", "both listeners"),
         (WEBHOOK | {"ProxyUserID": "ghost"}, "ProxyUserID", "no user 'ghost'"),
         (WEBHOOK | {"ExcludeUIDs": ["1", "ghost"]}, "ExcludeUIDs[1]", "no user 'ghost'"),
         (WEBHOOK | {"ExcludeInboundPorts": [True]}, "ExcludeInboundPorts[0]", "true stands"),

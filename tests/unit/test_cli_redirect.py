@@ -2,11 +2,15 @@
 
 import argparse
 import asyncio
+import errno
 import io
 import json
 import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -15,9 +19,11 @@ import pytest
 from aiohttp import web
 
 from tidegate.cli import redirect_text, target
+from tidegate.cli.main import COMMANDS as MAIN_COMMANDS
 from tidegate.cli.main import main, make_parser
-from tidegate.enforce.redirect.backend import BackendName, Change
+from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
 from tidegate.enforce.redirect.engine import Applied, Choice
+from tidegate.enforce.redirect.foreign import Foreign, Mesh
 from tidegate.enforce.redirect.rules import Hook, rules_for
 from tidegate.intent.policy import (
     Dns,
@@ -33,7 +39,9 @@ from tidegate.intent.policy import (
     UserPorts,
 )
 from tidegate.kernel import netns
+from tidegate.kernel.chains import Store
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.features import Feature
 from tidegate.kernel.sockets import Listener
 from tidegate.lab import state
 
@@ -151,8 +159,11 @@ def test_a_command_on_a_namespace_needs_one_and_only_one(capsys, command):
         (["explain"], "required"),
         (["explain", "sideways", "10.0.0.1:1"], "invalid choice"),
         (["explain", "outbound", "10.0.0.1"], "is not ADDRESS:PORT"),
-        (["explain", "outbound", "10.0.0.1:0"], "is not ADDRESS:PORT"),
-        (["explain", "outbound", "10.0.0.1:70000"], "is not ADDRESS:PORT"),
+        (["explain", "outbound", "10.0.0.1:0"], "there is no port 0"),
+        (["explain", "outbound", "10.0.0.1:99999"], "there is no port 99999; 1 to 65535"),
+        (["explain", "outbound", "10.0.0.1:80", "--protocol", "tpc"], "is no protocol"),
+        (["explain", "outbound", "10.0.0.1:80", "--protocol", "256"], "is no protocol"),
+        (["explain", "outbound", "10.0.0.1:80", "--uid", "4294967295"], "is no user id"),
         (["explain", "outbound", "fd00::1:443"], "IPv6: [fd00::1]:443"),
         (["explain", "outbound", "[fe80::1%eth0]:443"], "names an interface"),
         (["explain", "outbound", "example.org:443"], "is not an IP address"),
@@ -179,9 +190,11 @@ def test_bad_arguments_are_bad_usage(capsys, argv, problem):
             "the sidecar's outbound listener, port 15001",
         ),
         ("outbound [fd77::2]:443", "to-outbound-listener", "the sidecar's outbound listener"),
-        ("outbound [::ffff:10.1.2.3]:443 --uid 5995", "proxy", "not redirected"),
         ("outbound 10.1.2.3:443 --uid root", "to-outbound-listener", "outbound listener"),
         ("outbound 10.1.2.3:443 --protocol UDP", "other-protocol", "not redirected"),
+        ("outbound 10.1.2.3:443 --protocol 17", "other-protocol", "not redirected"),
+        ("outbound 10.1.2.3:443 --protocol 6", "to-outbound-listener", "outbound listener"),
+        ("outbound 10.1.2.3:443 --protocol sctp", "other-protocol", "not redirected"),
         ("outbound 10.1.2.3:443 --older", "older", "not redirected"),
         ("outbound 127.0.0.9:443", "own-address", "not redirected"),
         ("outbound 127.0.0.9:443 --interface eth0", "loopback-ipv4", "not redirected"),
@@ -208,8 +221,6 @@ def test_explain_for_programs_has_the_connection_the_action_and_the_whole_list(c
     said = explained(
         capsys,
         *["inbound", "10.0.0.2:80", "--from", "10.0.0.9"],
-        *["--gid", "7", "--mark", "0x10"],
-        *["--cgroup", "/a/b/"],
     )
     assert said["connection"] == {
         "direction": "inbound",
@@ -218,9 +229,9 @@ def test_explain_for_programs_has_the_connection_the_action_and_the_whole_list(c
         "source": "10.0.0.9",
         "interface": "eth0",
         "uid": None,
-        "gid": 7,
-        "mark": 16,
-        "cgroup": "a/b",
+        "gid": None,
+        "mark": 0,
+        "cgroup": "",
         "protocol": "tcp",
         "opening": True,
         "forwarded": False,
@@ -228,6 +239,58 @@ def test_explain_for_programs_has_the_connection_the_action_and_the_whole_list(c
     assert said["action"] == {"kind": "redirect", "port": 20000}
     assert said["line"] == "to-inbound-listener" == said["list"][-1]["line"]
     assert said["list"][0] == {"line": "not-tcp", "when": "not tcp", "then": {"kind": "leave"}}
+    assert said["notes"] == []
+    client = ("--gid", "7", "--mark", "0x10", "--cgroup", "/a/b/")
+    asked = explained(capsys, "outbound", "10.0.0.2:80", *client)["connection"]
+    assert (asked["gid"], asked["mark"], asked["cgroup"]) == (7, 16, "a/b")
+
+
+@pytest.mark.parametrize(
+    ("named", "protocol", "phrase"),
+    [
+        ("6", "tcp", "tcp"),
+        ("17", "udp", "udp"),
+        ("132", "sctp", "sctp"),
+        ("ICMP", "icmp", "icmp"),
+        ("253", "253", "protocol 253"),
+    ],
+)
+def test_explain_takes_protocols_by_name_and_number(capsys, named, protocol, phrase):
+    argv = ("outbound", "10.0.0.2:80", "--protocol", named)
+    assert explained(capsys, *argv)["connection"]["protocol"] == protocol
+    out, _ = run(capsys, "explain", *argv)
+    assert out.startswith(f"outbound {phrase} 10.0.0.2:80 ")
+
+
+def test_explain_of_an_ipv4_mapped_address_says_that_ipv4_lines_decide(capsys):
+    argv = ("outbound", "[::ffff:127.0.0.1]:443", "--interface", "eth0")
+    out, err = run(capsys, "explain", *argv)
+    assert out.startswith("outbound tcp 127.0.0.1:443 on eth0 goes where it was going")
+    assert "decided by loopback-ipv4" in out
+    note = "::ffff:127.0.0.1 is 127.0.0.1 on the wire: the IPv4 lines decide"
+    assert err == f"NOTE: {note}\n"
+    said = explained(capsys, *argv)
+    assert said["notes"] == [note]
+    assert said["connection"]["destination"] == "127.0.0.1"
+    mapped = ("inbound", "10.0.0.2:80", "--from", "::ffff:10.0.0.9")
+    assert explained(capsys, *mapped)["connection"]["source"] == "10.0.0.9"
+
+
+@pytest.mark.parametrize(
+    ("direction", "option"),
+    [
+        ("outbound", ["--forwarded"]),
+        ("inbound", ["--uid", "0"]),
+        ("inbound", ["--gid", "0"]),
+        ("inbound", ["--mark", "0"]),
+        ("inbound", ["--cgroup", "/"]),
+    ],
+)
+def test_what_only_the_other_direction_has_is_refused(capsys, direction, option):
+    _, err = run(capsys, "explain", direction, "10.0.0.2:80", *option, code=BAD_INPUT)
+    other = "inbound" if direction == "outbound" else "outbound"
+    assert err.startswith(f"tidegate: {option[0]}: ")
+    assert f"only of an {other} connection" in err
 
 
 @pytest.mark.parametrize("option", ["--all", "-v"])
@@ -321,10 +384,25 @@ def test_annotations_are_a_mapping_or_those_of_a_manifest(capsys, tmp_path, name
     assert line_of(capsys, *argv) == "excluded-port"
 
 
-def test_a_pod_without_annotations_has_the_built_in_policy(capsys, stdin):
-    stdin("kind: Pod\nmetadata: {name: web}\n")
-    argv = ("outbound", "10.0.0.1:80", "--annotations", "-")
-    assert line_of(capsys, *argv) == "to-outbound-listener"
+@pytest.mark.parametrize(
+    ("manifest", "path"),
+    [
+        ("kind: Pod\nmetadata: {name: web}\n", "metadata.annotations"),
+        ("kind: Pod\nmetadata: {annotations: {}}\n", "metadata.annotations"),
+        (
+            "kind: Deployment\nmetadata: {annotations: {a/b: c}}\nspec: {template: {spec: {}}}\n",
+            "spec.template.metadata.annotations",
+        ),
+    ],
+)
+def test_a_manifest_without_annotations_has_the_built_in_policy_and_a_warning(
+    capsys, stdin, manifest, path
+):
+    stdin(manifest)
+    argv = ("explain", "outbound", "10.0.0.1:80", "--annotations", "-")
+    out, err = run(capsys, *argv)
+    assert "decided by to-outbound-listener" in out
+    assert err == f"WARNING: standard input: the manifest has no annotations ({path})\n"
 
 
 @pytest.mark.parametrize(
@@ -332,15 +410,26 @@ def test_a_pod_without_annotations_has_the_built_in_policy(capsys, stdin):
     [
         ("tidegate.io/exclude-outbound-ports: 5432\n", 'is not a string; expected "5432"'),
         ("kind: Pod\nmetadata: {annotations: [a]}\n", "metadata.annotations: is not a mapping"),
-        ("a: b\n---\nc: d\n", "holds 2 documents"),
-        ("", "holds 0 documents"),
+        (
+            "kind: Pod\nmetadata: {name: a}\n---\nkind: Deployment\nmetadata: {name: b}\n",
+            "holds 2 documents (Pod a, Deployment b); expected one of them, in a file of its own",
+        ),
+        ("a: b\n---\nkind: Pod\n", "holds 2 documents (a mapping, a Pod)"),
+        ("", "holds nothing; expected one mapping, or one manifest"),
         ("{", "expected JSON"),
+        (
+            "kind: List\nitems:\n- kind: Pod\n  metadata: {name: a}\n- {kind: Pod}\n",
+            "is a List of 2 manifests (Pod a, a Pod); expected one of them, "
+            "such as `kubectl get pod a -o yaml` prints",
+        ),
+        ("kind: PodList\nitems: []\n", "is a PodList of 0 manifests; expected one manifest"),
     ],
 )
 def test_annotations_that_are_none_are_refused(capsys, stdin, text, problem):
     stdin(text)
     argv = ("explain", "outbound", "10.0.0.1:1", "--annotations", "-")
     _, err = run(capsys, *argv, code=BAD_INPUT)
+    assert err.startswith("tidegate: standard input: ")
     assert problem in err
 
 
@@ -389,6 +478,15 @@ def test_all_faults_of_all_sources_are_told_at_once(capsys, tmp_path):
         assert fault in err
     assert "/none: cannot be read: No such file or directory" in err
     assert err.count(str(annotations)) == 3
+
+
+def test_standard_input_is_called_that(capsys, stdin):
+    stdin("outbound: {exclude_ports: ['70000']}\n")
+    _, err = run(capsys, "apply", "--dry-run", "--policy", "-", code=BAD_INPUT)
+    assert err.startswith("tidegate: standard input: ")
+    stdin("{")
+    _, err = run(capsys, "apply", "--dry-run", "--consul-config", "-", code=BAD_INPUT)
+    assert "-: " not in err
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(capsys, tmp_path):
@@ -451,7 +549,14 @@ def test_without_root_it_is_one_sentence(monkeypatch, capsys, command):
         return
     out, err = run(capsys, command, "--netns", "x", code=2 if command in QUESTIONS else 1)
     assert out == ""
-    assert "needs root" in err
+    reasons = {
+        "apply": "it loads rules into the kernel",
+        "show": "it reads the rules of a network namespace",
+        "check": "it reads the rules of a network namespace",
+        "verify": "it sends probes inside a network namespace",
+        "remove": "it takes rules out of the kernel",
+    }
+    assert err == f"tidegate: this needs root: {reasons[command]}; try sudo\n"
     assert err.count("\n") == 1
 
 
@@ -461,10 +566,16 @@ def test_an_unknown_namespace_is_answered_with_those_near_it(machine, capsys):
     _, err = run(capsys, "apply", "--netns", "shop1", code=BAD_INPUT)
     assert err == (
         "tidegate: --netns: there is no network namespace 'shop1'; "
-        "expected one of shop-1, shop-2 (of 3)\n"
+        "expected one of shop-1, shop-2 (and 1 other)\n"
     )
     _, err = run(capsys, "remove", "--netns", "zzz", code=BAD_INPUT)
     assert err.endswith("expected one of shop-1, shop-2, till\n")
+    for number in range(10):
+        (machine / "netns" / f"agent-{number}").touch()
+    _, err = run(capsys, "remove", "--netns", "til", code=BAD_INPUT)
+    assert err.endswith("expected one of till (and 12 others)\n")
+    _, err = run(capsys, "remove", "--netns", "zzz", code=BAD_INPUT)
+    assert err.endswith("agent-9 (and 3 others)\n")
     _, err = run(capsys, "show", "--netns", "no name", code=BAD_INPUT)
     assert "'no name' is not a name" in err
 
@@ -479,6 +590,43 @@ def test_a_path_that_leads_to_no_namespace_is_bad_input(machine, capsys, place):
     _, err = run(capsys, "apply", "--netns", place, code=BAD_INPUT)
     assert err.startswith("tidegate: --netns: ")
     assert place in err
+
+
+@pytest.mark.parametrize("command", [*QUESTIONS, "remove"])
+def test_a_namespace_that_may_not_be_looked_at_is_one_sentence(
+    machine, monkeypatch, capsys, command
+):
+    looked_at = f"/proc/{os.getpid()}/ns/net"
+    stat = os.stat
+
+    def refuse(path, **options):
+        if str(path) == looked_at:
+            raise PermissionError(errno.EACCES, "Permission denied", looked_at)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    _, err = run(capsys, command, "--pid", str(os.getpid()), code=BAD_INPUT)
+    assert err == f"tidegate: --pid: {looked_at} may not be looked at: Permission denied\n"
+
+
+@pytest.mark.parametrize("option", [("--netns", "/" + 5000 * "x"), ("--pid", 300 * "9")])
+def test_what_is_too_long_for_a_path_is_bad_input(machine, capsys, option):
+    _, err = run(capsys, "show", *option, code=BAD_INPUT)
+    assert err.startswith(f"tidegate: {option[0]}: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("command", "code"), [("show", 2), ("check", 2), ("remove", 1)])
+def test_what_the_system_refuses_is_one_sentence(
+    machine, monkeypatch, capsys, entered, command, code
+):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files", "/x")
+
+    monkeypatch.setattr(Engine, "backend_of", refuse)
+    monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
+    _, err = run(capsys, command, "--netns", OWN, code=code)
+    assert err == "tidegate: /x: Too many open files\n"
 
 
 @pytest.mark.parametrize("pid", ["0", "-3", "99999999999"])
@@ -618,8 +766,13 @@ def test_an_agent_that_says_too_little_is_named(machine, capsys):
 def test_where_no_agent_answers_a_question_cannot_be_told(machine, capsys):
     argv = ("--workload", "web", "--socket", str(machine / "none.sock"))
     _, err = run(capsys, "check", *argv, code=2)
-    assert "no agent answers at unix://" in err
+    path = f"unix://{machine}/none.sock"
+    assert err == f"tidegate: no agent answers at {path} (no such file or directory)\n"
     run(capsys, "remove", *argv, code=1)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(machine / "none.sock"))
+    _, err = run(capsys, "check", *argv, code=2)
+    assert err == f"tidegate: no agent answers at {path} (connection refused)\n"
 
 
 def test_the_agents_of_a_lab_are_all_asked(machine, capsys):
@@ -638,16 +791,21 @@ def test_the_agents_of_a_lab_are_all_asked(machine, capsys):
 
 
 def test_a_workload_is_found_although_another_node_of_the_lab_does_not_answer(
-    machine, capsys, entered
+    machine, monkeypatch, capsys, entered
 ):
+    monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
     paths = state.LabPaths("demo")
     for node in ("n1", "n2"):
         paths.node(node).mkdir(parents=True)
     state.write_bytes(paths.spec, b'{"name": "demo", "nodes": ["n1", "n2"], "pods": []}')
-    with agent(paths.agent_socket("n2"), said_of("web")):
+    with agent(paths.agent_socket("n2"), said_of("web", netns=OWN)):
         assert line_of(capsys, "outbound", "10.0.0.1:7", "--workload", "web")
-        _, err = run(capsys, "check", "--workload", "api", code=2)
-    assert f"no agent answers at unix://{paths.agent_socket('n1')}" in err
+        run(capsys, "check", "--workload", "web")
+        _, err = run(capsys, "check", "--workload", "wob", code=2)
+    assert err == (
+        "tidegate: no workload 'wob' is known (known: web), but not every agent was heard: "
+        f"no agent answers at unix://{paths.agent_socket('n1')} (no such file or directory)\n"
+    )
 
 
 class Engine:
@@ -660,6 +818,12 @@ class Engine:
 
     def apply(self, _path, _policy, *, adopt):
         return Applied(change=Change.CREATED, backend=BackendName.NFTABLES)
+
+    def check(self, _path, _policy):
+        return ()
+
+    def current(self, _path):
+        return None
 
     def gaps(self, path, _policy):
         if path.startswith("/run/"):
@@ -714,16 +878,30 @@ def test_the_doctor_names_the_ways_around_the_sidecars_of_an_agents_workloads(
         said_of("web", netns=OWN),
         said_of("gone"),
         said_of("outside", netns=OWN, wanted_in_mesh=False),
+        said_of(
+            "typo",
+            netns=OWN,
+            wanted_in_mesh=False,
+            annotations={"tidegate.io/exclude-uids": "nobody-of-this-name"},
+        ),
     )
     with agent(machine / "agent.sock", *known):
         main(["doctor", "--json"])
         said = json.loads(capsys.readouterr().out)["redirection"]
+        assert said["faulty_annotations"] == {
+            "typo on n1": [
+                "tidegate.io/exclude-uids: there is no user 'nobody-of-this-name' here; "
+                "expected a number or the name of a user"
+            ]
+        }
         assert said["ways_around"] == {
             "web on n1": ["IPv6 goes around the sidecar"],
             "gone on n1": ["not known: no network namespace at /run/netns/gone"],
         }
         main(["doctor"])
-        assert "web on n1: IPv6 goes around the sidecar\n" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "web on n1: IPv6 goes around the sidecar\n" in out
+        assert "typo on n1: annotation tidegate.io/exclude-uids: " in out
     main(["doctor", "--json"])
     assert json.loads(capsys.readouterr().out)["redirection"]["ways_around"] == {}
 
@@ -738,3 +916,79 @@ def test_the_doctor_finds_a_machine_without_any_backend_ill(machine, monkeypatch
     out = capsys.readouterr().out
     assert "no backend works here" in out
     assert "iptables is not there" in out
+
+
+def test_the_doctor_never_cuts_a_path(machine, monkeypatch, capsys):
+    path = "/opt/" + "a-long-directory/" * 20 + "envoy"
+    feature = Feature(name="Envoy", present=True, detail=f"{path} here", lost_without="all")
+    gone = msgspec.structs.replace(feature, name="ipset", present=False, needed=False)
+    monkeypatch.setattr("tidegate.cli.doctor.probe_all", lambda: (feature, gone))
+    monkeypatch.setattr("tidegate.cli.doctor.choose", lambda _wanted: Engine.choice)
+    monkeypatch.setattr("tidegate.cli.doctor.Engine", Engine)
+    for columns in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        main(["doctor"])
+        out = capsys.readouterr().out
+        assert re.search(rf"^present +Envoy +{path} here$", out, re.MULTILINE)
+        assert re.search(rf"^missing +ipset +{path} here; without it: all$", out, re.MULTILINE)
+
+
+def test_a_rule_without_a_name_is_shown_as_such(machine, monkeypatch, capsys, entered):
+    rules = (
+        InstalledLine(hook=Hook.OUTBOUND, name="proxy", packets=3),
+        InstalledLine(hook=Hook.OUTBOUND, name="", packets=4),
+    )
+    monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
+    monkeypatch.setattr(Engine, "current", lambda _self, _path: rules)
+    out, _ = run(capsys, "show", "--netns", "/x")
+    assert re.search(r"^ +\(unnamed rule\) +4$", out, re.MULTILINE)
+
+
+def test_taking_over_is_offered_only_where_it_would_help(machine, monkeypatch, capsys, entered):
+    consul = Foreign(Mesh.CONSUL, Store.LEGACY, "ip", "nat", ("CONSUL_PROXY_OUTPUT",))
+    istio = Foreign(Mesh.ISTIO, Store.LEGACY, "ip", "nat", ("ISTIO_OUTPUT",))
+
+    def apply(_self, _path, _policy, *, adopt):
+        left = (istio,) if adopt else (consul, istio)
+        foreign = tuple(map(str, left))
+        return Applied(change=Change.CREATED, backend=BackendName.NFTABLES, foreign=foreign)
+
+    monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
+    monkeypatch.setattr(Engine, "apply", apply)
+    gaps = lambda _self, _path, _policy: (str(consul), str(istio))  # noqa: E731
+    monkeypatch.setattr(Engine, "gaps", gaps)
+    monkeypatch.setattr("tidegate.cli.redirect.foreign.find", lambda _path: (consul, istio))
+    _, err = run(capsys, "apply", "--netns", OWN)
+    assert f"WARNING: {consul}; --adopt replaces it\n" in err
+    assert f"WARNING: {istio}\n" in err
+    _, err = run(capsys, "apply", "--netns", OWN, "--adopt")
+    assert "--adopt" not in err
+
+
+def test_the_version_is_told_without_importing_any_command():
+    program = (
+        "import sys; from tidegate.cli.main import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in sys.modules if name.startswith('tidegate.cli.') and name != 'tidegate.cli.main'])"
+    )
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, text=True, capture_output=True, check=True)
+    assert re.fullmatch(r"tidegate [\d.]+\n\[\]\n", done.stdout)
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"\n    {command} " in out for command in MAIN_COMMANDS)
+
+
+def test_help_says_what_a_backend_is_compared_with_and_taken_from(capsys):
+    def help_of(command):
+        with pytest.raises(SystemExit):
+            main(["redirect", command, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "the backend whose rules are there" in help_of("check")
+    assert "takes over from the other backend" in help_of("apply")

@@ -166,7 +166,7 @@ def test_a_policy_with_a_value_that_is_none_cannot_be_made(parts, field, problem
 @pytest.mark.parametrize(
     ("parts", "field", "problem"),
     [
-        ({"inbound": Inbound(port=15001)}, "outbound.port", "15001 is the inbound listener's"),
+        ({"inbound": Inbound(port=15001)}, "outbound.port", "both listeners would have port 15001"),
         (
             {"inbound": Inbound(exclude_ports=ports((20000, 20000)))},
             "inbound.exclude_ports",
@@ -175,7 +175,7 @@ def test_a_policy_with_a_value_that_is_none_cannot_be_made(parts, field, problem
         (
             {"outbound": Outbound(exclude_ports=ports((15000, 15002)))},
             "outbound.exclude_ports",
-            "includes port 15001",
+            "includes port 15001, on which sidecars listen",
         ),
         (
             {"inbound": Inbound(include_ports=ports((80, 80)), exclude_ports=ports((80, 80)))},
@@ -261,6 +261,29 @@ def test_what_only_looks_like_a_contradiction_is_a_policy(parts):
     assert Policy(**parts)
 
 
+def test_an_excluded_outbound_port_on_which_sidecars_listen_would_be_a_way_around_them():
+    (fault,) = faults_of(outbound=Outbound(exclude_ports=ports((20000, 20000))))
+    assert str(fault) == (
+        "outbound.exclude_ports: '20000' is port 20000, on which sidecars listen: traffic to those of other "
+        "workloads would go around this workload's own; expected ports on which no sidecar listens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("::ffff:10.0.0.7/8", "10.0.0.0/8"),
+        ("::ffff:10.0.0.7/32", "10.0.0.7/32"),
+        ("::ffff:10.0.0.7/64", "a prefix of 0 to 32, such as 10.0.0.0/8"),
+    ],
+)
+def test_a_mapped_network_that_is_wider_than_all_of_ipv4_is_refused_with_the_ipv4_one(text, advice):
+    with pytest.raises(InputError) as raised:
+        canonical_network(text)
+    assert text in raised.value.problem
+    assert advice in raised.value.expected
+
+
 def test_all_faults_of_a_policy_are_told_at_once():
     faults = faults_of(
         proxy=Proxy(uids=(-1,), mark=Mark(0)),
@@ -331,7 +354,11 @@ def test_networks_are_written_in_one_way():
     assert canonical_address("fd00:0::1") == "fd00::1"
 
 
-@pytest.mark.parametrize("text", ["", "10.0.0.0/33", "fe80::1%eth0", "db.local", "10.0.0.0/8 "])
+@pytest.mark.parametrize(
+    "text",
+    ["", "10.0.0.0/33", "fe80::1%eth0", "db.local", "10.0.0.0/8 ", "::ffff:10.0.0.0/8",
+     "::ffff:0:0/95", "::ffff:1.2.3.4/0"],
+)  # fmt: skip
 def test_what_is_no_network_is_refused(text):
     with pytest.raises(InputError):
         canonical_network(text)
@@ -383,7 +410,11 @@ def test_values_are_read_as_people_write_them(parse, text, value):
     [
         (parse_port_range, "8\u0660", "is not a port"),
         (parse_port_range, "1-2-3", "is not a port"),
-        (parse_id_range, "9-1", "backwards"),
+        (parse_port_range, "80:70", "'80:70' runs backwards"),
+        (parse_port_range, "080-99999", "'080-99999'"),
+        (parse_id_range, "9-1", "'9-1' runs backwards"),
+        (parse_id_range, "9:1", "'9:1' runs backwards"),
+        (parse_user_ports, "tcp:80:9-1", "'9-1' runs backwards"),
         (parse_id_range, "www-data", "no user 'www-data'"),
         (parse_id_range, "", "no user ''"),
         (parse_id_range, "a\0b", "no user 'a\\x00b'"),

@@ -174,13 +174,21 @@ def test_what_a_document_does_not_say_stays_as_in_the_base(text):
         ("outbound: {exclude_uids: [ghost]}", "line 1: outbound.exclude_uids[0]", "ghost", "name"),
         ("drop_invalid: 3", "line 1: drop_invalid", "'3' is neither", "true or false"),
         ("families: ipv5", "line 1: families", "'ipv5' is not", "ipv4 or ipv6"),
+        ("families: []", "line 1: families", "no family", "ipv4, ipv6 or both"),
+        ("families: ''", "line 1: families", "no family", "ipv4, ipv6 or both"),
+        ("dns: yes", "line 1: dns", "'yes' is not an object", "dns: {enabled: true}"),
+        ("dns: true", "line 1: dns", "true is not an object", "dns: {enabled: true}"),
+        ("dns: off", "line 1: dns", "'off' is not an object", "dns: {enabled: false}"),
+        ("mode: tproxy\ninbound: false", "line 2: inbound", "false", "inbound: {enabled: false}"),
+        ("proxy: true", "line 1: proxy", "true is not an object", "fields in { }"),
+        ("dns: 10.0.0.1", "line 1: dns", "'10.0.0.1' is not an object", "fields in { }"),
         ("mode: ebpf", "line 1: mode", "'ebpf' is not a mode", "redirect or tproxy"),
         ("proxy: {uids: []}", "line 1: proxy.uids", "nothing tells", "a user id"),
         (
             "inbound:\n  port: 15001",
             "line 2: inbound.port",
-            "15001 is the inbound listener's port as well",
-            "of its own",
+            "both listeners would have port 15001",
+            "a port for each",
         ),
         (
             "inbound:\n  direct_probes: true",
@@ -213,9 +221,48 @@ def test_all_faults_of_a_document_are_told_at_once():
     ]
 
 
+def test_faults_are_told_in_the_order_of_their_lines():
+    faults = faults_of(
+        "outbound: {include_ports: [443],\n  exclude_ports: [443]}\nmod: 1\n"
+        "inbound:\n  prt: 1\n  port: 0\n  exclude_ports: [x, 9-8]\ndns: {enabled: true, port: 15001}\n"
+        "modus: 1\nfamilies: []\n"
+    )
+    assert [fault.field for fault in faults] == [
+        "line 1: outbound.include_ports",
+        "line 3: mod",
+        "line 5: inbound.prt",
+        "line 6: inbound.port",
+        "line 7: inbound.exclude_ports[0]",
+        "line 7: inbound.exclude_ports[1]",
+        "line 8: dns.port",
+        "line 9: modus",
+        "line 10: families",
+    ]
+
+
+def test_what_is_left_out_of_a_list_of_faults_is_told_after_them():
+    wrong = "".join(f"  x{number}: 1\n" for number in range(MAX_FAULTS + 2))
+    bad = ",".join(["x"] * (MAX_FAULTS + 3))
+    faults = faults_of(f"mode: {{}}\noutbound:\n  exclude_cidrs: [{bad}]\ninbound:\n{wrong}")
+    assert faults[0].field == "line 1: mode"
+    assert [at for at, fault in enumerate(faults) if "3 more values" in fault.problem] == [
+        MAX_FAULTS + 1
+    ]
+    assert "and 2 more fields" in faults[-1].problem
+
+
 @pytest.mark.parametrize(
     "text",
-    ["[1]", "- a", "{", "a: b: c", "a: 1\n---\nb: 2", "mode: tproxy\nmode: redirect", "!!x y"],
+    [
+        "[]",
+        "[1]",
+        "- a",
+        "{",
+        "a: b: c",
+        "a: 1\n---\nb: 2",
+        "mode: tproxy\nmode: redirect",
+        "!!x y",
+    ],
 )
 def test_what_is_no_document_is_refused_with_the_file(text):
     with pytest.raises(InputError) as raised:
@@ -320,7 +367,7 @@ POLICIES = st.builds(
         addresses=ADDRESSES,
         port=PORTS,
     ),
-    families=st.sampled_from([(), (Family.IPV4,), (Family.IPV4, Family.IPV6)]),
+    families=st.sampled_from([(Family.IPV4,), (Family.IPV4, Family.IPV6)]),
     mode=st.sampled_from(Mode),
     drop_invalid=st.booleans(),
 )
@@ -403,7 +450,10 @@ def rows():
 def test_the_documentation_has_every_setting_with_its_default_and_a_good_example():
     named = set()
     written = policy_to_document(DEFAULT)
-    base = policy_from_fields({"inbound": {"node_addresses": "10.0.0.1"}}, "-")
+    base = policy_from_fields(
+        {"inbound": {"node_addresses": "10.0.0.1"}, "outbound": {"include_cidrs": "192.0.2.0/24"}},
+        "-",
+    )
     for annotation, path, default, example in rows():
         if annotation:
             said = {f"tidegate.io/{annotation}": example}
@@ -435,6 +485,7 @@ def test_the_documented_policy_is_accepted():
 def test_the_documented_faults_are_what_is_told():
     annotations = {
         "tidegate.io/exclude-inbound-port": "1",
+        "tidegate.io/include-outbound-ports": "443",
         "consul.hashicorp.com/redirect-traffic-config": json.dumps(
             {"ProxyUserID": "5995", "ProxyInboundPort": 20000, "ExcludeUIDs": ["5996", "ghost"]}
         ),

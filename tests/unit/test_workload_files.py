@@ -54,9 +54,22 @@ def test_a_directory_that_goes_away_takes_no_workload_with_it(tmp_path: Path) ->
         (b"", "is not a workload"),
         (b'{"id": "a-1"', "is not a workload"),
         (b'{"id": 3}', "is not a workload"),
+        (b'{"x": ' + b"[" * 60_000, "is not a workload"),
+        (b'{"id": 3, "annotations"', "is not a workload"),
+        (b'{"id": 3, "x": ' + b"[" * 60_000, "is not a workload"),
+        (b'{"id": 3, "name": "\xff"}', "is not a workload"),
         (b"[" * (files.MAX_FILE_BYTES + 1), "larger than"),
     ],
-    ids=["empty", "cut off", "of another shape", "too large"],
+    ids=[
+        "empty",
+        "cut off",
+        "of another shape",
+        "deep",
+        "wrong, then cut off",
+        "wrong, then deep",
+        "wrong, then no text",
+        "too large",
+    ],
 )
 def test_a_broken_file_is_told_and_keeps_the_workload_as_it_was(
     tmp_path: Path, content: bytes, words: str
@@ -73,6 +86,52 @@ def test_a_broken_file_is_told_and_keeps_the_workload_as_it_was(
     put(tmp_path, workload("a", meshed=True))
     assert source.list()[0].meshed
     assert source.problems() == ()
+
+
+def test_annotations_that_are_no_strings_are_named(tmp_path: Path) -> None:
+    raw = msgspec.to_builtins(workload("a"))
+    raw["annotations"] = {
+        "app": "web",
+        "tidegate.io/exclude-inbound-ports": 99999,
+        "tidegate.io/direct-probes": True,
+        "a/list": ["8080", "9000-9010"],
+    }
+    raw["namespace_annotations"] = {"b/none": None, "c/object": {}, "d\nodd": 1.5}
+    path = tmp_path / "a.json"
+    path.write_bytes(msgspec.json.encode(raw))
+    source = FileSource(tmp_path)
+    assert source.list() == ()
+    assert source.problems() == (
+        f"{path} is not a workload: "
+        'annotations.tidegate.io/exclude-inbound-ports is not a string; expected "99999"; '
+        'annotations.tidegate.io/direct-probes is not a string; expected "true"; '
+        'annotations.a/list is not a string; expected "8080,9000-9010"; '
+        'namespace_annotations.b/none is not a string; expected ""; '
+        "namespace_annotations.c/object is not a string; expected text in quotes; "
+        "namespace_annotations.'d\\nodd' is not a string; expected \"1.5\"",
+    )
+
+
+def test_of_very_many_annotations_that_are_no_strings_some_are_named(tmp_path: Path) -> None:
+    raw = msgspec.to_builtins(workload("a"))
+    raw["annotations"] = {f"{'x' * 100}{number}": number for number in range(500)}
+    (tmp_path / "a.json").write_bytes(msgspec.json.encode(raw))
+    source = FileSource(tmp_path)
+    assert source.list() == ()
+    (problem,) = source.problems()
+    assert "and 480 more" in problem
+    assert len(problem) < 5000
+
+
+@pytest.mark.parametrize("annotations", [7, None, ["a"], {"a": 1}])
+def test_a_file_with_other_faults_besides_its_annotations_is_told(
+    tmp_path: Path, annotations: object
+) -> None:
+    raw = {"id": 7, "annotations": annotations}
+    (tmp_path / "a.json").write_bytes(msgspec.json.encode(raw))
+    source = FileSource(tmp_path)
+    assert source.list() == ()
+    assert len(source.problems()) == 1
 
 
 def test_a_file_that_was_never_right_is_no_workload(tmp_path: Path) -> None:

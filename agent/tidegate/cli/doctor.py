@@ -6,14 +6,15 @@ a way around their sidecar.
 
 import argparse
 import json
+from collections.abc import Iterable
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli import policies, target, workloads
 from tidegate.cli.target import require_root
+from tidegate.cli.workloads import Node
 from tidegate.enforce.redirect.backend import BackendName
 from tidegate.enforce.redirect.engine import AUTO, Choice, Engine, choose
 from tidegate.enforce.sidecar import envoy
@@ -38,6 +39,8 @@ class Redirection(msgspec.Struct, frozen=True, kw_only=True):
     """None when no backend works."""
     ways_around: dict[str, tuple[str, ...]]
     """By workload: how its traffic goes around its sidecar, one sentence each."""
+    faulty_annotations: dict[str, tuple[str, ...]]
+    """By workload: annotations that are wrong, one sentence each."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,7 +58,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Probes and prints; 0 when everything is there."""
-    require_root()
+    require_root("it tries features of the kernel in network namespaces")
     features = (*probe_all(), _envoy())
     redirection = _redirection()
     if args.json:
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(msgspec.to_builtins(found), indent=2))
     else:
         out = Console(highlight=False)
-        out.print(_features(features))
+        _print_features(out, features)
         out.print()
         _print_redirection(out, redirection)
     missing = any(feature.needed and not feature.present for feature in features)
@@ -86,9 +89,14 @@ def _envoy() -> Feature:
 
 def _redirection() -> Redirection:
     states = tuple(map(_state, BackendName))
-    if not any(state.works for state in states):
-        return Redirection(backends=states, auto=None, ways_around={})
-    return Redirection(backends=states, auto=choose(AUTO), ways_around=_ways_around(Engine(AUTO)))
+    works = any(state.works for state in states)
+    nodes = workloads.known(target.agents_of_this_machine())
+    return Redirection(
+        backends=states,
+        auto=choose(AUTO) if works else None,
+        ways_around=_ways_around(Engine(AUTO), nodes) if works else {},
+        faulty_annotations=_faulty_annotations(nodes),
+    )
 
 
 def _state(name: BackendName) -> BackendState:
@@ -98,10 +106,21 @@ def _state(name: BackendName) -> BackendState:
         return BackendState(name, False, str(error))
 
 
-def _ways_around(engine: Engine) -> dict[str, tuple[str, ...]]:
+def _faulty_annotations(nodes: Iterable[Node]) -> dict[str, tuple[str, ...]]:
+    """Of every workload, with a sidecar or without."""
+    found = {}
+    for node in nodes:
+        for one in node.workloads:
+            faults = policies.faults_of_workload(one)
+            if faults:
+                found[f"{one.name} on {node.node}"] = tuple(map(str, faults))
+    return found
+
+
+def _ways_around(engine: Engine, nodes: Iterable[Node]) -> dict[str, tuple[str, ...]]:
     """Of every workload that should have a sidecar; what cannot be found out is said in its place."""
     found = {}
-    for node in workloads.known(target.agents_of_this_machine()):
+    for node in nodes:
         for one in node.workloads:
             if not one.wanted_in_mesh:
                 continue
@@ -114,27 +133,30 @@ def _ways_around(engine: Engine) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _features(features: tuple[Feature, ...]) -> Table:
-    table = Table("feature", "", "found", "without it", box=None, pad_edge=False)
+def _print_features(out: Console, features: tuple[Feature, ...]) -> None:
+    width = max((len(feature.name) for feature in features), default=0)
     for feature in features:
-        missing = "[red]missing[/]" if feature.needed else "[yellow]missing[/]"
-        mark = "[green]present[/]" if feature.present else missing
-        table.add_row(
-            feature.name, mark, feature.detail, "" if feature.present else feature.lost_without
-        )
-    return table
+        without = "" if feature.present else f"; without it: {feature.lost_without}"
+        style = "green" if feature.present else "red" if feature.needed else "yellow"
+        mark = Text("present" if feature.present else "missing", style)
+        _print_line(out, mark, f"  {feature.name:<{width}}  {feature.detail}{without}")
 
 
 def _print_redirection(out: Console, redirection: Redirection) -> None:
-    table = Table("redirection through", "", "why", box=None, pad_edge=False)
     for state in redirection.backends:
-        mark = "[green]works[/]" if state.works else "[yellow]does not work[/]"
-        table.add_row(state.name, mark, Text(state.detail))
-    out.print(table)
+        mark = Text("works  " if state.works else "fails  ", "green" if state.works else "yellow")
+        _print_line(out, mark, f"  redirection through {state.name}: {state.detail}")
     auto = redirection.auto
-    out.print(
-        Text(f"auto is {auto.backend}: {auto.why}" if auto else "no backend works here", "bold")
-    )
+    chosen = f"auto is {auto.backend}: {auto.why}" if auto else "no backend works here"
+    _print_line(out, Text(chosen, "bold"))
+    for workload, faults in redirection.faulty_annotations.items():
+        for fault in faults:
+            _print_line(out, Text(f"{workload}: annotation {fault}", "yellow"))
     for workload, gaps in redirection.ways_around.items():
         for gap in gaps:
-            out.print(Text(f"{workload}: {gap}", "yellow"), soft_wrap=True)
+            _print_line(out, Text(f"{workload}: {gap}", "yellow"))
+
+
+def _print_line(out: Console, *parts: Text | str) -> None:
+    """One line however long: a path in it stays whole."""
+    out.print(Text.assemble(*parts), soft_wrap=True)

@@ -82,13 +82,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run_up(args: argparse.Namespace) -> int:
     """Brings a lab up, telling each step."""
     require_root()
-    spec = _wanted(args)
+    spec, source = _wanted(args)
     out = tables.console()
     if out.is_terminal:
         with out.status(f"lab {spec.name}") as shown:
-            runtime.up(spec, progress=_shown_in(shown, spec.name))
+            runtime.up(spec, progress=_shown_in(shown, spec.name), source=source)
     else:
-        runtime.up(spec, progress=lambda step: print(f"lab {spec.name}: {step}", flush=True))
+        runtime.up(
+            spec,
+            progress=lambda step: print(f"lab {spec.name}: {step}", flush=True),
+            source=source,
+        )
     out.print(f"lab {spec.name} is up: {len(spec.nodes)} nodes, {len(spec.pods)} pods")
     return 0
 
@@ -133,13 +137,15 @@ def run_down(args: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(args: argparse.Namespace) -> LabSpec:
+def _wanted(args: argparse.Namespace) -> tuple[LabSpec, str]:
+    """The lab to bring up, and the file that it comes from; "" for one that is up."""
     name = _named(args)
     if args.file is None:
         present = state.read(LabPaths(name or DEFAULT_LAB_NAME).spec, LabSpec)
         if present is not None:
-            return present
-    return load(args.file or DEMO_FILE, name=name)
+            return present, ""
+    file = args.file or DEMO_FILE
+    return load(file, name=name), str(file)
 
 
 def _named(args: argparse.Namespace) -> str | None:

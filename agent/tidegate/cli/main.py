@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
@@ -23,7 +24,10 @@ COMMANDS = {
 
 
 def make_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser of the whole command line, or of one command only: then nothing else is imported."""
+    """The parser of the whole command line, or of one command only: then nothing else is imported.
+
+    For --version no command is imported.
+    """
     parser = argparse.ArgumentParser(
         prog="tidegate",
         description="Moves service-mesh workloads from plaintext to strict mTLS, on evidence.",
@@ -31,10 +35,15 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    groups = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())
-    for group in groups:
+    for group in _groups(command):
         importlib.import_module(f"tidegate.cli.{group}").add_parser(subparsers)
     return parser
+
+
+def _groups(command: str | None) -> Iterable[str]:
+    if command == "--version":
+        return ()
+    return (COMMANDS[command],) if command in COMMANDS else dict.fromkeys(COMMANDS.values())
 
 
 class _Version(argparse.Action):

@@ -74,23 +74,24 @@ def _named(name: str) -> Target:
         path = netns.path(name)
     except KernelError as error:
         raise InputError(str(error), field="--netns", expected=_near(name)) from error
-    if not Path(path).exists():
+    if not _is_there(path, "--netns"):
         problem = f"there is no network namespace {name!r}"
         raise InputError(problem, field="--netns", expected=_near(name))
     return Target(name=name, path=_entered(path, "--netns"))
 
 
 def _near(name: str) -> str:
-    """The names that were probably meant, else all of them, as far as a line can hold them."""
+    """The names that were probably meant, else the first ones, and how many others there are."""
     names = netns.names()
     shown = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
-    more = "" if len(shown) == len(names) else f" (of {len(names)})"
+    left = len(names) - len(shown)
+    more = f" (and {left} {'other' if left == 1 else 'others'})" if left else ""
     return f"one of {', '.join(shown)}{more}" if shown else "a path; none has a name here"
 
 
 def _of_process(pid: int) -> Target:
     path = f"/proc/{pid}/ns/net"
-    if pid < 1 or not Path(f"/proc/{pid}").exists():
+    if pid < 1 or not _is_there(f"/proc/{pid}", "--pid"):
         problem = f"there is no process {pid}; it may have ended"
         raise InputError(problem, field="--pid", expected="the number of one that runs")
     return Target(name=f"process {pid}", path=_entered(path, "--pid"))
@@ -103,7 +104,7 @@ def _of_workload(args: argparse.Namespace) -> Target:
 
 def _entered(path: str, option: str) -> str:
     """The path, once a thread has been in there. InputError when it leads to no network namespace."""
-    if Path(path).exists() and not Path(path).is_file():
+    if _is_there(path, option) and not Path(path).is_file():
         raise InputError(f"{path} is no network namespace", field=option)
     try:
         netns.run_in(path, lambda: None)
@@ -112,3 +113,13 @@ def _entered(path: str, option: str) -> str:
             raise TidegateError(f"{error}; try sudo") from error
         raise InputError(str(error), field=option, expected="a network namespace") from error
     return path
+
+
+def _is_there(path: str, option: str) -> bool:
+    """Whether something is at a path. InputError when nobody may look, or it can be no path."""
+    try:
+        return Path(path).exists()
+    except OSError as error:
+        problem = f"{path} may not be looked at: {error.strerror}"
+        advice = "" if target.is_root() else "; try sudo"
+        raise InputError(problem + advice, field=option) from error

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from tidegate.cli import redirect_text
 from tidegate.cli.arguments import text_of
+from tidegate.cli.redirect_text import SHOWN
 from tidegate.cli.workloads import KnownWorkload
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.annotations import policy_from_annotations, policy_of
@@ -42,7 +44,10 @@ def is_given(args: argparse.Namespace) -> bool:
 
 
 def given(args: argparse.Namespace) -> Policy:
-    """The policy that the options give, built-in defaults below. InputErrors with the faults of all of them."""
+    """The policy that the options give, built-in defaults below. InputErrors with the faults of all of them.
+
+    Warns of a manifest that has no annotations.
+    """
     _refuse_second_stdin(args)
     policy = DEFAULT
     faults: list[InputError] = []
@@ -57,7 +62,7 @@ def given(args: argparse.Namespace) -> Policy:
         except InputError as error:
             faults.append(error)
     if faults:
-        raise InputErrors(tuple(faults))
+        raise InputErrors(tuple(map(_with_source_in_words, faults)))
     return policy
 
 
@@ -73,11 +78,33 @@ def of_workload(workload: KnownWorkload) -> Policy:
         )
 
 
+def faults_of_workload(workload: KnownWorkload) -> tuple[InputError, ...]:
+    """What is wrong with its annotations, each fault with the name of the annotation."""
+    try:
+        of_workload(workload)
+    except InputErrors as error:
+        return tuple(
+            InputError(fault.problem, field=fault.field, expected=fault.expected)
+            for fault in error.faults
+        )
+    return ()
+
+
 def _refuse_second_stdin(args: argparse.Namespace) -> None:
     readers = [source for source in _CHANGES if getattr(args, source) == "-"]
     if len(readers) > 1:
         names = " and ".join(f"--{source.replace('_', '-')}" for source in readers)
         raise InputError(f"{names} both read standard input", expected="one of them from a file")
+
+
+def _in_words(file: str) -> str:
+    return "standard input" if file == "-" else file
+
+
+def _with_source_in_words(fault: InputError) -> InputError:
+    return InputError(
+        fault.problem, source=_in_words(fault.source), field=fault.field, expected=fault.expected
+    )
 
 
 def _by_document(option: str, base: Policy) -> Policy:
@@ -105,9 +132,11 @@ _CHANGES: Final[Mapping[str, Callable[[str, Policy], Policy]]] = {
 
 def _annotations(text: str, source: str) -> Mapping[str, str]:
     documents = read_documents(text, source)
-    if len(documents) != 1:
-        expected = "one mapping, or one manifest"
-        raise InputError(f"holds {len(documents)} documents", source=source, expected=expected)
+    if not documents:
+        raise InputError("holds nothing", source=source, expected="one mapping, or one manifest")
+    if len(documents) > 1:
+        problem = f"holds {len(documents)} documents ({_named(documents)})"
+        raise InputError(problem, source=source, expected="one of them, in a file of its own")
     document: Mapping[str, Any] = documents[0]
     if "metadata" in document or "kind" in document:
         document = _annotations_of_manifest(document, source)
@@ -128,15 +157,52 @@ def _annotations(text: str, source: str) -> Mapping[str, str]:
 
 def _annotations_of_manifest(manifest: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """A pod's annotations: those of its own manifest, or of the template of whatever makes the pod."""
+    _refuse_list(manifest, source)
     path = ["metadata", "annotations"]
     for template in (["spec", "template"], ["spec", "jobTemplate", "spec", "template"]):
         if _at(manifest, template) is not None:
             path = [*template, *path]
+    field = ".".join(path)
     found = _at(manifest, path)
     if found is not None and not isinstance(found, Mapping):
-        field = ".".join(path)
         raise InputError("is not a mapping", source=source, field=field, expected="name: value")
+    if not found:
+        redirect_text.warn(f"{_in_words(source)}: the manifest has no annotations ({field})")
     return found or {}
+
+
+def _refuse_list(manifest: Mapping[str, Any], source: str) -> None:
+    """InputError for what `kubectl get` prints of several objects."""
+    kind, items = manifest.get("kind"), manifest.get("items")
+    if not str(kind).endswith("List") and not isinstance(items, list):
+        return
+    items = items if isinstance(items, list) else []
+    named = f" ({_named(items)})" if items else ""
+    names = [words for words in map(_kind_and_name, items) if len(words) == 2]
+    example = f"`kubectl get {names[0][0].lower()} {names[0][1]} -o yaml`" if names else ""
+    raise InputError(
+        f"is a {kind} of {len(items)} manifests{named}",
+        source=source,
+        expected=f"one of them, such as {example} prints" if example else "one manifest",
+    )
+
+
+def _named(manifests: Sequence[Any]) -> str:
+    """What each of several manifests is, as far as a line can hold them."""
+    shown = [
+        " ".join(words) if len(words) == 2 else f"a {words[0]}"
+        for words in map(_kind_and_name, manifests[:SHOWN])
+    ]
+    more = ["..."] if len(manifests) > SHOWN else []
+    return ", ".join(shown + more)
+
+
+def _kind_and_name(manifest: Any) -> tuple[str, ...]:
+    kind, name = (
+        _at(manifest, path) if isinstance(manifest, Mapping) else None
+        for path in (["kind"], ["metadata", "name"])
+    )
+    return (str(kind) if kind else "mapping", *((str(name),) if name else ()))
 
 
 def _at(document: Mapping[str, Any], path: list[str]) -> Any:

@@ -9,7 +9,7 @@ import contextlib
 import ipaddress
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -17,8 +17,9 @@ from rich.text import Text
 
 from tidegate.cli import namespaces, policies, redirect_text, tables, target, workloads
 from tidegate.cli.namespaces import Target
+from tidegate.cli.redirect_text import warn
 from tidegate.cli.target import is_root, require_root
-from tidegate.enforce.redirect import block
+from tidegate.enforce.redirect import block, foreign
 from tidegate.enforce.redirect.backend import Backend, BackendName, Change
 from tidegate.enforce.redirect.engine import AUTO, Applied, Engine, choose
 from tidegate.enforce.redirect.iptables import IptablesBackend
@@ -31,7 +32,7 @@ from tidegate.enforce.redirect.rules import (
     rules_for,
 )
 from tidegate.enforce.redirect.verify import Outcome, verify
-from tidegate.errors import InputError, TidegateError
+from tidegate.errors import InputError, InputErrors, TidegateError
 from tidegate.intent.policy import DEFAULT, Policy
 from tidegate.kernel import netns, routes, sockets
 from tidegate.kernel.errors import KernelError
@@ -43,7 +44,33 @@ BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {
     BackendName.IPTABLES: IptablesBackend,
 }
 CANNOT_TELL = 2
+READS = "it reads the rules of a network namespace"
 DEFAULT_INTERFACE = "eth0"
+ONLY_OF = {Direction.INBOUND: ("forwarded",), Direction.OUTBOUND: ("uid", "gid", "mark", "cgroup")}
+"""What explain is told of connections of one direction alone: only they have it, or are asked for it."""
+PROTOCOLS = {
+    "icmp": 1,
+    "igmp": 2,
+    "ipip": 4,
+    "tcp": 6,
+    "udp": 17,
+    "dccp": 33,
+    "ipv6": 41,
+    "gre": 47,
+    "esp": 50,
+    "ah": 51,
+    "icmpv6": 58,
+    "ospf": 89,
+    "pim": 103,
+    "vrrp": 112,
+    "l2tp": 115,
+    "sctp": 132,
+    "udplite": 136,
+}
+"""IANA's numbers of protocols over IP."""
+ID_MAX = 2**32 - 2
+"""The greatest user or group id; the one after it stands for none (chown(2))."""
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 OUTCOME_STYLES = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.SKIPPED: "yellow"}
 
 
@@ -71,7 +98,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     namespaces.add_options(apply, required=False)
     policies.add_options(apply)
-    _add_backend(apply)
+    _add_backend(
+        apply,
+        "the kernel's interface for the rules (default auto: what works here, nftables first; that takes over from the "
+        "other backend where its rules are there, in the same step, and the output says so)",
+    )
     apply.add_argument(
         "--adopt",
         action="store_true",
@@ -108,7 +139,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     namespaces.add_options(check, required=True)
     policies.add_options(check)
-    _add_backend(check)
+    _add_backend(
+        check,
+        "compare with what this backend would load (default auto: the backend whose rules are there; without any, "
+        "the one that apply would take)",
+    )
 
     _add_explain(commands)
 
@@ -143,18 +178,18 @@ def run_apply(args: argparse.Namespace) -> int:
     """Applies a policy, or prints what that would load."""
     if args.dry_run:
         return _dry_run(args)
-    require_root()
+    require_root("it loads rules into the kernel")
     where = namespaces.of_command(args)
     policy = _policy(args, where)
     warnings = [*_own_namespace(where), *_managed(where, policy)]
     for warning in warnings:
-        _warn(warning)
+        warn(warning)
     engine = Engine(args.backend)
     applied = engine.apply(where.path, policy, adopt=args.adopt)
     after = (*engine.gaps(where.path, policy), *_unheard(where, policy))
+    adoptable = _adoptable(where) if applied.foreign and not args.adopt else ()
     for warning in after:
-        foreign = warning in applied.foreign
-        _warn(f"{warning}; --adopt replaces it, if it is Consul's" if foreign else warning)
+        warn(f"{warning}; --adopt replaces it" if warning in adoptable else warning)
     if args.json:
         _print_json(
             {
@@ -181,7 +216,7 @@ def run_apply(args: argparse.Namespace) -> int:
 def run_show(args: argparse.Namespace) -> int:
     """Prints the rules that are there; 1 when none are."""
     with _cannot_tell():
-        require_root()
+        require_root(READS)
         where = namespaces.of_command(args)
         engine = Engine(AUTO)
         backend = engine.backend_of(where.path)
@@ -209,7 +244,7 @@ def run_show(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Prints how the kernel differs from the policy; the exit code is the answer."""
     with _cannot_tell():
-        require_root()
+        require_root(READS)
         where = namespaces.of_command(args)
         policy = _policy(args, where)
         engine = _engine_of(args.backend, where)
@@ -232,33 +267,44 @@ def run_check(args: argparse.Namespace) -> int:
             print(difference)
         if not differences:
             print(f"{where.name}: the kernel equals the policy ({backend or 'no rules'})")
-        for note in notes:
-            print(f"NOTE: {note}", file=sys.stderr)
+        _note(notes)
     return 1 if differences else 0
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """Prints where a connection goes under a policy, without asking the kernel's rules."""
-    address, port = args.destination
-    if args.source and _version(args.source) != _version(address):
-        problem = f"{args.source} and {address} are of two families"
+    _refuse_other_direction(args)
+    dialled, port = args.destination
+    address, source = _on_the_wire(dialled), args.source and _on_the_wire(args.source)
+    if source and source.version != address.version:
+        problem = f"{args.source} and {dialled} are of two families"
         raise InputError(problem, field="--from", expected="an address of the destination's family")
     where = namespaces.chosen(args)
     policy = _policy(args, where)
     direction = Direction(args.direction)
+    notes = []
+    if str(address) != dialled:
+        notes.append(f"{dialled} is {address} on the wire: the IPv4 lines decide")
+    forwarded = bool(args.forwarded)
+    if direction is Direction.INBOUND and where is not None and not forwarded:
+        # What the kernel's rules ask, too: whether its routes deliver the address here.
+        routed = routes.outgoing_interface(where.path, str(address))
+        forwarded = routed != LOOPBACK_INTERFACE
+        if forwarded:
+            notes.append(f"{address} is no address of {where.name}: such connections are forwarded")
     asked = Connection(
         direction=direction,
-        destination=address,
+        destination=str(address),
         port=port,
-        source=args.source or "",
+        source=str(source or ""),
         interface=args.interface or _interface(direction, address, where),
         uid=args.uid,
         gid=args.gid,
-        mark=args.mark,
-        cgroup=args.cgroup.strip("/"),
+        mark=args.mark or 0,
+        cgroup=(args.cgroup or "").strip("/"),
         protocol=args.protocol,
         opening=not args.older,
-        forwarded=args.forwarded,
+        forwarded=forwarded,
     )
     rules = rules_for(policy)
     decision = explain(rules, asked)
@@ -273,6 +319,7 @@ def run_explain(args: argparse.Namespace) -> int:
                 "action": _action(decision.action),
                 "line": decision.line,
                 "because": because,
+                "notes": notes,
                 "list": [
                     {
                         "line": line.name,
@@ -286,6 +333,7 @@ def run_explain(args: argparse.Namespace) -> int:
         return 0
     print(f"{redirect_text.connection(asked)} {goes}")
     print(because)
+    _note(notes)
     if args.all and lines:
         print()
         tables.console().print(redirect_text.lines(decision.line, lines))
@@ -295,7 +343,7 @@ def run_explain(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """Prints what became of each probe; 1 when one failed."""
     with _cannot_tell():
-        require_root()
+        require_root("it sends probes inside a network namespace")
         where = namespaces.of_command(args)
         policy = _policy(args, where)
         probes = verify(where.path, policy)
@@ -313,11 +361,11 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_remove(args: argparse.Namespace) -> int:
     """Takes the rules of both backends away."""
-    require_root()
+    require_root("it takes rules out of the kernel")
     where = namespaces.of_command(args)
     warnings = tuple(_managed(where, None))
     for warning in warnings:
-        _warn(warning)
+        warn(warning)
     engine = Engine(AUTO)
     backend = engine.backend_of(where.path)
     blocked = block.is_blocked(where.path)
@@ -353,10 +401,10 @@ def _renderer(wanted: str) -> Backend:
     if is_root():
         return BACKENDS[choose(AUTO).backend if wanted == AUTO else BackendName(wanted)]()
     if wanted == BackendName.IPTABLES:
-        _warn("without root nothing can be tried; this is for a kernel with IP sets")
+        warn("without root nothing can be tried; this is for a kernel with IP sets")
         return IptablesBackend(with_sets=True)
     if wanted == AUTO:
-        _warn("without root nothing can be tried; this is for nftables")
+        warn("without root nothing can be tried; this is for nftables")
     return NftablesBackend()
 
 
@@ -379,7 +427,7 @@ def _command(
         formatter_class=_Formatter,
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_told(run))
     return parser
 
 
@@ -392,13 +440,8 @@ class _Formatter(argparse.HelpFormatter):
         return super()._fill_text(text, width, indent)
 
 
-def _add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backend",
-        choices=[AUTO, *BACKENDS],
-        default=AUTO,
-        help="the kernel's interface for the rules (default auto: what works here, nftables first)",
-    )
+def _add_backend(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--backend", choices=[AUTO, *BACKENDS], default=AUTO, help=meaning)
 
 
 def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -408,7 +451,8 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         run_explain,
         "where a connection goes under a policy, and which line decides",
         "Says what becomes of a connection that somebody opens, by the policy alone: no rules are looked at or loaded. "
-        "With a namespace its routes say which interface an outbound connection leaves by.",
+        "With a namespace its routes say which interface an outbound connection leaves by, and whether the address of "
+        "an inbound one is its own.",
         """
   tidegate redirect explain outbound 10.1.2.3:443 --uid 1000
   tidegate redirect explain inbound '[fd77::2]:8080' --from fd77::1 --annotations pod.yaml --all
@@ -424,10 +468,10 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     client.add_argument(
         "--protocol",
-        type=str.lower,
+        type=_protocol,
         default="tcp",
         metavar="NAME",
-        help="tcp (default), udp or another",
+        help="tcp (default), udp or another, such as sctp or 132",
     )
     client.add_argument(
         "--interface",
@@ -435,17 +479,27 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="outbound: where the routes send it; inbound: where it arrives (default: eth0, "
         "and lo for loopback addresses)",
     )
-    client.add_argument("--uid", type=_id_of("user", user_id), metavar="USER", help="who opens it")
-    client.add_argument("--gid", type=_id_of("group", group_id), metavar="GROUP")
-    client.add_argument("--mark", type=_mark, default=0, metavar="MARK", help="such as 0x1")
     client.add_argument(
-        "--cgroup", default="", metavar="PATH", help="of the process, below the root of cgroup v2"
+        "--uid", type=_id_of("user", user_id), metavar="USER", help="outbound: who opens it"
+    )
+    client.add_argument(
+        "--gid",
+        type=_id_of("group", group_id),
+        metavar="GROUP",
+        help="outbound: the same, by group",
+    )
+    client.add_argument("--mark", type=_mark, metavar="MARK", help="outbound: such as 0x1")
+    client.add_argument(
+        "--cgroup", metavar="PATH", help="outbound: of the process, below the root of cgroup v2"
     )
     client.add_argument(
         "--older", action="store_true", help="it was open before the rules were loaded"
     )
     client.add_argument(
-        "--forwarded", action="store_true", help="inbound: to an address that is not the workload's"
+        "--forwarded",
+        action="store_true",
+        default=None,
+        help="inbound: to an address that is not the workload's (default: as a namespace, if one is given, has it)",
     )
     parser.add_argument("-v", "--all", action="store_true", help="show the whole decision list")
     namespaces.add_options(parser, required=False)
@@ -458,8 +512,10 @@ def _endpoint(text: str) -> tuple[str, int]:
         if not (address.startswith("[") and address.endswith("]")):
             raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT; IPv6: [fd00::1]:443")
         address = address[1:-1]
-    if not address or not port.isascii() or not port.isdecimal() or not 0 < int(port) <= 65535:
+    if not address or not port.isascii() or not port.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 10.1.2.3:443")
+    if not 0 < int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"there is no port {port}; 1 to 65535")
     return _address(address), int(port)
 
 
@@ -470,7 +526,8 @@ def _address(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from error
     if "%" in text:
         raise argparse.ArgumentTypeError(f"{text!r} names an interface; say it by --interface")
-    return str(address)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return f"::ffff:{mapped}" if mapped else str(address)
 
 
 def _id_of(kind: str, number_of: Callable[[str], int | None]) -> Callable[[str], int]:
@@ -478,9 +535,23 @@ def _id_of(kind: str, number_of: Callable[[str], int | None]) -> Callable[[str],
         number = int(text) if text.isascii() and text.isdecimal() else number_of(text)
         if number is None:
             raise argparse.ArgumentTypeError(f"this machine has no {kind} {text!r}")
+        if number > ID_MAX:
+            raise argparse.ArgumentTypeError(f"{text} is no {kind} id; 0 to {ID_MAX}")
         return number
 
     return parse
+
+
+def _protocol(text: str) -> str:
+    """The name of a protocol, as policies write it; its number when none is known."""
+    name = text.lower()
+    if name in PROTOCOLS:
+        return name
+    if not (name.isascii() and name.isdecimal() and int(name) <= 255):
+        known = ", ".join(PROTOCOLS)
+        raise argparse.ArgumentTypeError(f"{text!r} is no protocol: {known}, or a number to 255")
+    names = (known for known, number in PROTOCOLS.items() if number == int(name))
+    return next(names, str(int(name)))
 
 
 def _mark(text: str) -> int:
@@ -503,9 +574,9 @@ def _policy(args: argparse.Namespace, where: Target | None) -> Policy:
     if workload is None:
         return DEFAULT
     if not workload.wanted_in_mesh:
-        _warn(f"{workload.name} is to have no sidecar; this is the policy that it would have")
+        warn(f"{workload.name} is to have no sidecar; this is the policy that it would have")
     if workload.problem:
-        _warn(f"the agent says of {workload.name}: {workload.problem}")
+        warn(f"the agent says of {workload.name}: {workload.problem}")
     if workload.policy is not None:
         return workload.policy
     return policies.of_workload(workload)
@@ -518,24 +589,32 @@ def _engine_of(wanted: str, where: Target) -> Engine:
     return engine if wanted != AUTO or used in (None, engine.choice.backend) else Engine(used)
 
 
-def _interface(direction: Direction, address: str, where: Target | None) -> str:
+def _refuse_other_direction(args: argparse.Namespace) -> None:
+    """InputErrors for what is never asked of connections of the direction."""
+    other = next(one for one in Direction if one != args.direction)
+    faults = tuple(
+        InputError(
+            f"is told only of an {other} connection",
+            field=f"--{option}",
+            expected=f"{other}, or nothing",
+        )
+        for option in ONLY_OF[other]
+        if getattr(args, option) is not None
+    )
+    if faults:
+        raise InputErrors(faults)
+
+
+def _interface(direction: Direction, address: Address, where: Target | None) -> str:
     if direction is Direction.OUTBOUND and where is not None:
-        interface = routes.outgoing_interface(where.path, address)
+        interface = routes.outgoing_interface(where.path, str(address))
         if interface is None:
-            _warn(f"{where.name} has no route to {address}; {DEFAULT_INTERFACE} is assumed")
+            warn(f"{where.name} has no route to {address}; {DEFAULT_INTERFACE} is assumed")
         return interface or DEFAULT_INTERFACE
-    return LOOPBACK_INTERFACE if _is_loopback(address) else DEFAULT_INTERFACE
+    return LOOPBACK_INTERFACE if address.is_loopback else DEFAULT_INTERFACE
 
 
-def _version(address: str) -> int:
-    return _on_the_wire(address).version
-
-
-def _is_loopback(address: str) -> bool:
-    return _on_the_wire(address).is_loopback
-
-
-def _on_the_wire(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _on_the_wire(text: str) -> Address:
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address
 
@@ -543,6 +622,10 @@ def _on_the_wire(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def _own_namespace(where: Target) -> Iterator[str]:
     if namespaces.is_own(where.path):
         yield f"{where.name} is the network namespace of this shell: everything that runs in it is redirected"
+
+
+def _adoptable(where: Target) -> tuple[str, ...]:
+    return tuple(str(found) for found in foreign.find(where.path) if found.removable)
 
 
 def _unheard(where: Target, policy: Policy) -> Iterator[str]:
@@ -576,10 +659,29 @@ def _cannot_tell() -> Iterator[None]:
     except TidegateError as error:
         error.exit_code = CANNOT_TELL
         raise
-    except KernelError as error:
-        unanswered = TidegateError(str(error))
+    except (KernelError, OSError) as error:
+        unanswered = TidegateError(_words(error) if isinstance(error, OSError) else str(error))
         unanswered.exit_code = CANNOT_TELL
         raise unanswered from error
+
+
+def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Tells what the system refused, and nobody below has put into words, in one sentence."""
+
+    def told(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise TidegateError(_words(error)) from error
+
+    return told
+
+
+def _words(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 # Output
@@ -599,8 +701,9 @@ def _action(action: Action) -> dict[str, Any]:
     return {"kind": type(action).__name__.lower(), **msgspec.structs.asdict(action)}
 
 
-def _warn(warning: str) -> None:
-    print(f"WARNING: {warning}", file=sys.stderr)
+def _note(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"NOTE: {note}", file=sys.stderr)
 
 
 def _print_json(answer: dict[str, Any]) -> None:

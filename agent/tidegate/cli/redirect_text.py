@@ -1,5 +1,6 @@
 """How redirection looks to a person: decisions, lines of a list and counters, in words and tables."""
 
+import sys
 from collections.abc import Iterable
 from typing import assert_never
 
@@ -43,11 +44,20 @@ from tidegate.model import Direction
 
 SHOWN = 8
 """Most items of a list, such as excluded ports, that a sentence repeats."""
+UNNAMED = "(unnamed rule)"
+"""Rules in tidegate's own tables that somebody else added."""
+
+
+def warn(warning: str) -> None:
+    """Tells a person what an answer for programs does not hang on."""
+    print(f"WARNING: {warning}", file=sys.stderr)
 
 
 def connection(asked: Connection) -> str:
     """A connection in one phrase: who opens it, by what, to where."""
-    words = [asked.direction.value, str(asked.protocol), endpoint(asked.destination, asked.port)]
+    protocol = str(asked.protocol)
+    spoken = f"protocol {protocol}" if protocol.isdecimal() else protocol
+    words = [asked.direction.value, spoken, endpoint(asked.destination, asked.port)]
     if asked.source:
         words += ["from", asked.source]
     if asked.uid is not None:
@@ -142,7 +152,7 @@ def installed(found: Iterable[InstalledLine]) -> Table:
     for line in found:
         shown = "" if line.hook == before else line.hook.value
         before = line.hook.value
-        table.add_row(shown, Text(line.name), str(line.packets))
+        table.add_row(shown, Text(line.name or UNNAMED), str(line.packets))
     return table
 
 

@@ -34,10 +34,10 @@ def is_root() -> bool:
     return os.geteuid() == 0
 
 
-def require_root() -> None:
-    """Raises a TidegateError unless the effective user is root."""
+def require_root(why: str = "it makes network namespaces and loads eBPF") -> None:
+    """Raises a TidegateError, which says what a command does that others may not, unless the user is root."""
     if not is_root():
-        raise TidegateError("this needs root: it makes network namespaces and loads eBPF; try sudo")
+        raise TidegateError(f"this needs root: {why}; try sudo")
 
 
 def chosen_lab(args: argparse.Namespace) -> str | None:

@@ -54,11 +54,15 @@ def find(name: str, addresses: Iterable[str]) -> KnownWorkload:
         )
     if found:
         return found[0][1]
-    for answer in answers:
-        if isinstance(answer, TidegateError):
-            raise answer
+    unheard = [answer for answer in answers if isinstance(answer, TidegateError)]
+    if unheard and not nodes:
+        raise unheard[0]
     names = ", ".join(sorted(one.name for _, one in everyone)) or "none"
-    raise InputError(f"no workload {name!r} is known (known: {names})", field="--workload")
+    problem = f"no workload {name!r} is known (known: {names})"
+    if unheard:
+        reasons = "; ".join(map(str, unheard))
+        raise TidegateError(f"{problem}, but not every agent was heard: {reasons}")
+    raise InputError(problem, field="--workload")
 
 
 def _answers(addresses: Iterable[str]) -> list[Node | TidegateError]:

@@ -15,13 +15,14 @@ Values are checked by the table in policy_settings.py. All faults are told at on
 """
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from typing import Final, TypeAlias
 
 from tidegate.errors import InputError
 from tidegate.intent.fields import Place
 from tidegate.intent.network_text import as_name, clipped, shown
-from tidegate.intent.policy import DEFAULT, MAX_FAULTS, Dns, Mode, Policy
+from tidegate.intent.policy import DEFAULT, MAX_FAULTS, Contradiction, Dns, Mode, Policy
 from tidegate.intent.policy_documents import read_consul_config
 from tidegate.intent.policy_parsing import (
     ALL_PORTS,
@@ -30,7 +31,7 @@ from tidegate.intent.policy_parsing import (
     no_such_name,
     parse_endpoint,
 )
-from tidegate.intent.policy_settings import SETTINGS, Draft
+from tidegate.intent.policy_settings import NO_FAMILY, SETTINGS, Draft
 
 TIDEGATE_PREFIX: Final = "tidegate.io/"
 CONSUL_PREFIX: Final = "consul.hashicorp.com/"
@@ -40,9 +41,22 @@ CONSUL_CONFIG: Final = f"{CONSUL_PREFIX}redirect-traffic-config"
 NAMESPACE: Final = "namespace"
 """Source of a fault in a namespace's annotation."""
 
+_INCLUDED_PORTS: Final = f"{TIDEGATE_PREFIX}include-outbound-ports"
 _ISTIO_INBOUND: Final = f"{ISTIO_PREFIX}includeInboundPorts"
 _SIMILAR = 0.85
 """From which likeness (difflib's ratio) on a name of Consul's prefix counts as a mistyped one."""
+
+_NEAR = 0.7
+"""From which likeness on an annotation is named as one that may have been meant."""
+
+_CLEAR = 0.9
+"""From which likeness on it was the one that was meant, and others are not named."""
+
+_ADVISED = 60
+"""Most characters of a value that a message gives in full as it should be."""
+
+Written: TypeAlias = Mapping[str, object]
+"""Annotations as a file has them: values should be texts, and YAML makes numbers and bools of what has no quotes."""
 
 Annotations: TypeAlias = Mapping[str, str]
 Apply: TypeAlias = Callable[[Draft, str, Place, Annotations], None]
@@ -50,7 +64,7 @@ Apply: TypeAlias = Callable[[Draft, str, Place, Annotations], None]
 
 
 def policy_from_annotations(
-    annotations: Annotations,
+    annotations: Written,
     base: Policy = DEFAULT,
     *,
     users: Lookup = no_such_name,
@@ -65,8 +79,8 @@ def policy_from_annotations(
 
 
 def policy_of(
-    namespace_annotations: Annotations,
-    annotations: Annotations,
+    namespace_annotations: Written,
+    annotations: Written,
     base: Policy = DEFAULT,
     *,
     users: Lookup = no_such_name,
@@ -77,12 +91,70 @@ def policy_of(
     A label of the namespace by which Consul knows it (transparent-proxy) counts as an annotation.
     """
     draft = Draft(base, Names(users, groups))
-    for layer, source in ((namespace_annotations, NAMESPACE), (annotations, "")):
+    for written, source in ((namespace_annotations, NAMESPACE), (annotations, "")):
+        layer = _texts(written, draft, source)
         _refuse_mistyped(layer, draft, source)
         for name, apply in ANNOTATIONS.items():
             if name in layer:
                 apply(draft, layer[name].strip(), draft.place(name, source), layer)
+    _refuse_ports_without_effect(draft)
     return draft.finish()
+
+
+def _texts(written: Written, draft: Draft, source: str) -> Annotations:
+    """The values as texts. One that is none is a fault, and is read as the text that it should be, if that is clear."""
+    texts: dict[str, str] = {}
+    strangers = 0
+    for name, value in written.items():
+        if not isinstance(value, str):
+            strangers += 1
+            if strangers <= MAX_FAULTS:
+                draft.place(as_name(name), source).fault("is not a string", _advised(value))
+        text = _meant(value)
+        if text is not None:
+            texts[name] = text
+    if strangers > MAX_FAULTS:
+        problem = f"and {strangers - MAX_FAULTS} more values that are not strings"
+        draft.place("", source).fault(problem)
+    return texts
+
+
+def _advised(value: object) -> str:
+    text = _meant(value)
+    return "text in quotes" if text is None or len(text) > _ADVISED else json.dumps(text)
+
+
+def _meant(value: object) -> str | None:
+    """The text that a value of YAML or JSON stands for in an annotation, None when there is no saying."""
+    match value:
+        case str():
+            return value
+        case None:
+            return ""
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return str(value)
+        case list() if not any(isinstance(item, list | dict) for item in value):
+            return ",".join(_meant(item) or "" for item in value)
+        case _:
+            return None
+
+
+def _refuse_ports_without_effect(draft: Draft) -> None:
+    """Istio takes its own annotation without a word, whatever networks are included."""
+    ports, cidrs = "outbound.include_ports", "outbound.include_cidrs"
+    place = draft.place_of(ports)
+    if place is None or place.path != _INCLUDED_PORTS:
+        return
+    if draft.value(ports) and draft.value(cidrs) is None:
+        draft.contradict(
+            Contradiction(
+                "has no effect unless include-outbound-cidrs limits what is included",
+                fields=(ports, cidrs),
+                expected=f'{TIDEGATE_PREFIX}include-outbound-cidrs: "" as well, for these ports only',
+            )
+        )
 
 
 def _sets(path: str, *others: str) -> Apply:
@@ -110,6 +182,15 @@ def _redirect(draft: Draft, text: str, place: Place, layer: Annotations) -> None
     """Both directions; without them, DNS stays as it is as well."""
     if draft.read(text, place, "inbound.enabled", "outbound.enabled") is False:
         draft.put("dns.enabled", False, place)
+
+
+def _families(draft: Draft, text: str, place: Place, layer: Annotations) -> None:
+    if text.strip(", "):
+        draft.read(text, place, "families")
+    else:
+        off = f'{TIDEGATE_PREFIX}redirect: "false" to redirect nothing'
+        place.fault(NO_FAMILY, f"ipv4, ipv6 or both; {off}")
+        draft.spoil("families")
 
 
 def _dns(draft: Draft, text: str, place: Place, layer: Annotations) -> None:
@@ -233,6 +314,7 @@ ANNOTATIONS: Final[Mapping[str, Apply]] = {
         for setting in SETTINGS.values()
         if setting.annotation
     },
+    f"{TIDEGATE_PREFIX}families": _families,
     f"{TIDEGATE_PREFIX}dns": _dns,
     f"{TIDEGATE_PREFIX}dns-to": _dns_to,
 }
@@ -243,8 +325,12 @@ _OTHERS: Final = frozenset(
 )
 """Annotations of the same prefixes that say nothing of redirection."""
 
-_OWN_PREFIXES: Final = (TIDEGATE_PREFIX, CONSUL_STEM, ISTIO_PREFIX)
-"""A name that begins so can only be meant for redirection."""
+_EXAMPLES: Final[Mapping[str, str]] = {
+    TIDEGATE_PREFIX: f"{TIDEGATE_PREFIX}exclude-inbound-ports",
+    CONSUL_STEM: f"{CONSUL_STEM}-exclude-inbound-ports",
+    ISTIO_PREFIX: f"{ISTIO_PREFIX}excludeInboundPorts",
+}
+"""An annotation that exists, by how a name begins that can only be meant for redirection."""
 
 _PREFIXES: Final = (TIDEGATE_PREFIX, CONSUL_PREFIX, ISTIO_PREFIX)
 
@@ -255,22 +341,33 @@ def _refuse_mistyped(layer: Annotations, draft: Draft, source: str) -> None:
         for name in layer
         if name.startswith(_PREFIXES) and name not in ANNOTATIONS and name not in _OTHERS
     )
-    mistyped = [name for name in strangers if name.startswith(_OWN_PREFIXES)]
+    mistyped = [name for name in strangers if name.startswith(tuple(_EXAMPLES))]
     # Comparing names takes time, and a workload may have very many.
     for name in strangers[:MAX_FAULTS]:
         if name not in mistyped and _nearest(name, _SIMILAR):
             mistyped.append(name)
     for name in mistyped[:MAX_FAULTS]:
-        draft.place(as_name(name), source).fault("there is no such annotation", _nearest(name, 0.0))
+        draft.place(as_name(name), source).fault(
+            "there is no such annotation", _meant_names(name) or _example(name)
+        )
     if len(mistyped) > MAX_FAULTS:
         more = len(mistyped) - MAX_FAULTS
         draft.place("", source).fault(f"and {more} more annotations that do not exist")
 
 
-def _nearest(name: str, likeness: float) -> str:
-    """The annotation that was probably meant, "" when none is that similar."""
+def _example(name: str) -> str:
+    prefix = next(prefix for prefix in _EXAMPLES if name.startswith(prefix))
+    return f"one that exists, such as {_EXAMPLES[prefix]}, or none that begins with {prefix}"
+
+
+def _meant_names(name: str) -> str:
+    """The annotations that were probably meant, "" when none is near."""
+    return " or ".join(_nearest(name, _CLEAR) or _nearest(name, _NEAR, 3))
+
+
+def _nearest(name: str, likeness: float, most: int = 1) -> list[str]:
+    """The annotations that are at least so similar, the most similar first."""
     prefix = next(prefix for prefix in _PREFIXES if name.startswith(prefix))
     ends = [known.removeprefix(prefix) for known in ANNOTATIONS if known.startswith(prefix)]
     end = clipped(name.removeprefix(prefix))
-    near = difflib.get_close_matches(end, ends, n=1, cutoff=likeness)
-    return prefix + near[0] if near else ""
+    return [prefix + near for near in difflib.get_close_matches(end, ends, most, likeness)]

@@ -30,6 +30,12 @@ MAX_TEXT_VALUE = 4096
 T = TypeVar("T")
 
 
+class FaultOnLine(InputError):
+    """A fault that knows its line in the input; 0 if there is none."""
+
+    line = 0
+
+
 class Place(NamedTuple):
     """Where in an input a value stands, and the list that faults go to."""
 
@@ -48,14 +54,14 @@ class Place(NamedTuple):
 
     def fault(self, problem: str, expected: str = "") -> None:
         where = [f"line {self.line}"] if self.line else []
-        self.faults.append(
-            InputError(
-                problem,
-                source=self.source,
-                field=": ".join([*where, *([self.path] if self.path else [])]),
-                expected=expected,
-            )
+        fault = FaultOnLine(
+            problem,
+            source=self.source,
+            field=": ".join([*where, *([self.path] if self.path else [])]),
+            expected=expected,
         )
+        fault.line = self.line
+        self.faults.append(fault)
 
     def raise_faults(self) -> None:
         """Raises what was collected: InputError for one fault, InputErrors for more."""
@@ -405,7 +411,7 @@ class Objects(Generic[T]):
         return [self._shape.encode(item) for item in value]
 
 
-def as_object(raw: Any, place: Place) -> Mapping[str, Any]:
+def as_object(raw: Any, place: Place, expected: str = "fields in { }") -> Mapping[str, Any]:
     """`raw` as an object: itself, or the only element of a list; anything else is a fault."""
     if isinstance(raw, list) and len(raw) == 1:
         raw = raw[0]
@@ -413,7 +419,7 @@ def as_object(raw: Any, place: Place) -> Mapping[str, Any]:
         return {}
     if isinstance(raw, Mapping):
         return raw
-    place.fault(f"{described(raw)} is not an object", "fields in { }")
+    place.fault(f"{described(raw)} is not an object", expected)
     return {}
 
 

@@ -23,7 +23,8 @@ pattern to nftables or to iptables."""
 def canonical_network(text: str) -> str:
     """An address or a network in canonical form, always with a prefix; host bits are cleared.
 
-    IPv4-mapped IPv6 networks become IPv4: that is what such connections are on the wire.
+    IPv4-mapped IPv6 networks become IPv4: that is what such connections are on the wire. A mapped address whose prefix
+    is shorter than that of all mapped ones is refused: somebody meant the prefix of IPv4.
     """
     try:
         network = ipaddress.ip_network(text, strict=False)
@@ -31,10 +32,13 @@ def canonical_network(text: str) -> str:
         problem = f"{shown(text)} is not an address or a network"
         raise InputError(problem, expected="such as 10.0.0.0/8, 10.1.2.3 or fd00::/8") from error
     _refuse_zone(text)
-    mapped = getattr(network.network_address, "ipv4_mapped", None)
-    if mapped is not None and network.prefixlen >= _MAPPED_PREFIX:
-        network = ipaddress.ip_network((mapped, network.prefixlen - _MAPPED_PREFIX))
-    return str(network)
+    mapped = ipaddress.IPv6Interface(text).ip.ipv4_mapped if network.version == 6 else None
+    if mapped is None:
+        return str(network)
+    if network.prefixlen < _MAPPED_PREFIX:
+        raise _too_wide(text, mapped, network.prefixlen)
+    prefix = network.prefixlen - _MAPPED_PREFIX
+    return str(ipaddress.ip_network((mapped, prefix), strict=False))
 
 
 def canonical_address(text: str) -> str:
@@ -77,6 +81,15 @@ def clipped(text: str) -> str:
 def as_name(text: str) -> str:
     """A name as a message says where something is: on one line, and not in full if it is long."""
     return clipped(text) if text.isprintable() else shown(text)
+
+
+def _too_wide(text: str, mapped: ipaddress.IPv4Address, prefix: int) -> InputError:
+    problem = f"{shown(text)} is an IPv4 address in IPv6 with a prefix below {_MAPPED_PREFIX}"
+    if prefix <= mapped.max_prefixlen:
+        expected = str(ipaddress.ip_network((mapped, prefix), strict=False))
+    else:
+        expected = "IPv4 with a prefix of 0 to 32, such as 10.0.0.0/8"
+    return InputError(problem, expected=expected)
 
 
 def _refuse_zone(text: str) -> None:

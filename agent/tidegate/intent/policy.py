@@ -258,11 +258,11 @@ def check_port(port: int) -> None:
         raise InputError(f"there is no port {port}", expected=f"1 to {MAX_PORT}")
 
 
-def check_ports(ports: PortRange) -> None:
-    """That a range runs forwards and holds only ports."""
-    _check_forwards(ports)
+def check_ports(ports: PortRange, written: str = "") -> None:
+    """That a range runs forwards and holds only ports; `written` is how a person wrote it."""
+    _check_forwards(ports, written)
     if ports.first < 1 or ports.last > MAX_PORT:
-        raise InputError(f"there is no port '{ports}'", expected=PORT_EXPECTED)
+        raise InputError(f"there is no port '{written or ports}'", expected=PORT_EXPECTED)
 
 
 def check_id(number: int) -> None:
@@ -271,9 +271,9 @@ def check_id(number: int) -> None:
         raise InputError(f"there is no user or group {number}", expected=_ID_EXPECTED)
 
 
-def check_ids(ids: IdRange) -> None:
-    """That a range runs forwards and holds only numbers of users or groups."""
-    _check_forwards(ids)
+def check_ids(ids: IdRange, written: str = "") -> None:
+    """That a range runs forwards and holds only numbers of users or groups; `written` as for ports."""
+    _check_forwards(ids, written)
     check_id(ids.first)
     check_id(ids.last)
 
@@ -400,10 +400,11 @@ def located(fault: InputError, field: str) -> InputError:
     return InputError(fault.problem, source=fault.source, field=field, expected=fault.expected)
 
 
-def _check_forwards(span: PortRange | IdRange) -> None:
+def _check_forwards(span: PortRange | IdRange, written: str) -> None:
     if span.first > span.last:
-        expected = f"the lower number first: {span.last}-{span.first}"
-        raise InputError(f"the range '{span}' runs backwards", expected=expected)
+        dash = ":" if ":" in written else "-"
+        expected = f"the lower number first: {span.last}{dash}{span.first}"
+        raise InputError(f"the range '{written or span}' runs backwards", expected=expected)
 
 
 def _check_network(text: str) -> None:
@@ -443,12 +444,24 @@ def _contradictions(policy: Policy) -> Iterator[InputError]:
     inbound, outbound = policy.inbound, policy.outbound
     if inbound.port == outbound.port:
         yield Contradiction(
-            f"{outbound.port} is the inbound listener's port as well",
+            f"both listeners would have port {outbound.port}, the inbound and the outbound one",
             fields=("outbound.port", "inbound.port"),
-            expected="a port of its own",
+            expected="a port for each",
         )
-    yield from _own_ports("inbound.exclude_ports", inbound.exclude_ports, policy)
-    yield from _own_ports("outbound.exclude_ports", outbound.exclude_ports, policy)
+    yield from _own_ports(
+        "inbound.exclude_ports",
+        inbound.exclude_ports,
+        policy,
+        "on which the sidecar itself listens",
+        "ports of the application only",
+    )
+    yield from _own_ports(
+        "outbound.exclude_ports",
+        outbound.exclude_ports,
+        policy,
+        "on which sidecars listen: traffic to those of other workloads would go around this workload's own",
+        "ports on which no sidecar listens",
+    )
     yield from _moot(
         ("inbound.include_ports", "inbound.exclude_ports"),
         _spans(inbound.include_ports or ()),
@@ -516,15 +529,16 @@ def _contradictions_of_dns(policy: Policy) -> Iterator[InputError]:
             )
 
 
-def _own_ports(field: str, excluded: tuple[PortRange, ...], policy: Policy) -> list[InputError]:
+def _own_ports(
+    field: str, excluded: tuple[PortRange, ...], policy: Policy, why: str, expected: str
+) -> list[InputError]:
     owners = (("inbound.port", policy.inbound.port), ("outbound.port", policy.outbound.port))
     faults: list[InputError] = []
     for ports in excluded:
         for owner, own in owners:
             if own in ports:
                 part = "is" if ports.first == ports.last else "includes"
-                problem = f"'{ports}' {part} port {own}, on which the sidecar itself listens"
-                expected = "ports of the application only"
+                problem = f"'{ports}' {part} port {own}, {why}"
                 faults.append(Contradiction(problem, fields=(field, owner), expected=expected))
     return not_too_many(faults, field)
 

@@ -18,6 +18,12 @@ from tidegate.intent.policy_settings import SETTINGS, Draft, value_of
 from tidegate.model import DEFAULT_OUTBOUND_PORT
 
 _DNS_PORT = 53
+_SWITCHES: Final = {
+    **dict.fromkeys(("true", "yes", "on", "y", "enabled"), "true"),
+    **dict.fromkeys(("false", "no", "off", "n", "disabled"), "false"),
+}
+"""Words that people write for a bool."""
+
 _SECTIONS: Final = tuple(dict.fromkeys(path.partition(".")[0] for path in SETTINGS if "." in path))
 
 
@@ -38,6 +44,8 @@ def policy_from_document(
     if len(documents) > 1:
         problem = f"holds {len(documents)} documents"
         raise InputError(problem, source=source, expected="one policy")
+    if not documents and text.lstrip("\ufeff \t\r\n").startswith("["):
+        raise InputError("is an empty list", source=source, expected="one policy, fields in { }")
     document = documents[0] if documents else {}
     return policy_from_fields(document, source, base=base, users=users, groups=groups)
 
@@ -175,7 +183,7 @@ def _read_object(raw: Any, draft: Draft, place: Place, section: str) -> None:
     prefix = f"{section}." if section else ""
     known = [path.removeprefix(prefix) for path in SETTINGS if path.rpartition(".")[0] == section]
     sections = () if section else _SECTIONS
-    fields = as_object(raw, place)
+    fields = as_object(raw, place, _instead_of(raw, section))
     strangers = []
     for key, value in fields.items():
         at = place.inside(key, line_of(fields, key))
@@ -189,6 +197,14 @@ def _read_object(raw: Any, draft: Draft, place: Place, section: str) -> None:
     _refuse(strangers, place, fields, [*sections, *known])
 
 
+def _instead_of(raw: Any, section: str) -> str:
+    """What would be right for a section: its switch if a word for one stands there, and it has one."""
+    switch = _SWITCHES.get(str(raw).lower()) if isinstance(raw, bool | str) else None
+    if switch is None or f"{section}.enabled" not in SETTINGS:
+        return "fields in { }"
+    return f"{section}: {{enabled: {switch}}}"
+
+
 def _refuse(
     strangers: list[str], place: Place, fields: Mapping[str, Any], known: Iterable[str]
 ) -> None:
@@ -197,4 +213,5 @@ def _refuse(
         at = place.inside(as_name(key), line_of(fields, key))
         at.fault("is not a field here", nearest(clipped(key), words))
     if len(strangers) > MAX_FAULTS:
-        place.fault(f"and {len(strangers) - MAX_FAULTS} more fields that do not exist")
+        rest = place._replace(line=line_of(fields, strangers[MAX_FAULTS]) or place.line)
+        rest.fault(f"and {len(strangers) - MAX_FAULTS} more fields that do not exist")

@@ -80,7 +80,7 @@ def parse_port_range(text: str) -> PortRange:
         raise InputError(f"{shown(text)} is not a port", expected=PORT_EXPECTED)
     first = int(match["first"])
     ports = PortRange(first, int(match["last"] or first))
-    check_ports(ports)
+    check_ports(ports, text)
     return ports
 
 
@@ -217,7 +217,7 @@ def _id_range(text: str, lookup: Lookup, what: str) -> IdRange:
         return IdRange(number, number)
     first = int(match["first"])
     ids = IdRange(first, int(match["last"] or first))
-    check_ids(ids)
+    check_ids(ids, text)
     return ids
 
 

@@ -11,9 +11,10 @@ import msgspec
 
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent import policy_parsing as parsing
-from tidegate.intent.fields import Place, described
+from tidegate.intent.fields import FaultOnLine, Place, described
 from tidegate.intent.network_text import canonical_address, canonical_network
 from tidegate.intent.policy import (
+    MAX_FAULTS,
     MAX_ITEMS,
     Contradiction,
     Mark,
@@ -24,6 +25,7 @@ from tidegate.intent.policy import (
 from tidegate.intent.policy_parsing import Names
 
 ALL: Final = "all"
+NO_FAMILY: Final = "names no family, and would so take all rules away"
 _ALL_WORDS = frozenset({ALL, "*"})
 
 T = TypeVar("T")
@@ -92,7 +94,10 @@ class Many(Generic[T]):
             except InputError as error:
                 at._replace(faults=found).fault(error.problem, error.expected)
         if found:
-            place.faults.extend(not_too_many(found, found[-1].field))
+            told = not_too_many(found)
+            place.faults.extend(told[:MAX_FAULTS])
+            for rest in told[MAX_FAULTS:]:
+                place.fault(rest.problem)
             raise FaultyError
         return tuple(values)
 
@@ -107,6 +112,23 @@ class Many(Generic[T]):
             items = [(item, place.element(index)) for index, item in enumerate(raw)]
             return [(item, at) for item, at in items if not _is_blank(item)]
         return [(raw, place)]
+
+
+class Some(Many[T]):
+    """As Many, but at least one."""
+
+    def __init__(self, parse: Parse[T], *, nothing: str, expected: str) -> None:
+        """`nothing` is what is wrong with an empty list, `expected` what would be right."""
+        super().__init__(parse)
+        self._nothing = nothing
+        self._expected = expected
+
+    def read(self, raw: Any, place: Place, names: Names) -> tuple[T, ...] | None:
+        values = super().read(raw, place, names)
+        if not values:
+            place.fault(self._nothing, self._expected)
+            raise FaultyError
+        return values
 
 
 class ManyOrAll(Many[T]):
@@ -228,7 +250,15 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         Setting("dns.resolvers", _ADDRESSES, ""),
         Setting("dns.addresses", _ADDRESSES, ""),
         Setting("dns.port", _PORT, ""),
-        Setting("families", Many(lambda text, _: parsing.parse_family(text)), "families"),
+        Setting(
+            "families",
+            Some(
+                lambda text, _: parsing.parse_family(text),
+                nothing=NO_FAMILY,
+                expected="ipv4, ipv6 or both",
+            ),
+            "families",
+        ),
         Setting("mode", One(lambda text, _: parsing.parse_mode(text)), "mode"),
         Setting("drop_invalid", _FLAG, "drop-invalid"),
     )
@@ -247,6 +277,8 @@ class Draft:
         self._values: dict[str, Any] = {}
         self._places: dict[str, Place] = {}
         self._spoilt: set[str] = set()
+        self._of_base: list[InputError] = []
+        """Contradictions within the base, which have no place in the input."""
 
     def place(self, name: str, source: str = "") -> Place:
         """A place in an input, whose faults are this draft's."""
@@ -255,6 +287,10 @@ class Draft:
     def value(self, path: str) -> Any:
         """What a setting is so far."""
         return self._values[path] if path in self._values else value_of(self._base, path)
+
+    def place_of(self, path: str) -> Place | None:
+        """Where a setting was said, None where it is the base's."""
+        return self._places.get(path)
 
     def put(self, path: str, value: Any, place: Place) -> None:
         """Sets a setting, as said at `place`."""
@@ -280,14 +316,15 @@ class Draft:
         self._spoilt.update(paths)
 
     def finish(self) -> Policy:
-        """The policy. InputErrors with all faults, and all contradictions between what could be read."""
+        """The policy. InputErrors with all faults, and all contradictions between what could be read, by line."""
         try:
             policy = self._made()
         except InputErrors as error:
             for fault in error.faults:
-                self._place_fault(fault)
-        if self.faults:
-            raise InputErrors(tuple(self.faults))
+                self.contradict(fault)
+        faults = [*sorted(self.faults, key=_line), *self._of_base]
+        if faults:
+            raise InputErrors(tuple(faults))
         return policy
 
     def _made(self) -> Policy:
@@ -312,7 +349,8 @@ class Draft:
             **parts[""],
         )
 
-    def _place_fault(self, fault: InputError) -> None:
+    def contradict(self, fault: InputError) -> None:
+        """Tells a fault in the fields of a policy at the place that said the first of them that anything said."""
         fields = fault.fields if isinstance(fault, Contradiction) else (fault.field,)
         if self._spoilt.intersection(fields):
             # It may well be a contradiction only because a value could not be read.
@@ -321,7 +359,11 @@ class Draft:
         if said:
             said[0].fault(fault.problem, fault.expected)
         else:
-            self.faults.append(fault)
+            self._of_base.append(fault)
+
+
+def _line(fault: InputError) -> int:
+    return fault.line if isinstance(fault, FaultOnLine) else 0
 
 
 def value_of(policy: Policy, path: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from tidegate.kernel import nfnetlink
 from tidegate.kernel.errors import KernelError
 
 
@@ -43,96 +44,40 @@ def listed() -> tuple[Chain, ...]:
     return (*_of_nf_tables(), *_of_legacy_tables())
 
 
-# linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
-_NETLINK_NETFILTER = 12
-_NLM_F_REQUEST = 0x01
-_NLM_F_DUMP_INTR = 0x10
-_NLM_F_DUMP = 0x300
-_NLMSG_ERROR = 2
-_NLMSG_DONE = 3
-_NFT_MSG_GETCHAIN = 10 << 8 | 4
+# linux/netfilter/nf_tables.h
+_NFT_MSG_GETCHAIN = 4
 _NFTA_CHAIN_TABLE = 1
 _NFTA_CHAIN_NAME = 3
-_NLA_TYPE_MASK = 0x3FFF
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 """NFPROTO_* of linux/netfilter.h by number."""
-_MESSAGE = struct.Struct("=IHHII")
-"""struct nlmsghdr"""
-_NFGENMSG = 4
-_ATTRIBUTE = struct.Struct("=HH")
-"""struct nlattr"""
-_ANSWER = 65536
-_ATTEMPTS = 20
-"""How often a dump is begun again that a change of the rules interrupted."""
-
-_MOST = 100_000
-"""More chains than that are not listed but refused; they would be somebody's attempt at this process's memory."""
-
-_NO_NF_TABLES = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT})
-"""What a kernel without nf_tables answers (net/netfilter/nfnetlink.c, nfnetlink_rcv_msg)."""
+_WHAT = "the chains of nf_tables"
 
 
 def _of_nf_tables() -> tuple[Chain, ...]:
     try:
-        for _ in range(_ATTEMPTS):
-            chains = _dumped()
-            if chains is not None:
-                return chains
-    except OSError as error:
-        if error.errno in _NO_NF_TABLES:
+        return nfnetlink.undisturbed(_WHAT, _dumped)
+    except KernelError as error:
+        if error.errno in nfnetlink.NO_SUBSYSTEM:
             return ()
-        raise KernelError(
-            f"cannot list the chains of nf_tables: {error.strerror}", error.errno or 0
-        ) from error
-    raise KernelError("the chains of nf_tables change faster than they can be listed", errno.EBUSY)
+        raise
+    except nfnetlink.Enough as error:
+        problem = f"{_WHAT} are longer than {nfnetlink.MOST_BYTES >> 20} MiB"
+        raise KernelError(problem, errno.E2BIG) from error
 
 
-def _dumped() -> tuple[Chain, ...] | None:
-    """All chains; None when they changed meanwhile. OSError when the kernel refuses."""
-    found: list[Chain] = []
-    whole = True
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
-        size = _MESSAGE.size + _NFGENMSG
-        flags = _NLM_F_REQUEST | _NLM_F_DUMP
-        netlink.send(_MESSAGE.pack(size, _NFT_MSG_GETCHAIN, flags, 0, 0) + bytes(_NFGENMSG))
-        while True:
-            answer = netlink.recv(_ANSWER)
-            at = 0
-            while at < len(answer):
-                length, kind, flags, _, _ = _MESSAGE.unpack_from(answer, at)
-                whole = whole and not flags & _NLM_F_DUMP_INTR
-                if kind == _NLMSG_DONE:
-                    return tuple(found) if whole else None
-                if kind == _NLMSG_ERROR:
-                    number = -struct.unpack_from("=i", answer, at + _MESSAGE.size)[0]
-                    raise OSError(number, os.strerror(number))
-                found.append(_chain(answer[at + _MESSAGE.size : at + length]))
-                if len(found) > _MOST:
-                    raise OSError(errno.E2BIG, f"there are more than {_MOST}")
-                at += (length + 3) & ~3
+def _dumped() -> tuple[Chain, ...]:
+    with nfnetlink.Conversation(nfnetlink.SUBSYSTEM_NFTABLES, 0, _WHAT) as kernel:
+        return tuple(map(_chain, kernel.dump(_NFT_MSG_GETCHAIN)))
 
 
-def _chain(body: bytes) -> Chain:
-    attributes = dict(_attributes(body[_NFGENMSG:]))
-    family = _FAMILIES.get(body[0], str(body[0]))
+def _chain(answer: nfnetlink.Answer) -> Chain:
+    attributes = dict(nfnetlink.attributes_in(answer.attributes))
     return Chain(
         Store.NF_TABLES,
-        family,
-        _text(attributes[_NFTA_CHAIN_TABLE]),
-        _text(attributes[_NFTA_CHAIN_NAME]),
+        _FAMILIES.get(answer.family, str(answer.family)),
+        nfnetlink.text_of(attributes[_NFTA_CHAIN_TABLE]),
+        nfnetlink.text_of(attributes[_NFTA_CHAIN_NAME]),
     )
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at < len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, at)
-        yield kind & _NLA_TYPE_MASK, data[at + _ATTRIBUTE.size : at + length]
-        at += (length + 3) & ~3
-
-
-def _text(data: bytes) -> str:
-    return data.partition(b"\0")[0].decode(errors="backslashreplace")
 
 
 class _Legacy(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,7 +120,9 @@ _OFFSETS = struct.Struct("=HH")
 _ERROR_TARGET = struct.Struct("=H29sB30s")
 """struct xt_error_target: a chain begins with an entry that has one, which bears the chain's name."""
 _MOST_BYTES = 2**28
-"""As _MOST, of the entries of one table."""
+"""More bytes of entries than that are not read but refused; they would be an attempt at this process's memory."""
+_ATTEMPTS = 20
+"""How often a table is read again that was changed meanwhile."""
 _LAST = "ERROR"
 """What the entry that ends a table is called (XT_ERROR_TARGET)."""
 
@@ -238,7 +185,7 @@ def _chains_in(entries: bytes, target_offset: int) -> Iterator[str]:
     while at < len(entries):
         target, following = _OFFSETS.unpack_from(entries, at + target_offset)
         if entries[at + target + 2 : at + target + 8] == b"ERROR\0":
-            name = _text(_ERROR_TARGET.unpack_from(entries, at + target)[3])
+            name = nfnetlink.text_of(_ERROR_TARGET.unpack_from(entries, at + target)[3])
             if name != _LAST:
                 yield name
         if not following:

@@ -8,7 +8,6 @@ import enum
 import errno
 import ipaddress
 import itertools
-import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -17,19 +16,13 @@ from typing import Any, Self, TypeVar, assert_never
 
 import msgspec
 from pyroute2 import IPSet, NetlinkError
-from pyroute2.netlink import (
-    NETLINK_NETFILTER,
-    NLM_F_ACK,
-    NLM_F_DUMP,
-    NLM_F_REQUEST,
-    NLMSG_DONE,
-    NLMSG_ERROR,
-)
+from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_IPSET, nfgen_msg
 from pyroute2.netlink.nfnetlink.ipset import IPSET_CMD_ADD, IPSET_CMD_LIST, ipset_msg
 
-from tidegate.kernel import netns
+from tidegate.kernel import netns, nfnetlink
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.nfnetlink import Conversation, attribute, attributes_in
 
 MAX_NAME = 31
 """Most characters of a set's name (IPSET_MAXNAMELEN of linux/netfilter/ipset/ip_set.h, less its end)."""
@@ -83,38 +76,17 @@ _IPSET_ATTR_DATA = 7
 # linux/netlink.h, linux/netfilter/nfnetlink.h
 _NLA_F_NESTED = 1 << 15
 _NLA_F_NET_BYTEORDER = 1 << 14
-_NLA_TYPE_MASK = ~(_NLA_F_NESTED | _NLA_F_NET_BYTEORDER)
-_ATTRIBUTE = struct.Struct("=HH")
-"""struct nlattr"""
-_NLMSGHDR = struct.Struct("=IHHII")
-_NFGENMSG = struct.Struct("=BBH")
-_ERROR = struct.Struct("=i")
 _PORT = struct.Struct("!H")
-_LIST = IPSET_CMD_LIST | NFNL_SUBSYS_IPSET << 8
 _ADD = IPSET_CMD_ADD | NFNL_SUBSYS_IPSET << 8
 _PROTOCOL = 7
 """IPSET_PROTOCOL: the one that tells a set's index, since Linux 4.20."""
 _ENTRIES_PER_MESSAGE = 1000
 """An attribute has at most 64 KiB; an entry of the largest kind takes 36 bytes."""
 
-_BUFFER = 2**18
-"""More than the kernel puts into one part of a listing (32 KiB)."""
-_MOST = 2**24
-"""Bytes that one listing may have."""
-
-_NO_SETS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT)
-"""What nfnetlink answers for a subsystem that the kernel does not have."""
-
 _T = TypeVar("_T")
 
 
-def _attribute(kind: int, content: bytes) -> bytes:
-    return (
-        _ATTRIBUTE.pack(_ATTRIBUTE.size + len(content), kind) + content + bytes(-len(content) % 4)
-    )
-
-
-_HEADS_ONLY = _attribute(
+_HEADS_ONLY = attribute(
     _IPSET_ATTR_FLAGS | _NLA_F_NET_BYTEORDER, _IPSET_FLAG_LIST_HEADER.to_bytes(4, "big")
 )
 
@@ -151,10 +123,10 @@ def found(prefix: str) -> tuple[Found, ...]:
 
     KernelError when they cannot be read, or hold more than 16 MiB altogether.
     """
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
-        heads = (_Part.read(part) for part in _dump(netlink, _HEADS_ONLY))
-        names = sorted({head.name for head in heads if head.name.startswith(prefix)})
-        return tuple(one for name in names if (one := _one(netlink, name)) is not None)
+    with _conversation() as kernel:
+        heads = [_Part.read(part) for part in _dump(kernel, _HEADS_ONLY)]
+    names = sorted({head.name for head in heads if head.name.startswith(prefix)})
+    return tuple(one for name in names if (one := _one(name)) is not None)
 
 
 def create(wanted: Iterable[Set]) -> None:
@@ -194,7 +166,7 @@ def _opened() -> Iterator[Any]:
     try:
         sets = IPSet()
     except NetlinkError as error:
-        if error.code not in _NO_SETS:
+        if error.code not in nfnetlink.NO_SUBSYSTEM:
             raise _refusal("ask for IP sets", error) from error
         yield None
         return
@@ -248,17 +220,17 @@ def _refusal(what: str, error: NetlinkError) -> KernelError:
 def _packed_ports(ports: str) -> bytes:
     first, _, last = ports.partition("-")
     numbers = ((_IPSET_ATTR_PORT, int(first)), (_IPSET_ATTR_PORT_TO, int(last or first)))
-    packed = (_attribute(kind | _NLA_F_NET_BYTEORDER, _PORT.pack(port)) for kind, port in numbers)
-    return _attribute(_IPSET_ATTR_DATA | _NLA_F_NESTED, b"".join(packed))
+    packed = (attribute(kind | _NLA_F_NET_BYTEORDER, _PORT.pack(port)) for kind, port in numbers)
+    return attribute(_IPSET_ATTR_DATA | _NLA_F_NESTED, b"".join(packed))
 
 
 def _packed_network(network: str) -> bytes:
     parsed = ipaddress.ip_network(network)
     kind = _IPSET_ATTR_IPADDR[parsed.version] | _NLA_F_NET_BYTEORDER
-    address = _attribute(kind, parsed.network_address.packed)
-    content = _attribute(_IPSET_ATTR_IP | _NLA_F_NESTED, address)
-    content += _attribute(_IPSET_ATTR_CIDR, bytes([parsed.prefixlen]))
-    return _attribute(_IPSET_ATTR_DATA | _NLA_F_NESTED, content)
+    address = attribute(kind, parsed.network_address.packed)
+    content = attribute(_IPSET_ATTR_IP | _NLA_F_NESTED, address)
+    content += attribute(_IPSET_ATTR_CIDR, bytes([parsed.prefixlen]))
+    return attribute(_IPSET_ATTR_DATA | _NLA_F_NESTED, content)
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -272,7 +244,7 @@ class _Part(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, message: bytes) -> Self:
-        told = dict(_attributes(message))
+        told = dict(attributes_in(message))
         return cls(
             name=told.get(_IPSET_ATTR_SETNAME, b"").rstrip(b"\0").decode(errors="replace"),
             index=int.from_bytes(told.get(_IPSET_ATTR_INDEX, b""), "big"),
@@ -294,10 +266,15 @@ class _Part(msgspec.Struct, frozen=True):
                 return None
 
 
-def _one(netlink: socket.socket, name: str) -> Found | None:
+def _conversation() -> Conversation:
+    return Conversation(nfnetlink.SUBSYSTEM_IPSET, socket.AF_INET, "IP sets")
+
+
+def _one(name: str) -> Found | None:
     """A set; None when it has gone meanwhile."""
-    asked = _attribute(_IPSET_ATTR_SETNAME, name.encode() + b"\0")
-    parts = [_Part.read(part) for part in _dump(netlink, asked)]
+    with _conversation() as kernel:
+        asked = nfnetlink.text_attribute(_IPSET_ATTR_SETNAME, name)
+        parts = [_Part.read(part) for part in _dump(kernel, asked)]
     head = next((part for part in parts if part.type), None)
     if head is None:
         return None
@@ -307,31 +284,24 @@ def _one(netlink: socket.socket, name: str) -> Found | None:
     return Found(name, head.index, Set(name, head.kind, entries))
 
 
-def _dump(netlink: socket.socket, asked: bytes) -> Iterator[bytes]:
+def _dump(kernel: Conversation, asked: bytes) -> Iterator[bytes]:
     """The messages of a listing, as attributes."""
-    attributes = _attribute(_IPSET_ATTR_PROTOCOL, bytes([_PROTOCOL])) + asked
-    length = _NLMSGHDR.size + _NFGENMSG.size + len(attributes)
-    header = _NLMSGHDR.pack(length, _LIST, NLM_F_REQUEST | NLM_F_DUMP, 0, 0)
-    netlink.send(header + _NFGENMSG.pack(socket.AF_INET, 0, 0) + attributes)
-    received = 0
-    while received <= _MOST:
-        datagram = netlink.recv(_BUFFER)
-        received += len(datagram)
-        at = 0
-        while at < len(datagram):
-            length, kind, _, _, _ = _NLMSGHDR.unpack_from(datagram, at)
-            if kind in (NLMSG_ERROR, NLMSG_DONE):
-                (number,) = _ERROR.unpack_from(datagram, at + _NLMSGHDR.size)
-                if -number not in (0, errno.ENOENT, *_NO_SETS):
-                    raise KernelError(f"cannot list IP sets: {os.strerror(-number)}", -number)
-                return
-            yield datagram[at + _NLMSGHDR.size + _NFGENMSG.size : at + length]
-            at += length + -length % 4
-    raise KernelError(f"the IP sets hold more than {_MOST // 2**20} MiB", errno.E2BIG)
+    protocol = attribute(_IPSET_ATTR_PROTOCOL, bytes([_PROTOCOL]))
+    try:
+        for answer in kernel.dump(IPSET_CMD_LIST, protocol + asked):
+            yield answer.attributes
+    except KernelError as error:
+        if error.errno not in nfnetlink.NO_SUBSYSTEM:
+            raise
+    except nfnetlink.Enough as error:
+        problem = f"the IP sets hold more than {nfnetlink.MOST_BYTES >> 20} MiB"
+        raise KernelError(problem, errno.E2BIG) from error
 
 
 def _entries(kind: Kind, contents: Iterable[bytes]) -> tuple[str, ...]:
-    data = (dict(_attributes(entry)) for content in contents for _, entry in _attributes(content))
+    data = (
+        dict(attributes_in(entry)) for content in contents for _, entry in attributes_in(content)
+    )
     if kind is Kind.PORTS:
         ports = sorted(int.from_bytes(entry[_IPSET_ATTR_PORT], "big") for entry in data)
         return tuple(_merged(ports))
@@ -342,7 +312,7 @@ def _entries(kind: Kind, contents: Iterable[bytes]) -> tuple[str, ...]:
 def _unpacked_network(
     entry: dict[int, bytes],
 ) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    ((_, address),) = _attributes(entry[_IPSET_ATTR_IP])
+    ((_, address),) = attributes_in(entry[_IPSET_ATTR_IP])
     most = 8 * len(address)
     prefix = entry[_IPSET_ATTR_CIDR][0] if _IPSET_ATTR_CIDR in entry else most
     return ipaddress.ip_network((address, prefix))
@@ -353,11 +323,3 @@ def _merged(ports: list[int]) -> Iterator[str]:
     for _, run in itertools.groupby(enumerate(ports), lambda item: item[1] - item[0]):
         members = [port for _, port in run]
         yield str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}"
-
-
-def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at < len(content):
-        length, kind = _ATTRIBUTE.unpack_from(content, at)
-        yield kind & _NLA_TYPE_MASK, content[at + _ATTRIBUTE.size : at + length]
-        at += length + -length % 4

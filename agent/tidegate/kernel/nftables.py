@@ -18,7 +18,7 @@ import socket
 import threading
 from typing import Any
 
-from tidegate.kernel import nfnetlink
+from tidegate.kernel import nf_tables
 from tidegate.kernel.errors import KernelError
 
 LIBRARY = "libnftables.so.1"
@@ -73,7 +73,7 @@ def list_text(family: str, name: str) -> str | None:
     Of a table with flags (enum nft_table_flags, such as dormant) only the flags, as a number: libnftables 1.0.6
     prints them out of memory that it has freed.
     """
-    flags = nfnetlink.table_flags(family, name)
+    flags = nf_tables.table_flags(family, name)
     if flags is None:
         return None
     if flags:
@@ -84,12 +84,12 @@ def list_text(family: str, name: str) -> str | None:
 
 def generation() -> int:
     """The number of the namespace's rule set: 1 where nobody ever changed it, one more with every transaction."""
-    return nfnetlink.generation()
+    return nf_tables.generation()
 
 
 def open_monitor() -> socket.socket:
-    """A socket that becomes readable with every change of the current namespace's tables (nfnetlink.open_monitor)."""
-    return nfnetlink.open_monitor()
+    """A socket that becomes readable with every change of the current namespace's tables (nf_tables.open_monitor)."""
+    return nf_tables.open_monitor()
 
 
 def run(commands: list[Object]) -> None:
@@ -107,7 +107,7 @@ def list_table(family: str, name: str) -> list[Object] | None:
     Of a table with flags (enum nft_table_flags, such as dormant) only the table itself is listed, with its
     flags as a number: libnftables 1.0.6 prints them out of memory that it has freed.
     """
-    flags = nfnetlink.table_flags(family, name)
+    flags = nf_tables.table_flags(family, name)
     if flags is None:
         return None
     if flags:

@@ -158,6 +158,19 @@ def received(raw: socket.socket) -> Iterator[Segment]:
             yield segment
 
 
+def answered(udp: socket.socket) -> bool | None:
+    """Whether a datagram came back to a socket of `open_udp`: False when the port is closed, None when nothing did."""
+    try:
+        udp.recv(_MAX_PACKET_BYTES)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in _ICMP_ERRORS:
+            raise
+        return False if error.errno == errno.ECONNREFUSED else None
+    return True
+
+
 @contextmanager
 def reserved_port(version: int) -> Iterator[int]:
     """A TCP port of the current namespace that nobody else uses as long as the context, nor answers on."""

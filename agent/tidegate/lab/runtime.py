@@ -60,13 +60,15 @@ def up(
     *,
     parts: Part = Part.ALL,
     progress: Callable[[str], None] = lambda step: None,
+    source: str = "",
 ) -> None:
     """Make the lab be as `spec` says. Repeat it with a changed spec to change only the difference.
 
-    `progress` is told each step in words. Raises InputErrors before anything is made, LabBusyError, LabError,
+    `progress` is told each step in words; `source` is the lab file, for messages.
+    Raises InputErrors before anything is made, LabBusyError, LabError,
     KernelError. A lab that fails before it was ever complete is taken down again.
     """
-    check(spec)
+    check(spec, source)
     paths = LabPaths(spec.name)
     with state.locked(paths):
         _refuse_other_identity(spec, paths)
@@ -110,19 +112,22 @@ def labs() -> tuple[str, ...]:
     return state.labs()
 
 
-def check(spec: LabSpec) -> None:
-    """Check what the lab file says in other languages: config entries and annotations. Raises InputErrors."""
+def check(spec: LabSpec, source: str = "") -> None:
+    """Check what the lab file says in other languages: config entries and annotations. Raises InputErrors.
+
+    `source` is the lab file, for faults of annotations; config entries know where they stand.
+    """
     faults: list[InputError] = []
     entries: list[tuple[str, Entry]] = []
     for text in spec.config:
         with _collecting(faults):
             entries += [(text.source, entry) for entry in parse_entries(text.text, text.source)]
     mesh = next((entry for _, entry in entries if isinstance(entry, Mesh)), None)
-    for source, entry in entries:
-        with _collecting(faults, f"{source}: {entry.kind}/{entry.name}"):
+    for place, entry in entries:
+        with _collecting(faults, f"{place}: {entry.kind}/{entry.name}"):
             check_write(None, entry, mesh)
-    for pod in spec.pods:
-        with _collecting(faults, f"pod {pod.name}"):
+    for index, pod in enumerate(spec.pods):
+        with _collecting(faults, f"pods[{index}].annotations of pod {pod.name}", source):
             policy_from_annotations(pod.annotations, _SOME_POLICY, users=user_id, groups=group_id)
     if faults:
         raise InputErrors(tuple(faults))
@@ -191,15 +196,23 @@ def status(lab: str) -> LabStatus:
 
 
 @contextlib.contextmanager
-def _collecting(faults: list[InputError], field: str = "") -> Iterator[None]:
-    """Add the input errors of the body to `faults`, with the place they are in before their own."""
+def _collecting(faults: list[InputError], field: str = "", source: str = "") -> Iterator[None]:
+    """Add the input errors of the body to `faults`, with the place they are in before their own.
+
+    `source` is that of errors that know none.
+    """
     try:
         yield
     except InputError as error:
         for fault in error.faults if isinstance(error, InputErrors) else (error,):
             where = ": ".join(part for part in (field, fault.field) if part)
             faults.append(
-                InputError(fault.problem, source=fault.source, field=where, expected=fault.expected)
+                InputError(
+                    fault.problem,
+                    source=fault.source or source,
+                    field=where,
+                    expected=fault.expected,
+                )
             )
 
 

@@ -1,5 +1,6 @@
 """Client of an agent's local API, for the command line and for the agents of other nodes."""
 
+import os
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
@@ -80,8 +81,17 @@ class AgentClient:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> AgentUnreachable:
-        reason = str(error) or type(error).__name__
-        return AgentUnreachable(f"no agent answers at {self.address} ({reason})")
+        return AgentUnreachable(f"no agent answers at {self.address} ({self._reason(error)})")
+
+    def _reason(self, error: Exception) -> str:
+        """What happened, without what the HTTP library tells of itself."""
+        if isinstance(error, TimeoutError):
+            return f"nothing came within {self._timeout_s:g} s"
+        number = error.errno if isinstance(error, OSError) else None
+        # A name that is not found has a number below zero, of getaddrinfo(3).
+        if number is not None and number > 0:
+            return os.strerror(number).lower()
+        return str(error) or type(error).__name__
 
 
 async def _answer(response: aiohttp.ClientResponse) -> Any:

@@ -20,10 +20,14 @@ REPAIRS_KEPT = 1000
 LOOKED_S = 10.0
 """Without an event of the kernel, rules are compared with the policy this often; the legacy tables have no events."""
 DIFFERENCES_TOLD = 3
-LONG_S = 0.2
-"""An answer to what is different that took longer is one that a pod has made long..."""
-REST_S = 10.0
-"""...and is not asked for again for this time: the other workloads wait for it."""
+LONG_S = 0.5
+"""What takes longer in a namespace was made long by somebody there."""
+RESTS_FOR = 4
+"""How many times as long as it took it is then left alone..."""
+FIRST_REST_S = 0.4
+"""...or, when it failed, at least this long, and twice as long each time..."""
+LONGEST_REST_S = 30.0
+"""...up to this."""
 
 log = Log("redirection")
 
@@ -59,7 +63,11 @@ class WorkloadRedirection:
         self._applied_by: Policy | None = None
         self._repairs: collections.deque[float] = collections.deque(maxlen=REPAIRS_KEPT)
         self._looked_at = 0.0
-        self._ask_from = 0.0
+        self._tried: Policy | None = None
+        self._refusal: KernelError | None = None
+        """Why the rules could not be applied when that was last tried."""
+        self._rest_until = 0.0
+        self._rested_s = 0.0
         self._removed_at: float | None = None
         """When the kernel was last seen without rules; None when it may have some."""
         self._blocked_before: bool | None = None
@@ -87,18 +95,38 @@ class WorkloadRedirection:
         settled = self.state is Redirection.APPLIED and self._applied_by == policy
         if settled and not look and now - self._looked_at < self._pace_s:
             return
+        if now < self._rest_until and self._tried == policy:
+            if self._refusal is not None:
+                raise self._refusal
+            # What happened meanwhile is looked at after the rest.
+            self._looked_at = 0.0 if look else self._looked_at
+            return
         self._looked_at = now
+        self._tried = policy
         try:
             if settled:
                 self._repair(netns_path, policy)
             else:
                 self._apply(netns_path, policy)
-        except KernelError:
+            self._unblock(netns_path)
+        except KernelError as error:
+            self._refusal = error
+            self._rest(FIRST_REST_S)
             self.fail(netns_path)
             raise
-        self._unblock(netns_path)
+        self._refusal = None
         self._applied_by = policy
         self.state = Redirection.APPLIED
+        took = time.monotonic() - now
+        if took > LONG_S:
+            self._rest(took * RESTS_FOR)
+        else:
+            self._rested_s = 0.0
+
+    def _rest(self, at_least_s: float) -> None:
+        """Leave the namespace alone for a while, longer each time: the other workloads wait meanwhile."""
+        self._rested_s = min(max(at_least_s, 2 * self._rested_s), LONGEST_REST_S)
+        self._rest_until = time.monotonic() + self._rested_s
 
     def fail(self, netns_path: str) -> None:
         """The workload cannot be redirected: by configuration nothing of it passes, or all of it passes as it is."""
@@ -141,27 +169,20 @@ class WorkloadRedirection:
         self._note(netns_path, policy, applied)
 
     def _repair(self, netns_path: str, policy: Policy) -> None:
-        asked_at = time.monotonic()
-        if asked_at < self._ask_from:
-            different = "changed again and again"
-        else:
-            differences = self._engine.check(netns_path, policy)
-            if time.monotonic() - asked_at > LONG_S:
-                self._ask_from = time.monotonic() + REST_S
-            if not differences:
-                self.foreign = ()
-                return
-            different = _told(differences)
+        differences = self._engine.check(netns_path, policy)
+        if not differences:
+            self.foreign = ()
+            return
         applied = self._engine.apply(netns_path, policy, adopt=self._adopt)
         self._note(netns_path, policy, applied)
         if applied.change is Change.UNCHANGED and not applied.adopted:
             return
-        self.last_repair = different
+        self.last_repair = _told(differences)
         self._repairs.append(time.time())
         log.warning(
             "redirection was not as it should be; repaired",
             workload=self._name,
-            different=different,
+            different=self.last_repair,
         )
 
     def _note(self, netns_path: str, policy: Policy, applied: Applied) -> None:

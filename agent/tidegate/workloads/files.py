@@ -4,9 +4,11 @@ Whoever makes workloads replaces the files by rename. A file that cannot be used
 leaves its workload as it was last understood: half-written input never takes a workload out of the mesh.
 """
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -14,6 +16,11 @@ from tidegate.model import Workload
 
 MAX_FILE_BYTES = 64 << 10
 MAX_FILES = 4096
+_MAX_TOLD = 20
+"""Most wrong annotations of one file that are told one by one."""
+
+_SHOWN = 60
+"""Most characters of a name or a value that a problem repeats."""
 
 
 class FileSource:
@@ -77,14 +84,54 @@ class _UnusableError(Exception):
 
 def _read(path: Path) -> Workload | None:
     """The workload in a file, None when the file is gone. Raises _UnusableError."""
+    content = b""
     try:
-        return msgspec.json.decode(_content(path), type=Workload)
+        content = _content(path)
+        return msgspec.json.decode(content, type=Workload)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _UnusableError(f"{path} cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, ValueError) as error:
+    except msgspec.ValidationError as error:
+        reason = _wrong_annotations(content) or error
+        raise _UnusableError(f"{path} is not a workload: {reason}") from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _UnusableError(f"{path} is not a workload: {error}") from error
+
+
+def _wrong_annotations(content: bytes) -> str:
+    """Which annotations of a JSON object are no strings, and what they should be; "" when there are none to name."""
+    try:
+        document = msgspec.json.decode(content)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        # A value of a wrong type is found before what stands behind it is read.
+        return ""
+    faults = []
+    for field in ("annotations", "namespace_annotations"):
+        annotations = document.get(field) if isinstance(document, dict) else None
+        for name, value in annotations.items() if isinstance(annotations, dict) else ():
+            if not isinstance(value, str):
+                faults.append(f"{field}.{_name(name)} is not a string; expected {_string(value)}")
+    more = len(faults) - _MAX_TOLD
+    return "; ".join([*faults[:_MAX_TOLD], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _name(name: str) -> str:
+    shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+    return shown if shown.isprintable() else repr(shown)
+
+
+def _string(value: Any) -> str:
+    """The JSON string that a value should have been, as far as that is clear."""
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, list | dict) for item in items):
+        return "text in quotes"
+    texts = [
+        "" if item is None else item if isinstance(item, str) else json.dumps(item)
+        for item in items
+    ]
+    text = json.dumps(",".join(texts))
+    return text if len(text) <= _SHOWN else "text in quotes"
 
 
 def _content(path: Path) -> bytes:

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tidegate.enforce.redirect.backend import Change
-from tidegate.kernel import isolation, netns, nfnetlink, nftables, xtables
+from tidegate.kernel import isolation, netns, nf_tables, nftables, xtables
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.nfnetlink import Contents
+from tidegate.kernel.nf_tables import Contents
 from tidegate.kernel.xtables import Content
 
 TABLE = "tidegate-block"
@@ -94,8 +94,18 @@ def block(netns_path: str) -> Change:
 
 
 def unblock(netns_path: str) -> Change:
-    """Let everything pass as before the block; idempotent. Nothing of the block is left."""
-    changes = (_unblock_by_nftables(netns_path), _unblock_by_legacy_tables(netns_path))
+    """Let everything pass as before the block; idempotent. Nothing of the block is left.
+
+    KernelError when the kernel refuses one of the two ways of blocking; the other one has then been taken away.
+    """
+    changes, refusals = [], []
+    for unblock_there in (_unblock_by_nftables, _unblock_by_legacy_tables):
+        try:
+            changes.append(unblock_there(netns_path))
+        except KernelError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
     return Change.REMOVED if Change.REMOVED in changes else Change.UNCHANGED
 
 
@@ -131,7 +141,7 @@ def _unblock_by_nftables(netns_path: str) -> Change:
 def _contents() -> Contents | None:
     """What the table of the current namespace holds; None when there is none, as without nf_tables."""
     try:
-        return nfnetlink.contents(_FAMILY, TABLE, _CHAINS, _MOST_BYTES)
+        return nf_tables.contents(_FAMILY, TABLE, _CHAINS, _MOST_BYTES)
     except KernelError as error:
         if error.errno in _NO_NF_TABLES:
             return None

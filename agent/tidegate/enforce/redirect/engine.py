@@ -8,6 +8,7 @@ kernel decides on each connection once, by whichever rules it meets first.
 
 import functools
 import ipaddress
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
@@ -15,8 +16,8 @@ import msgspec
 
 from tidegate.enforce.redirect import block, foreign
 from tidegate.enforce.redirect.backend import Backend, BackendName, Change, InstalledLine
-from tidegate.enforce.redirect.iptables import SET_PREFIX, IptablesBackend
-from tidegate.enforce.redirect.nftables import TABLE, NftablesBackend
+from tidegate.enforce.redirect.iptables import OWNED, SET_PREFIX, IptablesBackend
+from tidegate.enforce.redirect.nftables import FAMILIES, TABLE, NftablesBackend
 from tidegate.enforce.redirect.rules import Rules, rules_for
 from tidegate.errors import InputError
 from tidegate.intent.policy import Family, Outbound, Policy, PortRange
@@ -25,9 +26,6 @@ from tidegate.kernel.chains import Chain, Store
 from tidegate.kernel.errors import KernelError
 
 AUTO: Final = "auto"
-
-_LEGACY_CHAINS = "TIDEGATE_"
-"""What the names of the chains of the iptables backend begin with."""
 
 _BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {
     BackendName.NFTABLES: NftablesBackend,
@@ -163,8 +161,8 @@ class Engine:
             owners.add(self._chosen.backend)
         if netns.run_in(netns_path, ipset.found, SET_PREFIX):
             owners.add(BackendName.IPTABLES)
-        changes = [block.unblock(netns_path)]
-        changes += [_backend(owner).remove(netns_path) for owner in sorted(owners)]
+        changes = [_backend(owner).remove(netns_path) for owner in sorted(owners)]
+        changes.append(block.unblock(netns_path))
         return Change.REMOVED if Change.REMOVED in changes else Change.UNCHANGED
 
     def gaps(self, netns_path: str, policy: Policy) -> tuple[str, ...]:
@@ -218,8 +216,9 @@ def _owners(listed: Iterable[Chain]) -> frozenset[BackendName]:
 
 def _owner(chain: Chain) -> BackendName | None:
     if chain.store is Store.LEGACY:
-        return BackendName.IPTABLES if chain.name.startswith(_LEGACY_CHAINS) else None
-    return BackendName.NFTABLES if chain.table == TABLE else None
+        return BackendName.IPTABLES if re.fullmatch(OWNED, chain.name) else None
+    own = chain.table == TABLE and chain.family in FAMILIES
+    return BackendName.NFTABLES if own else None
 
 
 def _joined(change: Change, others: Change) -> Change:

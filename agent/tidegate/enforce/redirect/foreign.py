@@ -13,6 +13,7 @@ from typing import assert_never
 
 import msgspec
 
+from tidegate.enforce.redirect.text import shown
 from tidegate.kernel import chains, isolation, netns, nftables, xtables
 from tidegate.kernel.chains import Chain, Store
 from tidegate.kernel.errors import KernelError
@@ -26,6 +27,10 @@ class Mesh(enum.StrEnum):
     ISTIO = "Istio"
     LINKERD = "Linkerd"
     KUMA = "Kuma"
+
+
+_NAMED = 5
+"""Most chains that a sentence names."""
 
 
 class Foreign(msgspec.Struct, frozen=True):
@@ -45,9 +50,10 @@ class Foreign(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         kind = "the legacy table" if self.store is Store.LEGACY else "the nftables table"
-        return (
-            f"{self.mesh} redirects in {kind} {self.family} {self.table}: {', '.join(self.chains)}"
-        )
+        named = ", ".join(self.chains[:_NAMED])
+        more = len(self.chains) - _NAMED
+        others = f" and {more} more" if more > 0 else ""
+        return shown(f"{self.mesh} redirects in {kind} {self.family} {self.table}: {named}{others}")
 
 
 # Consul sdk/iptables/iptables.go and sdk/nftables/nftables.go

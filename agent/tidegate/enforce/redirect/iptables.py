@@ -50,6 +50,7 @@ from tidegate.enforce.redirect.rules import (
     Zone,
     lines_of_family,
 )
+from tidegate.enforce.redirect.text import shown
 from tidegate.intent.policy import Family, IdRange, PortRange, Protocol
 from tidegate.kernel import cgroups, conntrack, ipset, netns, xtables
 from tidegate.kernel.cgroups import Cgroup
@@ -81,7 +82,7 @@ _PLACES = {
 _TABLES = ("raw", "mangle", "nat")
 """In the order in which packets pass them, and in which they are filled: a query's zone before its translation."""
 
-_OWNED = f"(?:{'|'.join(place.chain for place in _PLACES.values())})(?:_[0-9]+)?"
+OWNED = f"(?:{'|'.join(place.chain for place in _PLACES.values())})(?:_[0-9]+)?"
 """Pattern of the chains that are tidegate's. Those with a number hold the rest of a list; see _Writer."""
 
 _FAMILIES = {Family.IPV4: xtables.Family.IPV4, Family.IPV6: xtables.Family.IPV6}
@@ -93,8 +94,6 @@ _MULTIPORT_SLOTS = 15
 _MAX_INTERFACE_NAME = 15
 """IFNAMSIZ, less its end"""
 _OPENING = "-m tcp {}--tcp-flags FIN,SYN,RST,ACK SYN"
-_SHOWN = 300
-"""Most characters of a rule that a difference repeats."""
 
 
 class IptablesBackend:
@@ -545,7 +544,7 @@ def _present() -> _Present:
         sets,
         {
             family: {
-                table: xtables.content(family, table, _OWNED, names)
+                table: xtables.content(family, table, OWNED, names)
                 for table in _TABLES
                 if table in existing
             }
@@ -615,7 +614,7 @@ def _load(present: _Present, wanted: _Wanted) -> None:
         _make_sets(present, wanted)
         indexes = _set_indexes()
         for step in _steps(present, wanted):
-            xtables.replace(step.family, step.table, _OWNED, step.after, indexes)
+            xtables.replace(step.family, step.table, OWNED, step.after, indexes)
             done.append(step)
     except KernelError as error:
         _undo(present, done, error)
@@ -670,7 +669,7 @@ def _undo(present: _Present, done: list[_Step], reason: KernelError) -> None:
     try:
         indexes = _set_indexes()
         for step in reversed(done):
-            xtables.replace(step.family, step.table, _OWNED, step.before, indexes)
+            xtables.replace(step.family, step.table, OWNED, step.before, indexes)
         _destroy_all_but(found.name for found in present.sets)
     except KernelError as error:
         problem = f"{reason}; and what was loaded before cannot be taken back: {error}"
@@ -739,8 +738,8 @@ def _jump_differences(
             yield f"rule {jump.position} of {jump.chain} in {where} is not '{rules[jump]}'"
     for jump in has.jumps:
         if jump not in should.jumps:
-            shown = f"'{_clipped(rules[jump])}'"
-            yield f"rule {jump.position} of {jump.chain} in {where} is {shown} and should not be"
+            rule = f"'{shown(rules[jump])}'"
+            yield f"rule {jump.position} of {shown(jump.chain)} in {where} is {rule} and should not be"
 
 
 def _chain_differences(
@@ -755,7 +754,7 @@ def _chain_differences(
     entries = [entry for line in changed for entry in (present[line], wanted[line])]
     spelled = iter(xtables.spelled(family, entries) if entries else ())
     for line in changed:
-        is_, should_be = _clipped(next(spelled)), _clipped(next(spelled))
+        is_, should_be = shown(next(spelled)), shown(next(spelled))
         yield f"{line} of {where} is '{is_}', should be '{should_be}'"
     if wanted == present and list(wanted) != list(present):
         yield f"the lines of {where} are in another order"
@@ -774,7 +773,7 @@ def _by_line(family: xtables.Family, entries: list[Entry]) -> dict[str, Entry]:
 
 def _line_name(family: xtables.Family, entry: Entry) -> str:
     """The last comment of a rule; see _Writer."""
-    return (xtables.comments(family, entry) or ("",))[-1]
+    return shown((xtables.comments(family, entry) or ("",))[-1])
 
 
 def _installed_lines(present: _Present) -> Iterator[InstalledLine]:
@@ -814,7 +813,3 @@ def _interleaved(orders: list[list[str]]) -> list[str]:
             merged.insert(at, name)
             at += 1
     return merged
-
-
-def _clipped(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

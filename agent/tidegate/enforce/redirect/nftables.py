@@ -54,18 +54,19 @@ from tidegate.enforce.redirect.rules import (
     Zone,
     lines_of_family,
 )
+from tidegate.enforce.redirect.text import shown
 from tidegate.intent.policy import Family
-from tidegate.kernel import cgroups, conntrack, isolation, netns, nfnetlink, nftables
+from tidegate.kernel import cgroups, conntrack, isolation, netns, nf_tables, nftables
 from tidegate.kernel.cgroups import Cgroup
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.nfnetlink import Contents
+from tidegate.kernel.nf_tables import Contents
 
 TABLE = "tidegate"
 
 _BOTH = "inet"
 _HEADER = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 """What nft calls a family's header, and the tables that only its packets come to."""
-_FAMILIES = (_BOTH, *_HEADER.values())
+FAMILIES = (_BOTH, *_HEADER.values())
 _NUMBERS = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 
 _CHAINS = {
@@ -89,8 +90,6 @@ _RACES = frozenset({errno.EEXIST, errno.ENOENT, errno.EBUSY, errno.EAGAIN, errno
 """How the kernel refuses a transaction that was made for what somebody else has changed meanwhile."""
 _TRIES = 8
 
-_SHOWN = 300
-"""Most characters of a rule or set that a difference repeats."""
 _TOLD = 40
 """Most differences that are told one by one."""
 _LISTING_S = 1.0
@@ -306,7 +305,7 @@ class NftablesBackend:
         if list(there) != [wanted.family]:
             return True
         twin = self._twin(wanted).contents
-        return twin != nfnetlink.contents(
+        return twin != nf_tables.contents(
             wanted.family, TABLE, wanted.chains, 2 * twin.size + _SLACK
         )
 
@@ -342,7 +341,7 @@ def _tables(seen: _Seen) -> list[str]:
     """Families of the tables of tidegate's name."""
     if seen.generation == _UNTOUCHED:
         return []
-    return [family for family in _FAMILIES if nfnetlink.table_flags(family, TABLE) is not None]
+    return [family for family in FAMILIES if nf_tables.table_flags(family, TABLE) is not None]
 
 
 def _deletion(there: Iterable[str]) -> str:
@@ -354,7 +353,7 @@ def _translated(there: Iterable[str]) -> list[Family]:
     headers = {
         header
         for table in there
-        if any(nfnetlink.has_chain(table, TABLE, hook) for hook in _TRANSLATING)
+        if any(nf_tables.has_chain(table, TABLE, hook) for hook in _TRANSLATING)
         for header in (_HEADER.values() if table == _BOTH else (table,))
     }
     return [family for family, header in _HEADER.items() if header in headers]
@@ -373,7 +372,7 @@ def _forget(families: Iterable[Family]) -> None:
 
 def _make_twin(wanted: _Wanted) -> _Twin:
     nftables.load(wanted.text)
-    made = nfnetlink.contents(wanted.family, TABLE, wanted.chains, 2**24)
+    made = nf_tables.contents(wanted.family, TABLE, wanted.chains, 2**24)
     listing = nftables.list_text(wanted.family, TABLE)
     if made is None or listing is None:
         raise KernelError(f"the table {TABLE} is not there after it was loaded", errno.EPROTO)
@@ -384,12 +383,12 @@ def _current() -> tuple[InstalledLine, ...] | None:
     hooks = {hook.value: hook for hook in Hook}
     packets: Counter[tuple[Hook, str]] = Counter()
     found = False
-    for family in _FAMILIES:
-        rules = nfnetlink.rules(family, TABLE)
+    for family in FAMILIES:
+        rules = nf_tables.rules(family, TABLE)
         found = found or rules is not None
         for rule in rules or ():
             if rule.chain in hooks:
-                packets[hooks[rule.chain], rule.comment] += rule.packets
+                packets[hooks[rule.chain], shown(rule.comment)] += rule.packets
     if not found:
         return None
     return tuple(
@@ -616,7 +615,7 @@ def _set(name: str, words: _Words) -> str:
 def _differing(wanted: _Wanted, twin: _Twin) -> Iterator[str]:
     """What is different in a table that is known to differ from its twin."""
     name = f"table {wanted.family} {TABLE}"
-    flags = nfnetlink.table_flags(wanted.family, TABLE)
+    flags = nf_tables.table_flags(wanted.family, TABLE)
     if flags:
         words = [word for bit, word in _TABLE_FLAGS.items() if flags & bit]
         yield f"{name} has the flags {flags} ({', '.join(words) or 'unknown'}), should have none"
@@ -627,7 +626,7 @@ def _differing(wanted: _Wanted, twin: _Twin) -> Iterator[str]:
             netns.CURRENT, nftables.list_text, wanted.family, TABLE, deadline_s=_LISTING_S
         )
     except KernelError as error:
-        yield f"{name} is another one, and cannot be listed: {_shown(str(error))}"
+        yield f"{name} is another one, and cannot be listed: {shown(str(error))}"
         return
     if listed is None:
         yield f"{name} is missing"
@@ -638,10 +637,10 @@ def _differing(wanted: _Wanted, twin: _Twin) -> Iterator[str]:
 
 def _compared(should: dict[str, str], has: dict[str, str]) -> Iterator[str]:
     yield from (f"{part} is missing" for part in should if part not in has)
-    yield from (f"{_shown(part)} is there and should not be" for part in has if part not in should)
+    yield from (f"{shown(part)} is there and should not be" for part in has if part not in should)
     for part, what in should.items():
         if part in has and has[part] != what:
-            yield f"{part} is {_shown(has[part])}, should be {_shown(what)}"
+            yield f"{part} is {shown(has[part])}, should be {shown(what)}"
     if should.keys() == has.keys() and list(should) != list(has):
         yield "the lines are in another order"
 
@@ -677,11 +676,3 @@ def _parts(listing: str) -> dict[str, str]:
         elif row.strip() not in ("", "}"):
             last.append(row.strip())
     return {name: " ".join(rows) for name, rows in parts.items()}
-
-
-def _shown(text: str) -> str:
-    """A text of others', of bounded length and without what could do something to a terminal."""
-    clipped = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in clipped
-    )

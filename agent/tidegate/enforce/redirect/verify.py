@@ -11,7 +11,9 @@ which nobody else can know, and is taken back by an RST. The sidecar accepts not
 which port a probe was redirected is what connection tracking says. All that is left are entries of connection
 tracking, which time out.
 
-What should become of a probe is asked of `explain`, never decided here.
+What should become of a probe is asked of `explain`, never decided here. An exclusion is tried by what it alone
+keeps from the sidecar, and only with addresses in which nobody lives: a route to a real one would take the
+workload's own traffic away.
 """
 
 import enum
@@ -19,6 +21,7 @@ import errno
 import ipaddress
 import itertools
 import os
+import re
 import secrets
 import select
 import socket
@@ -39,8 +42,10 @@ from tidegate.enforce.redirect.rules import (
     ByUser,
     Connection,
     Drop,
+    FromNetwork,
     Leave,
     Line,
+    OfProtocol,
     Redirect,
     Rules,
     ToNetwork,
@@ -49,9 +54,19 @@ from tidegate.enforce.redirect.rules import (
     Translate,
     Zone,
     explain,
+    lines_of_family,
     rules_for,
 )
-from tidegate.intent.policy import MAX_ID, MAX_PORT, Family, IdRange, Policy, Protocol
+from tidegate.intent.policy import (
+    MAX_ID,
+    MAX_PORT,
+    Family,
+    IdRange,
+    Mode,
+    Policy,
+    PortRange,
+    Protocol,
+)
 from tidegate.kernel import conntrack, links, netns, rawtcp, routes, sockets, tun
 from tidegate.kernel.conntrack import Endpoint, Original
 from tidegate.kernel.errors import KernelError
@@ -84,6 +99,37 @@ _TYPE_A = 1
 _CLASS_IN = 1
 _MAX_SENDERS = 4
 """As how many of the sidecar's ids of each kind a probe is sent."""
+
+_OUTBOUND_EXCLUSIONS = {
+    "excluded-uid": "excluded-user",
+    "excluded-gid": "excluded-group",
+    "excluded-user-port": "excluded-user-port",
+    "excluded-port": "excluded-port",
+    "excluded-cidr": "excluded-network",
+    "excluded-interface": "excluded-interface",
+    "not-included-interface": "not-included-interface",
+}
+_INBOUND_EXCLUSIONS = {
+    "probe": "direct-probe",
+    "excluded-port": "inbound-excluded-port",
+    "excluded-cidr": "inbound-excluded-source",
+    "excluded-interface": "inbound-excluded-interface",
+    "not-included-interface": "inbound-not-included-interface",
+}
+"""The lines that leave alone what the policy excludes, without number and family: what their probes are called."""
+_NUMBER_OR_FAMILY = re.compile(rf"-(\d+|{'|'.join(Family)})$")
+
+_NOT_INCLUDED = "not-included"
+_LEFT_ALONE = "left alone, as the policy says"
+_LIVED_IN = "somebody may live at the addresses"
+_OTHER_INTERFACE = "only what the workload really sends or gets goes by the interface"
+_NOT_ALONE = "it is not all that keeps a connection that can be tried from the sidecar"
+_UNTOLD = "connection tracking does not tell where it went (see net.netfilter.nf_conntrack_events)"
+_UNTRIED_REASONS = {
+    "probe": _LIVED_IN,
+    "excluded-cidr": _LIVED_IN,
+    "excluded-interface": _OTHER_INTERFACE,
+}
 
 _NO_TUN = (errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.EPERM, errno.EACCES)
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL)
@@ -123,8 +169,15 @@ def _verify(policy: Policy) -> tuple[Probe, ...]:
     with conntrack.beginnings() as beginnings, _device() as device:
         # Not before it is this verification's turn: another one's addresses are gone now.
         own = links.reach(netns.CURRENT).addresses
-        places = (_Place(family, policy, rules, own, beginnings, device) for family in Family)
-        return tuple(probe for place in places for probe in _probes(place))
+        places = [_Place(family, policy, rules, own, beginnings, device) for family in Family]
+        probes = [probe for place in places for probe in _probes(place)]
+    names: dict[str, list[str]] = {}
+    for name, reason in itertools.chain.from_iterable(place.untried for place in places):
+        names.setdefault(reason, []).append(name)
+    if names:
+        untried = (f"{', '.join(of_reason)} ({reason})" for reason, of_reason in names.items())
+        probes.append(_skipped("exclusions-not-tried", "; ".join(untried)))
+    return tuple(probes)
 
 
 @contextmanager
@@ -171,6 +224,8 @@ class _Place:
         self.addresses = tuple(address for address in own if _family(address) is family)
         """The workload's own."""
         self.app = _somebody(rules.of(Direction.OUTBOUND))
+        self.untried: list[tuple[str, str]] = []
+        """Exclusions that could not be tried, each with the reason."""
         self._near = near
         self._listening = {
             listener.port
@@ -195,9 +250,24 @@ class _Place:
             self.device.add_route(address)
             self._routed.add(address)
 
+    def can_have_behind(self, address: str) -> bool:
+        """`put_behind`, unless the workload has a route to this very address."""
+        try:
+            self.put_behind(address)
+        except KernelError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            return False
+        return True
+
+    def packets(self) -> Iterator[bytes]:
+        """The packets that came out of the interface since the last call, of this or of `came_out`."""
+        if self.device is not None:
+            yield from self.device.packets()
+
     def came_out(self) -> Iterator[Segment]:
-        """The segments that came out of the interface since the last call."""
-        for packet in self.device.packets() if self.device is not None else ():
+        """The segments among them."""
+        for packet in self.packets():
             segment = rawtcp.parse_packet(packet)
             if segment is not None:
                 yield segment
@@ -250,9 +320,10 @@ class _Target(msgspec.Struct, frozen=True):
 
 def _probes(place: _Place) -> Iterator[Probe]:
     yield from _outbound(place)
+    yield from _exclusions(place, Direction.OUTBOUND)
     yield from _inbound(place)
-    if place.concerned and place.policy.dns.enabled:
-        yield from _dns(place)
+    yield from _exclusions(place, Direction.INBOUND)
+    yield from _dns(place)
 
 
 def _outbound(place: _Place) -> Iterator[Probe]:
@@ -332,18 +403,197 @@ def _inbound(place: _Place) -> Iterator[Probe]:
         yield _arrived(place, device, f"outbound-port-{place.family}", own)
 
 
+def _exclusions(place: _Place, direction: Direction) -> Iterator[Probe]:
+    """What the policy excludes, and what it does not include: of each list the first and the last."""
+    outwards = direction is Direction.OUTBOUND
+    names = _OUTBOUND_EXCLUSIONS if outwards else _INBOUND_EXCLUSIONS
+    prefix = "" if outwards else "inbound-"
+    found: dict[str, list[Line | None]] = {}
+    for line in lines_of_family(place.rules.of(direction), place.family):
+        kind = _NUMBER_OR_FAMILY.sub("", line.name)
+        if kind in names and isinstance(line.action, Leave):
+            found.setdefault(kind, []).append(line)
+    if _includes_some(place, direction):
+        found[_NOT_INCLUDED] = [None]
+    for kind, lines in found.items():
+        name = f"{names.get(kind, prefix + kind)}-{place.family}"
+        if place.device is None:
+            place.untried.append((name, "there is no TUN interface to try it with"))
+        elif not outwards and not place.addresses:
+            place.untried.append((name, f"the workload has no {place.family} address"))
+        else:
+            yield from _excluded(place, place.device, name, kind, direction, lines)
+
+
+def _includes_some(place: _Place, direction: Direction) -> bool:
+    """Whether what no line speaks of is left alone, where others are redirected."""
+    inbound, outbound = place.policy.inbound, place.policy.outbound
+    if direction is Direction.OUTBOUND:
+        included = outbound.enabled and outbound.include_cidrs is not None
+    else:
+        included = inbound.enabled and inbound.include_ports is not None
+    return included and place.concerned and bool(place.rules.of(direction))
+
+
+def _excluded(
+    place: _Place,
+    device: tun.Tun,
+    name: str,
+    kind: str,
+    direction: Direction,
+    lines: Sequence[Line | None],
+) -> Iterator[Probe]:
+    """Try the connections that lines of one kind leave alone; the first that is not tells."""
+    tries: dict[str, Connection] = {}
+    for line, last in itertools.product((lines[0], *lines[1:][-1:]), (False, True)):
+        connection = _kept_by(place, direction, line, last=last)
+        if connection is not None:
+            tries.setdefault(_shown(line, connection), connection)
+    if not tries:
+        place.untried.append((name, _UNTRIED_REASONS.get(kind, _NOT_ALONE)))
+        return
+    if _speak_of_the_living(place, lines):
+        place.untried.append((f"other networks of {name}", _LIVED_IN))
+    for shown, connection in tries.items():
+        target = _Target(connection, LEAVE)
+        if direction is Direction.OUTBOUND:
+            sender = Sender(uid=connection.uid or 0, gid=connection.gid or 0)
+            probe = _tried(place, name, target, sender)
+        else:
+            probe = _arrived(place, device, name, target)
+        if probe.outcome is not Outcome.PASSED:
+            yield Probe(name, probe.outcome, f"{shown}: {probe.detail}" if shown else probe.detail)
+            return
+    listed = ", ".join(filter(None, tries))
+    yield Probe(name, Outcome.PASSED, f"left alone: {listed}" if listed else _LEFT_ALONE)
+
+
+def _speak_of_the_living(place: _Place, lines: Iterable[Line | None]) -> bool:
+    """Whether the lines speak of a network in which no address can be tried."""
+    nobodys = [ipaddress.ip_network(network) for network in _DOCUMENTATION[place.family]]
+    networks = (
+        ipaddress.ip_network(network)
+        for line in lines
+        for match in (line.matches if line is not None else ())
+        if isinstance(match, ToNetwork | FromNetwork)
+        for network in match.networks
+    )
+    return any(not any(network.overlaps(other) for other in nobodys) for network in networks)
+
+
+def _kept_by(
+    place: _Place, direction: Direction, line: Line | None, *, last: bool
+) -> Connection | None:
+    """A connection that can be tried and that only this line keeps from the sidecar: one at an end of its lists.
+
+    None for the line stands for the end of the decision list.
+    """
+    rules = place.rules
+    without = rules if line is None else _without(rules, line)
+    for connection in _candidates(place, direction, line, last=last):
+        decision = explain(rules, connection)
+        if line is None:
+            kept = decision.line is None
+        else:
+            kept = decision.line == line.name and explain(without, connection).action != LEAVE
+        if kept:
+            return connection
+    return None
+
+
+def _without(rules: Rules, gone: Line) -> Rules:
+    lists = tuple(
+        (hook, tuple(line for line in lines if line.name != gone.name))
+        for hook, lines in rules.lists
+    )
+    return msgspec.structs.replace(rules, lists=lists)
+
+
+def _candidates(
+    place: _Place, direction: Direction, line: Line | None, *, last: bool
+) -> Iterator[Connection]:
+    """Connections by the interface that a line may speak of."""
+    outwards = direction is Direction.OUTBOUND
+    lines = place.rules.of(direction)
+    uid, gid = place.app.uid, place.app.gid
+    # A port that nobody listens on, if there is one, as for all that arrives.
+    ports = [*_ports(lines), *_beside(lines)]
+    ports = ports if outwards else sorted(ports, key=place.listens)
+    others: Sequence[str] = place.far
+    protocols: tuple[Protocol, ...] = (Protocol.TCP,)
+    for match in line.matches if line is not None else ():
+        match match:
+            case ByUser(ranges):
+                uid = _end(ranges, last=last)
+            case ByGroup(ranges):
+                gid = _end(ranges, last=last)
+            case ToPort(ranges):
+                ports = [_end(ranges, last=last)]
+            case OfProtocol(of_line):
+                protocols = of_line
+            case ToNetwork(_, networks) | FromNetwork(_, networks):
+                others = _nobodies(place, networks[::-1] if last else networks)
+            case _:
+                pass
+    for protocol, other, port in itertools.product(protocols, others, ports):
+        yield Connection(
+            direction=direction,
+            destination=other if outwards else place.addresses[0],
+            port=port,
+            source="" if outwards else other,
+            interface=INTERFACE,
+            uid=uid if outwards else None,
+            gid=gid if outwards else None,
+            protocol=protocol,
+        )
+
+
+def _shown(line: Line | None, connection: Connection) -> str:
+    """What of a connection makes the line decide on it; "" when nothing does that is worth telling."""
+    shown = []
+    for match in line.matches if line is not None else ():
+        match match:
+            case ByUser():
+                shown.append(f"user {connection.uid}")
+            case ByGroup():
+                shown.append(f"group {connection.gid}")
+            case ToPort():
+                shown.append(f"port {connection.port}")
+            case ToNetwork():
+                shown.append(f"to {connection.destination}")
+            case FromNetwork():
+                shown.append(f"from {connection.source}")
+            case _:
+                pass
+    return " ".join(shown)
+
+
 def _dns(place: _Place) -> Iterator[Probe]:
-    named = [
-        resolver for resolver in place.policy.dns.resolvers if _family(resolver) is place.family
-    ]
-    for protocol in Protocol:
+    dns = place.policy.dns
+    redirects = place.concerned and dns.enabled
+    named = [resolver for resolver in dns.resolvers if _family(resolver) is place.family]
+    for protocol in Protocol if redirects else (Protocol.UDP,):
         name = f"dns-{protocol}-{place.family}"
         targets = _dialled(place, named or place.far, [DNS_PORT], protocol)
         found = next((target for target in targets if isinstance(target.action, Translate)), None)
-        if found is None:
+        found = found or _other_query(place, protocol)
+        if found is not None:
+            yield _tried(place, name, found, place.app)
+        elif redirects:
             yield _skipped(name, "no query that can be tried is redirected")
         else:
-            yield _tried(place, name, found, place.app)
+            yield _skipped(
+                name, "it is not to be redirected, and without TUN it would really leave"
+            )
+    other = _other_query(place, Protocol.UDP) if redirects and named else None
+    if other is not None:
+        yield _tried(place, f"dns-other-udp-{place.family}", other, place.app)
+
+
+def _other_query(place: _Place, protocol: Protocol) -> _Target | None:
+    """A query to where no resolver is, that ends here."""
+    targets = _dialled(place, place.far, [DNS_PORT], protocol)
+    return next((target for target in targets if target.stays), None)
 
 
 def _dialled(
@@ -450,8 +700,9 @@ def _syn(place: _Place, target: _Target, sender: Sender) -> _Fate:
 def _query(place: _Place, target: _Target, sender: Sender) -> _Fate:
     """Ask a DNS question that nobody will pass on: recursion is not desired, the name is invalid (RFC 6761)."""
     destination, port = target.connection.destination, target.connection.port
+    question = _question(secrets.token_hex(8))
     with rawtcp.open_udp(destination, port, sender, hops=1) as udp:
-        udp.send(_question(secrets.token_hex(8)))
+        udp.send(question)
         source, source_port, *_ = udp.getsockname()
         landed = place.landed(
             Original(
@@ -462,7 +713,18 @@ def _query(place: _Place, target: _Target, sender: Sender) -> _Fate:
                 destination_port=port,
             )
         )
-    return _Fate(landed=landed, left=place.is_untouched(landed, target))
+        if not target.stays and place.is_untouched(landed, target):
+            return _Fate(landed=landed, left=True)
+
+        def fate() -> _Fate | None:
+            if any(packet.endswith(question) for packet in place.packets()):
+                return _Fate(landed=landed, left=True)
+            answered = rawtcp.answered(udp)
+            if answered is None:
+                return None
+            return _Fate(landed=landed, answer=_Answer.LISTENER if answered else _Answer.NOBODY)
+
+        return _awaited(fate, place, udp) or _Fate(landed=landed)
 
 
 def _syn_from_outside(place: _Place, device: tun.Tun, target: _Target) -> _Fate:
@@ -504,11 +766,11 @@ def _answer(syn: Segment, heard: Iterable[Segment]) -> _Answer | None:
 
 
 def _awaited(
-    fate: Callable[[], _Fate | None], place: _Place, raw: socket.socket | None = None
+    fate: Callable[[], _Fate | None], place: _Place, sender: socket.socket | None = None
 ) -> _Fate | None:
     """What becomes of a probe, as soon as that is known; None when it is not in time."""
     poll = select.poll()
-    for readable in (place.device, raw):
+    for readable in (place.device, sender):
         if readable is not None:
             poll.register(readable.fileno(), select.POLLIN)
     deadline = time.monotonic() + _DEADLINE_S
@@ -532,7 +794,8 @@ def _judgement(place: _Place, target: _Target, fate: _Fate) -> tuple[Outcome, st
         case Translate(address, port):
             wanted = Endpoint(address, port)
             if fate.landed == wanted:
-                return Outcome.PASSED, f"it went to {_at(wanted)} instead of {_at(target.dialled)}"
+                instead = f"it went to {_at(wanted)} instead of {_at(target.dialled)}"
+                return Outcome.PASSED, instead + _heard(fate.answer)
             return _astray(place, target, fate, _at(wanted))
         case Leave():
             return _left_alone(place, target, fate)
@@ -548,18 +811,23 @@ def _redirected(place: _Place, target: _Target, fate: _Fate, port: int) -> tuple
         return _astray(place, target, fate, f"port {port}")
     if not place.owns(landed.address):
         return _astray(place, target, fate, "an address of the workload")
-    match fate.answer:
+    if fate.answer is None:
+        gone = f"redirected to port {port}, but no answer came back: something drops it"
+        return Outcome.FAILED, gone
+    return Outcome.PASSED, f"redirected to port {port}{_heard(fate.answer)}"
+
+
+def _heard(answer: _Answer | None) -> str:
+    """What to add about who answered."""
+    match answer:
         case _Answer.LISTENER:
-            return Outcome.PASSED, f"redirected to port {port}; a listener answered"
+            return "; a listener answered"
         case _Answer.NOBODY:
-            return Outcome.PASSED, f"redirected to port {port}; nobody listens there yet"
+            return "; nobody listens there yet"
         case None:
-            return (
-                Outcome.FAILED,
-                f"redirected to port {port}, but no answer came back: something drops it",
-            )
+            return "; nobody answered"
         case _:
-            assert_never(fate.answer)
+            assert_never(answer)
 
 
 def _handed_over(place: _Place, target: _Target, fate: _Fate, port: int) -> tuple[Outcome, str]:
@@ -567,8 +835,7 @@ def _handed_over(place: _Place, target: _Target, fate: _Fate, port: int) -> tupl
     if fate.landed not in (None, target.dialled):
         return _astray(place, target, fate, f"port {port}")
     if place.listens(target.connection.port):
-        own = target.connection.port
-        return Outcome.SKIPPED, f"port {own} has a listener of its own: an answer tells nothing"
+        return Outcome.SKIPPED, _own_listener(target)
     if fate.answer is _Answer.LISTENER:
         return Outcome.PASSED, f"handed to the listener on port {port}, which answered"
     if place.listens(port):
@@ -579,11 +846,31 @@ def _handed_over(place: _Place, target: _Target, fate: _Fate, port: int) -> tupl
 def _left_alone(place: _Place, target: _Target, fate: _Fate) -> tuple[Outcome, str]:
     if fate.landed not in (None, target.dialled):
         return Outcome.FAILED, f"it landed on {_at(fate.landed)}, and should be left alone"
-    if target.connection.direction is Direction.OUTBOUND and not fate.left:
+    if target.connection.direction is Direction.INBOUND:
+        return _let_in(place, target, fate)
+    if not fate.left:
         return Outcome.FAILED, "it should be left alone, but never came out: something drops it"
-    if fate.answer is _Answer.LISTENER and not place.listens(target.connection.port):
+    return Outcome.PASSED, _LEFT_ALONE
+
+
+def _let_in(place: _Place, target: _Target, fate: _Fate) -> tuple[Outcome, str]:
+    """With tproxy there is no translation to see, and what a listener should get that is not there is dropped."""
+    if fate.landed is None and not place.knows:
+        return Outcome.SKIPPED, _UNTOLD
+    served = place.listens(target.connection.port)
+    if fate.answer is _Answer.LISTENER and not served:
         return Outcome.FAILED, "it should be left alone, but a listener of another port answered"
-    return Outcome.PASSED, "left alone, as the policy says"
+    if place.policy.mode is Mode.TPROXY:
+        if fate.answer is None:
+            dropped = "it should be left alone, but no answer came back: something drops it"
+            return Outcome.FAILED, dropped
+        if served and place.listens(place.policy.inbound.port):
+            return Outcome.SKIPPED, _own_listener(target)
+    return Outcome.PASSED, _LEFT_ALONE
+
+
+def _own_listener(target: _Target) -> str:
+    return f"port {target.connection.port} has a listener of its own: an answer tells nothing"
 
 
 def _astray(place: _Place, target: _Target, fate: _Fate, wanted: str) -> tuple[Outcome, str]:
@@ -592,9 +879,7 @@ def _astray(place: _Place, target: _Target, fate: _Fate, wanted: str) -> tuple[O
         by = "" if target.stays else f" by {target.connection.interface}"
         return Outcome.FAILED, f"not redirected to {wanted}: it left the namespace{by}"
     if fate.landed is None and not place.knows:
-        return Outcome.SKIPPED, (
-            "connection tracking does not tell where it went (see net.netfilter.nf_conntrack_events)"
-        )
+        return Outcome.SKIPPED, _UNTOLD
     if fate.landed is not None and fate.landed != target.dialled:
         return Outcome.FAILED, f"it landed on {_at(fate.landed)}, not on {wanted}"
     if fate.answer is not None:
@@ -638,9 +923,10 @@ def _family(address: str) -> Family:
 
 
 def _someone(network: str) -> str:
-    """An address of the network by chance, neither its first nor its last."""
+    """An address of the network by chance, neither its first nor its last where it has others."""
     parsed = ipaddress.ip_network(network)
-    return str(parsed[1 + secrets.randbelow(max(parsed.num_addresses - 2, 1))])
+    others = max(parsed.num_addresses - 2, 1)
+    return str(parsed[min(1 + secrets.randbelow(others), parsed.num_addresses - 1)])
 
 
 def _included(lines: Iterable[Line], family: Family) -> tuple[str, ...]:
@@ -669,6 +955,36 @@ def _ports(lines: Iterable[Line]) -> list[int]:
                 beyond = isinstance(line.action, Leave)
                 found += [ports.last + 1, ports.first - 1] if beyond else [ports.first, ports.last]
     return [port for port in dict.fromkeys(found) if 1 <= port <= MAX_PORT]
+
+
+def _beside(lines: Iterable[Line]) -> list[int]:
+    """Ports just outside of ranges that go to the sidecar."""
+    redirected = (line for line in lines if not isinstance(line.action, Leave))
+    matches = (match for line in redirected for match in line.matches if isinstance(match, ToPort))
+    edges = (
+        port
+        for match in matches
+        for ports in match.ports[:_EDGES]
+        for port in (ports.first - 1, ports.last + 1)
+    )
+    return [port for port in edges if 1 <= port <= MAX_PORT]
+
+
+def _end(ranges: Sequence[PortRange] | Sequence[IdRange], *, last: bool) -> int:
+    return ranges[-1].last if last else ranges[0].first
+
+
+def _nobodies(place: _Place, networks: Iterable[str]) -> list[str]:
+    """The first address of these networks in which nobody lives, as a list; it lies behind the interface then."""
+    nobodys = [ipaddress.ip_network(network) for network in _DOCUMENTATION[place.family]]
+    for network in map(ipaddress.ip_network, networks):
+        for other in nobodys:
+            if not network.overlaps(other):
+                continue
+            address = _someone(str(max(network, other, key=lambda one: one.prefixlen)))
+            if not place.owns(address) and place.can_have_behind(address):
+                return [address]
+    return []
 
 
 def _somebody(lines: Sequence[Line]) -> Sender:
