@@ -424,7 +424,13 @@ def test_nothing_of_a_lab_is_inherited_by_the_processes_it_starts(lab) -> None:
     paths = LabPaths("f1")
     with state.locked(paths):
         record = processes.start(paths, "x", "tg-f1-a", ["sleep", "1000"], "")
-        open_files = [str(f.readlink()) for f in Path(f"/proc/{record.pid}/fd").iterdir()]
-    assert sorted(open_files) == sorted([os.devnull, *[str(paths.log("x"))] * 2])
+    expected = sorted([os.devnull, *[str(paths.log("x"))] * 2])
+
+    def has_those() -> bool:
+        """Not at once: it opens and closes files of its own while it begins."""
+        files = [str(file.readlink()) for file in Path(f"/proc/{record.pid}/fd").iterdir()]
+        return sorted(files) == expected
+
+    wait_for(has_those)
     assert processes.alive(record)
     assert record.pid in netns.pids(path_of(spec, "a"))

@@ -1,7 +1,9 @@
 """The watcher tells which namespaces somebody has changed nftables in, soon and at a bounded rate."""
 
 import gc
+import os
 import select
+import signal
 import subprocess
 import time
 
@@ -126,7 +128,7 @@ def test_a_flood_wakes_at_a_bounded_rate_and_hides_no_other_namespace(watcher, n
         # One rest between any two of them, and one more for the other namespace.
         assert wakes <= (time.monotonic() - began) / 0.1 + 3
     finally:
-        subprocess.run(["kill", "--", f"-{flood.pid}"], check=True)
+        os.killpg(flood.pid, signal.SIGKILL)
         flood.wait(DEADLINE_S)
     while told(watcher, 0.3):
         pass
