@@ -428,7 +428,10 @@ def test_nothing_of_a_lab_is_inherited_by_the_processes_it_starts(lab) -> None:
 
     def has_those() -> bool:
         """Not at once: it opens and closes files of its own while it begins."""
-        files = [str(file.readlink()) for file in Path(f"/proc/{record.pid}/fd").iterdir()]
+        try:
+            files = [str(file.readlink()) for file in Path(f"/proc/{record.pid}/fd").iterdir()]
+        except FileNotFoundError:
+            return False
         return sorted(files) == expected
 
     wait_for(has_those)
