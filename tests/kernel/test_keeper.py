@@ -22,7 +22,9 @@ from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.identity.ca import MeshCA
 from tidegate.kernel import netns
 from tidegate.kernel import nftables as kernel_nftables
+from tidegate.kernel.errors import KernelError
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
+from tidegate.node import redirection
 from tidegate.node.config import OnFailure, RedirectConfig
 from tidegate.node.keeper import Keeper, Wanted, abandoned, identity
 from tidegate.node.redirection import Redirection
@@ -434,3 +436,27 @@ def test_what_a_former_agent_left_of_a_workload_can_be_removed(
     assert not site.directory.exists()
     assert site.rules() is damaged, "without the memory nobody knows whose namespace it was"
     assert pid not in netns.pids(site.pair.pod)
+
+
+def test_a_namespace_that_refuses_is_left_alone_for_a_while_and_stays_told(
+    site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def refuse(*_: object, **__: object) -> None:
+        tried.append(time.monotonic())
+        raise KernelError("not now", 16)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(redirection, "FIRST_REST_S", 60.0)
+        patched.setattr(redirection, "LONGEST_REST_S", 60.0)
+        patched.setattr(site.engine, "check", refuse)
+        for _ in range(3):
+            meshed.reconcile(site.wanted(), look=True)
+            assert meshed.problems == ("not now",)
+            assert meshed.redirection.state is Redirection.FAILED
+    assert len(tried) == 1
+    meshed.update(msgspec.structs.replace(site.workload, annotations={EXCLUDE: "9000"}))
+    meshed.reconcile(site.wanted())
+    assert meshed.in_mesh, "another policy is tried at once"
+    assert meshed.problems == ()
