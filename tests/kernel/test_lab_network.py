@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
+from namespaces import namespace
 
 from tidegate.errors import InputError
 from tidegate.kernel import netns
@@ -437,3 +439,18 @@ def test_nothing_of_a_lab_is_inherited_by_the_processes_it_starts(lab) -> None:
     wait_for(has_those)
     assert processes.alive(record)
     assert record.pid in netns.pids(path_of(spec, "a"))
+
+
+def test_a_link_that_goes_with_its_peer_while_it_is_deleted_is_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ExitStack() as made:
+        names = [Path(made.enter_context(namespace())).name for _ in range(2)]
+        mine, other = (made.enter_context(network._Door(name)) for name in names)
+        mine.ensure_veth("tg-a", other, "tg-b")
+        seen = mine._link("tg-a")
+        other.delete_link("tg-b")
+        monkeypatch.setattr(mine, "_link", lambda _: seen)
+        mine.delete_link("tg-a")
+        monkeypatch.undo()
+        assert mine._link("tg-a") is None
