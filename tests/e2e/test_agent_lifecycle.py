@@ -70,7 +70,7 @@ def test_a_verdict_is_unknown_and_names_the_node_while_its_agent_is_away(lab: La
     agent.send_signal(signal.SIGKILL)
     psutil.wait_procs([agent], timeout=10)
     try:
-        answer = lab.json("ready", "api")
+        [answer] = lab.json("ready", "api")["verdicts"]
         assert answer["verdict"] == "UNKNOWN"
         assert any(NODE in reason["message"] for reason in answer["reasons"]), answer["reasons"]
     finally:

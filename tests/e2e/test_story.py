@@ -23,7 +23,8 @@ def intention(destination: str, *sources: str) -> str:
 
 def verdict(lab: Lab, service: str, *options: str) -> tuple[int, dict]:
     done = lab.run("ready", service, "--json", *options)
-    return done.returncode, json.loads(done.stdout)
+    [answer] = json.loads(done.stdout)["verdicts"]
+    return done.returncode, answer
 
 
 def curl(lab: Lab, where: str, url: str) -> int:

@@ -19,8 +19,13 @@ def lab() -> Iterator[Lab]:
         yield up
 
 
+def verdict(lab: Lab, service: str) -> Any:
+    [answer] = lab.json("ready", service)["verdicts"]
+    return answer
+
+
 def reasons(lab: Lab, service: str) -> dict[str, Any]:
-    return {reason["kind"]: reason for reason in lab.json("ready", service)["reasons"]}
+    return {reason["kind"]: reason for reason in verdict(lab, service)["reasons"]}
 
 
 def test_tls_with_the_meshs_name_that_bypasses_the_sidecars_blocks(lab: Lab) -> None:
@@ -29,7 +34,7 @@ def test_tls_with_the_meshs_name_that_bypasses_the_sidecars_blocks(lab: Lab) -> 
         "nightly", "curl", "-sk", "--connect-to", f"{host}:pay:{PAY_PORT}", f"https://{host}/"
     )
     assert called.returncode == 0, called.stderr
-    answer = lab.json("ready", "pay")
+    answer = verdict(lab, "pay")
     assert answer["verdict"] == "NOT READY"
     [imitation] = [
         reason
@@ -60,7 +65,7 @@ def test_without_the_intent_server_nothing_is_ready(lab: Lab) -> None:
     server.send_signal(signal.SIGKILL)
     psutil.wait_procs([server], timeout=10)
     try:
-        answer = lab.json("ready", "db")
+        answer = verdict(lab, "db")
         assert answer["verdict"] == "UNKNOWN"
         assert any("may have changed" in reason["message"] for reason in answer["reasons"])
         answered = lab.answered("web")

@@ -15,11 +15,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from namespaces import DEADLINE_S, namespace, on_the_wire, original_destination
+from pyroute2 import IPRoute
 
 from tidegate.enforce.redirect.rules import (
     Connection,
@@ -29,12 +30,13 @@ from tidegate.enforce.redirect.rules import (
     Redirect,
     Rules,
     Tproxy,
+    Tracked,
     Translate,
     Zone,
     explain,
 )
 from tidegate.intent.policy import Mode, Protocol
-from tidegate.kernel import links, netns
+from tidegate.kernel import links, netns, rawtcp
 from tidegate.model import Direction
 
 CGROUP_ROOT = Path("/sys/fs/cgroup/unified")
@@ -54,9 +56,11 @@ ADDRESSES = {
     "pod": ("10.77.0.2", "fd77::2"),
     "pod-net1": ("10.78.0.2", "fd78::2"),
     "pod-guest0": ("10.79.0.1", "fd79::1"),
+    "pod-bare0": ("10.80.0.2", "fd80::2"),
     "peer": ("10.77.0.1", "fd77::1"),
     "stranger": ("10.77.0.9", "fd77::9"),
     "peer-net1": ("10.78.0.1", "fd78::1"),
+    "peer-bare0": ("10.80.0.1", "fd80::1"),
     "far": ("192.0.2.10", "2001:db8:1::10"),
     "farther": ("198.51.100.10", "2001:db8:2::10"),
     "metadata": ("169.254.169.254", None),
@@ -72,14 +76,17 @@ ADDRESSES = {
 
 _LOOPBACK = ("loopback", "loopback-53", "loopback-3", "own-call")
 _OWNERS = {
-    "pod": ("pod", "pod-net1", "pod-guest0", "link-local-pod"),
-    "peer": ("peer", "stranger", "peer-net1", "far", "farther", "metadata", "link-local-peer"),
+    "pod": ("pod", "pod-net1", "pod-guest0", "pod-bare0", "link-local-pod"),
+    "peer": (
+        *("peer", "stranger", "peer-net1", "peer-bare0"),
+        *("far", "farther", "metadata", "link-local-peer"),
+    ),
     "guest": ("guest",),
 }
 _OWNER = {name: owner for owner, names in _OWNERS.items() for name in names}
 _POD_INTERFACE = {"peer-net1": "net1", "guest": "guest0"}
 """Where the pod's routes send what does not go to eth0 or stay on lo."""
-_ARRIVES_ON = {"pod-net1": "net1"}
+_ARRIVES_ON = {"pod-net1": "net1", "pod-bare0": "bare0"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,11 @@ class Dial:
         parts += [f"sharing {self.shares}"] if self.shares else []
         return " ".join(parts)
 
+    @property
+    def can_be_missed(self) -> bool:
+        """Whether an entry of connection tracking can be made for its addresses and ports (Site.open_missed)."""
+        return self.protocol is Protocol.TCP and "link-local" not in f"{self.to} {self.source}"
+
     def possible(self, version: int) -> bool:
         """Whether the addresses exist in this IP version."""
         names = (self.to, self.source) if self.source else (self.to,)
@@ -166,9 +178,15 @@ Outcome = Landed | str
 """Where it landed, or how the attempt failed."""
 
 
-def expected(rules: Rules, dial: Dial, version: int, client: tuple[str, int]) -> Outcome:
+def expected(
+    rules: Rules,
+    dial: Dial,
+    version: int,
+    client: tuple[str, int],
+    tracked: Tracked = Tracked.NEW,
+) -> Outcome:
     """Where a connection must land. `client` is what its socket calls itself."""
-    decision = decide(rules, dial, version)
+    decision = decide(rules, dial, version, tracked)
     action = Leave() if decision is None else decision.action
     dialled = (bare(address(dial.to, version)), dial.port)
     match action:
@@ -181,17 +199,21 @@ def expected(rules: Rules, dial: Dial, version: int, client: tuple[str, int]) ->
             there = "pod" if name in _LOOPBACK else _OWNER[name]
             original = dialled if there == "pod" and dial.protocol is Protocol.TCP else (to, port)
             return _at(there, dial.protocol, (to, port), original, client)
-        case Zone() | Drop():
+        case Drop():
+            return SILENT
+        case Zone():
             raise AssertionError(f"{action} decides on no connection")
 
 
-def decide(rules: Rules, dial: Dial, version: int) -> Decision | None:
+def decide(
+    rules: Rules, dial: Dial, version: int, tracked: Tracked = Tracked.NEW
+) -> Decision | None:
     """What explain says of a dial; None when it does not touch the pod."""
-    connection = connection_of(dial, version)
+    connection = connection_of(dial, version, tracked)
     return None if connection is None else explain(rules, connection)
 
 
-def connection_of(dial: Dial, version: int) -> Connection | None:
+def connection_of(dial: Dial, version: int, tracked: Tracked = Tracked.NEW) -> Connection | None:
     """The dial in the words of the evaluator; None when the pod sees nothing of it."""
     user = USERS[dial.user]
     destination = bare(address(dial.to, version))
@@ -209,6 +231,7 @@ def connection_of(dial: Dial, version: int) -> Connection | None:
             mark=user.mark,
             cgroup=user.cgroup,
             protocol=dial.protocol,
+            tracked=tracked,
         )
     return Connection(
         direction=Direction.INBOUND,
@@ -217,6 +240,7 @@ def connection_of(dial: Dial, version: int) -> Connection | None:
         source=source,
         interface="guest0" if dial.at == "guest" else _ARRIVES_ON.get(dial.to, "eth0"),
         protocol=dial.protocol,
+        tracked=tracked,
         forwarded=_OWNER[dial.to] != "pod",
     )
 
@@ -237,8 +261,12 @@ def _source(dial: Dial, version: int) -> str:
     if dial.at == "guest":
         return address("guest", version)
     if dial.at == "peer":
-        near = {"pod-net1": "peer-net1", "link-local-pod": "link-local-peer"}.get(dial.to, "peer")
-        return bare(address(near, version))
+        near = {
+            "pod-net1": "peer-net1",
+            "pod-bare0": "peer-bare0",
+            "link-local-pod": "link-local-peer",
+        }
+        return bare(address(near.get(dial.to, "peer"), version))
     if dial.to in _LOOPBACK:
         return address("loopback", version)
     if _OWNER[dial.to] == "pod":
@@ -406,10 +434,12 @@ class Site:
         *,
         deadline_s: float = DEADLINE_S,
         source_port: int | None = None,
+        before: Tracked = Tracked.NEW,
     ) -> list["Attempt"]:
         """Open all at once, each for an IP version, and wait until every one has landed or failed.
 
-        With a `source_port` all of them use it.
+        With a `source_port` all of them use it. `before` is for what connection tracking in the pod takes each of
+        them, because of what was on the wire before.
         """
         attempts = self._sockets(dials)
         shared: dict[tuple[str, int], int] = {}
@@ -419,6 +449,7 @@ class Site:
             port = source_port or next(self._source_ports)
             if attempt.dial.shares:
                 port = shared.setdefault(key, port)
+            self._misled(attempt, port, before)
             if attempt.start(port):
                 waiting.add(attempt.socket)
                 self._selector.register(attempt.socket, selectors.EVENT_READ, attempt)
@@ -435,6 +466,21 @@ class Site:
             self._selector.unregister(connection)
         return attempts
 
+    def open_missed(
+        self, rules: Rules, dials: Sequence[tuple[Dial, int]], tracked: Tracked
+    ) -> list[tuple["Attempt", Outcome]]:
+        """Open connections that nat misses, and say where each should land; the original destination is not told.
+
+        Those that should be dropped are not waited for: by then they have been, or are on their way round.
+        """
+        wanted = [(dial, expected(rules, *dial, ("", 0), tracked)) for dial in dials]
+        landing = [dial for dial, want in wanted if want != SILENT]
+        dropped = [dial for dial, want in wanted if want == SILENT]
+        attempts = self.open(landing, before=tracked)
+        attempts += self.open(dropped, before=tracked, deadline_s=0.05)
+        outcomes = dict(wanted)
+        return [(attempt, outcomes[attempt.dial, attempt.version]) for attempt in attempts]
+
     def echoes(self, attempt: "Attempt") -> bool:
         """Whether an open connection still carries bytes, both ways."""
         server = self._accepted[attempt.outcome.serial]
@@ -449,6 +495,24 @@ class Site:
             return False
         return True
 
+    def speak(self, attempt: "Attempt", who: str) -> None:
+        """Have one end of an open connection, "client" or "server", send something that the other takes."""
+        ends = [attempt.socket, self._accepted[attempt.outcome.serial]]
+        sender, receiver = ends if who == "client" else reversed(ends)
+        receiver.settimeout(DEADLINE_S)
+        sender.sendall(b"tide")
+        assert receiver.recv(16) == b"tide"
+
+    def reset(self, attempt: "Attempt", who: str) -> None:
+        """Have one end of an open connection reset it; the other one learns that, and closes too."""
+        ends = [attempt.socket, self._accepted.pop(attempt.outcome.serial)]
+        first, second = ends if who == "client" else reversed(ends)
+        first.close()
+        second.settimeout(DEADLINE_S)
+        with suppress(ConnectionResetError):
+            second.recv(16)
+        second.close()
+
     def hang_up(self, attempts: Sequence["Attempt"] | None = None) -> None:
         """Close connections, at both ends; without arguments all that servers have."""
         for attempt in attempts or ():
@@ -461,6 +525,18 @@ class Site:
             for server in self._accepted.values():
                 server.close()
             self._accepted.clear()
+
+    def _misled(self, attempt: "Attempt", source_port: int, tracked: Tracked) -> None:
+        """Have connection tracking hold a connection that is in the way of the attempt."""
+        if tracked is Tracked.NEW:
+            return
+        dial = attempt.dial
+        client = (_source(dial, attempt.version), source_port)
+        server = (bare(address(dial.to, attempt.version)), dial.port)
+        if tracked is Tracked.KNOWN:
+            netns.run_in(self.paths[dial.at], send_unanswered, client, server)
+        else:
+            netns.run_in(self.paths[owner(dial)], send_unanswered, server, client)
 
     def _sockets(self, dials: Sequence[tuple[Dial, int]]) -> list["Attempt"]:
         wanted: dict[tuple[str, str], list[tuple[int, tuple[int, int, int, int]]]] = {}
@@ -541,6 +617,45 @@ class Site:
             one.sendto(json.dumps(said).encode() + b"\n", peer)
 
 
+def send_unanswered(
+    source: tuple[str, int], destination: tuple[str, int], flags: int = rawtcp.ACK
+) -> None:
+    """Send a segment that belongs to no connection, but which no kernel answers with a reset.
+
+    It is signed (RFC 2385), and nobody has agreed on a key. An address of another host may be the source.
+    """
+    family = socket.AF_INET6 if ":" in source[0] else socket.AF_INET
+    level, any_source = {
+        socket.AF_INET: (socket.SOL_IP, socket.IP_TRANSPARENT),
+        socket.AF_INET6: (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT),
+    }[family]
+    signature = bytes((_MD5_SIGNATURE, 18, *range(16), _NO_OPERATION, _NO_OPERATION))
+    words = 5 + len(signature) // 4
+    addresses = b"".join(socket.inet_pton(family, host) for host, _ in (source, destination))
+    pseudo_header = addresses + struct.pack("!II", 4 * words, socket.IPPROTO_TCP)
+
+    def segment(checksum: int) -> bytes:
+        ports = (source[1], destination[1])
+        return struct.pack("!HHIIBBHHH", *ports, 1, 7, words << 4, flags, 65535, checksum, 0)
+
+    total = sum(
+        struct.unpack(
+            f"!{(len(pseudo_header) + 4 * words) // 2}H", pseudo_header + segment(0) + signature
+        )
+    )
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+        raw.setsockopt(level, any_source, 1)
+        raw.bind((source[0], 0))
+        raw.sendto(segment(~total & 0xFFFF) + signature, (destination[0], 0))
+
+
+# linux/in6.h, linux/tcp.h
+_IPV6_TRANSPARENT = 75
+_NO_OPERATION, _MD5_SIGNATURE = 1, 19
+
+
 class Attempt:
     """One dial under way, and what became of it."""
 
@@ -578,6 +693,12 @@ class Attempt:
         if dial.protocol is Protocol.UDP:
             one.send(dial.name.encode())
         return True
+
+    def ask_again(self) -> None:
+        """Send the same query from the same socket."""
+        self._heard = b""
+        self.outcome = SILENT
+        self.socket.send(self.dial.name.encode())
 
     def read(self) -> bool:
         """Take in what is there; whether it is decided now."""
@@ -626,18 +747,23 @@ def site() -> Iterator[Site]:
         for pod_end, other, other_end in (
             ("eth0", "peer", "host0"),
             ("net1", "peer", "host1"),
+            ("bare0", "peer", "host2"),
             ("guest0", "guest", "eth0"),
         ):
             links.create_veth(paths["pod"], pod_end, paths[other], other_end)
+            if pod_end == "bare0":
+                # It has no address at all, and so nothing that a redirection to "here" could mean.
+                links.set_sysctl(paths["pod"], "net/ipv6/conf/bare0/addr_gen_mode", "1")
             links.set_up(paths["pod"], pod_end)
             links.set_up(paths[other], other_end)
         for at, interface, names in (
             ("pod", "eth0", ("pod", "link-local-pod")),
             ("pod", "net1", ("pod-net1",)),
             ("pod", "guest0", ("pod-guest0",)),
-            ("pod", "lo", ("own-call",)),
+            ("pod", "lo", ("own-call", "pod-bare0")),
             ("peer", "host0", ("peer", "stranger", "link-local-peer")),
             ("peer", "host1", ("peer-net1",)),
+            ("peer", "host2", ("peer-bare0",)),
             ("peer", "lo", ("far", "farther", "metadata")),
             ("guest", "eth0", ("guest",)),
         ):
@@ -646,6 +772,9 @@ def site() -> Iterator[Site]:
                 add(at, interface, ADDRESSES[name][0], 24)
             for name in reversed(names):
                 add(at, interface, ADDRESSES[name][1], 64)
+        # Nobody on bare0 answers for an IPv6 address that another interface has.
+        there = netns.run_in(paths["pod"], _link_address, "bare0")
+        netns.run_in(paths["peer"], _add_neighbour, "host2", address("pod-bare0", 6), there)
         for at, gateway in (("pod", "peer"), ("guest", "pod-guest0")):
             for network, version in (("0.0.0.0/0", 4), ("::/0", 6)):
                 links.add_route(paths[at], network, gateway=address(gateway, version))
@@ -657,6 +786,18 @@ def site() -> Iterator[Site]:
             _LINK_INDEX[at] = netns.run_in(paths[at], socket.if_nametoindex, interface)
         stack.enter_context(_cgroups())
         yield Site(paths, stack)
+
+
+def _link_address(interface: str) -> str:
+    with IPRoute() as route:
+        (link,) = route.link("get", ifname=interface)
+        return link.get_attr("IFLA_ADDRESS")
+
+
+def _add_neighbour(interface: str, neighbour: str, link_address: str) -> None:
+    with IPRoute() as route:
+        index = socket.if_nametoindex(interface)
+        route.neigh("add", dst=neighbour, lladdr=link_address, ifindex=index, state="permanent")
 
 
 @contextmanager

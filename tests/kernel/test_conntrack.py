@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from namespaces import dial, serving
+from namespaces import DEADLINE_S, dial, serving
 
 from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import rules_for
@@ -11,9 +11,9 @@ from tidegate.intent.policy import DEFAULT
 from tidegate.kernel import conntrack, links, netns
 from tidegate.kernel.conntrack import Endpoint, Original
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.sockets import Listener, listeners
+from tidegate.kernel.netlink import Netlink, Unfinished
 
-APP, INBOUND, OUTBOUND = 8080, 20000, 15001
+APP, OUTBOUND, PROXY = 8080, 15001, 5995
 
 
 @pytest.fixture
@@ -115,18 +115,64 @@ def test_without_a_namespace_there_is_nothing_to_read():
         netns.run_in("/run/netns/tg-none", conntrack.flush)
 
 
-def test_listeners_of_the_namespace_are_listed_and_nobody_elses(pair):
-    def listen(address, port):
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        return socket.create_server((address, port), family=family)
+def translated(path, protocol=socket.IPPROTO_TCP):
+    return netns.run_in(path, lambda: list(conntrack.translated(protocol, DEADLINE_S)))
 
-    with (
-        netns.run_in(pair.pod, listen, "127.0.0.1", 7001),
-        netns.run_in(pair.pod, listen, "::", 7002),
-        netns.run_in(pair.peer, listen, "0.0.0.0", 7003),
-    ):
-        assert netns.run_in(pair.pod, listeners) == (
-            Listener("127.0.0.1", 7001),
-            Listener("::", 7002),
-        )
-        assert netns.run_in(pair.peer, listeners) == (Listener("0.0.0.0", 7003),)
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_translated_connections_are_listed_with_their_ends_and_no_others(redirected, version):
+    address, own = redirected.peer_address(version), redirected.pod_address(version)
+    here = "127.0.0.1" if version == 4 else "::1"
+    with serving(redirected.pod, "pod", [OUTBOUND]), serving(redirected.peer, "peer", [APP]):
+        straight, _ = dial(redirected.pod, address, APP, uid=PROXY)
+        assert translated(redirected.pod) == []
+        connection, _ = dial(redirected.pod, address, APP)
+        with straight, connection:
+            port = connection.getsockname()[1]
+            (found,) = translated(redirected.pod)
+            assert found.original == original(connection, address, APP)
+            assert (found.answers_from, found.answers_to) == (
+                Endpoint(here, OUTBOUND),
+                Endpoint(own, port),
+            )
+            assert found.zone == conntrack.DEFAULT_ZONE
+            assert translated(redirected.pod, socket.IPPROTO_UDP) == []
+
+
+def test_one_connection_is_forgotten_and_no_other(redirected):
+    with serving(redirected.pod, "pod", [OUTBOUND]):
+        connections = [dial(redirected.pod, redirected.peer_ipv4, APP)[0] for _ in range(3)]
+        one, *others = translated(redirected.pod)
+        netns.run_in(redirected.pod, conntrack.forget, [one])
+        assert {found.key for found in translated(redirected.pod)} == {
+            other.key for other in others
+        }
+        # It is known no more.
+        netns.run_in(redirected.pod, conntrack.forget, [one])
+        for connection in connections:
+            connection.close()
+
+
+def test_a_listing_ends_in_time(redirected):
+    def in_no_time():
+        return list(conntrack.translated(socket.IPPROTO_TCP, 0))
+
+    with serving(redirected.pod, "pod", [OUTBOUND]):
+        connection, _ = dial(redirected.pod, redirected.peer_ipv4, APP)
+        with connection, pytest.raises(Unfinished):
+            netns.run_in(redirected.pod, in_no_time)
+
+
+def test_a_namespace_without_connections_is_not_listed(pair, monkeypatch):
+    monkeypatch.delattr(Netlink, "dump")
+    assert translated(pair.pod) == []
+
+
+def test_a_kernel_that_lists_all_connections_is_told_apart_by_entry(redirected, monkeypatch):
+    """Linux before 5.15 knows no filter, and takes no notice of attributes that it does not know."""
+    for name in ("_CTA_STATUS", "_CTA_STATUS_MASK"):
+        monkeypatch.setattr(conntrack, name, 1000 + getattr(conntrack, name))
+    with serving(redirected.peer, "peer", [APP]):
+        straight, _ = dial(redirected.pod, redirected.peer_ipv4, APP, uid=PROXY)
+        with straight:
+            assert translated(redirected.pod) == []

@@ -15,6 +15,7 @@ import pytest
 from namespaces import Pair, landing, serving
 
 from tidegate.catalog.client import LeafMaterial
+from tidegate.enforce.redirect import foreign
 from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.envoy import Phase, binary
@@ -22,6 +23,7 @@ from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.identity.ca import MeshCA
 from tidegate.kernel import netns
 from tidegate.kernel import nftables as kernel_nftables
+from tidegate.kernel.capabilities import CAP_NET_RAW, has
 from tidegate.kernel.errors import KernelError
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
 from tidegate.node import redirection
@@ -229,6 +231,29 @@ def test_a_returning_keeper_adopts_envoy_rules_and_leaf(site: Site, meshed: Keep
     assert returned.problems == ()
 
 
+def test_rules_that_went_while_there_was_no_agent_are_counted_as_repaired(
+    site: Site, meshed: Keeper
+) -> None:
+    Engine().remove(site.pair.pod)
+    returned = site.keeper()
+    site.until_meshed(returned, site.wanted())
+    assert returned.redirection.repairs(0.0) == 1
+    assert returned.redirection.last_repair == "the rules were gone when the agent came back"
+    again = site.keeper()
+    again.reconcile(site.wanted())
+    assert again.redirection.repairs(0.0) == 0, "once"
+
+
+def test_what_was_never_redirected_or_is_no_more_was_not_changed_by_anybody(
+    site: Site, meshed: Keeper
+) -> None:
+    meshed._remove_rules()
+    for keeper in (site.keeper(), meshed):
+        site.until_meshed(keeper, site.wanted())
+        assert keeper.redirection.repairs(0.0) == 0
+        keeper._remove_rules()
+
+
 def test_a_returning_keeper_takes_a_workload_out_of_the_mesh(site: Site, meshed: Keeper) -> None:
     site.keeper().reconcile(None)
     assert not site.rules()
@@ -312,7 +337,7 @@ def test_a_block_that_a_former_agent_left_goes_when_the_workload_leaves_the_mesh
 
 def test_rules_that_somebody_removed_are_put_back(site: Site, meshed: Keeper) -> None:
     Engine().remove(site.pair.pod)
-    meshed.reconcile(site.wanted(), look=True)
+    meshed.look()
     assert meshed.redirection.last_repair == "table inet tidegate is missing"
     assert site.engine.check(site.pair.pod, meshed.policy) == ()
     assert meshed.redirection.repairs(0.0) == 1, (
@@ -325,13 +350,92 @@ def test_rules_of_another_mesh_that_come_later_are_a_problem_until_they_are_gone
 ) -> None:
     nftables = "add table inet consul_tproxy; add chain inet consul_tproxy CONSUL_PROXY_OUTPUT"
     netns.run_in(site.pair.pod, kernel_nftables.load, nftables)
-    meshed.reconcile(site.wanted(), look=True)
+    meshed.look()
     assert meshed.in_mesh
     assert "Consul" in "".join(meshed.problems)
     assert meshed.redirection.repairs(0.0) == 0, "tidegate's own rules are as they were"
     netns.run_in(site.pair.pod, kernel_nftables.load, "delete table inet consul_tproxy")
-    meshed.reconcile(site.wanted(), look=True)
+    meshed.look()
     assert meshed.problems == ()
+
+
+def test_what_others_put_before_the_rules_later_on_is_noted_until_it_is_gone(
+    site: Site, meshed: Keeper
+) -> None:
+    others = (
+        "add table ip theirs;"
+        "add chain ip theirs c { type nat hook output priority -150; };"
+        "add rule ip theirs c tcp dport 80 dnat to 192.0.2.1"
+    )
+    netns.run_in(site.pair.pod, kernel_nftables.load, others)
+    meshed.look()
+    [note] = meshed.redirection.notes
+    assert "chain c of the nftables table ip theirs translates connections" in note
+    assert meshed.problems == ()
+    assert meshed.in_mesh
+    netns.run_in(site.pair.pod, kernel_nftables.load, "delete table ip theirs")
+    meshed.look()
+    assert meshed.redirection.notes == ()
+
+
+def test_what_cannot_be_told_of_ways_around_is_a_note_and_no_failure(
+    site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise KernelError("not now", 16)
+
+    monkeypatch.setattr(site.engine, "gaps", refuse)
+    meshed.look()
+    assert meshed.redirection.notes == ("what goes around the sidecar cannot be told: not now",)
+    assert meshed.in_mesh
+    assert meshed.problems == ()
+
+
+def test_what_cannot_be_adopted_is_told_with_the_reason(
+    site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.redirect = RedirectConfig(adopt=True)
+    adopting = site.keeper()
+    nftables = "add table inet consul_tproxy; add chain inet consul_tproxy CONSUL_PROXY_OUTPUT"
+    netns.run_in(site.pair.pod, kernel_nftables.load, nftables)
+
+    def refuse(*_: object) -> None:
+        raise KernelError("busy", 16)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(foreign, "remove", refuse)
+        adopting.reconcile(site.wanted())
+        [problem] = adopting.problems
+        assert "Consul redirects in the nftables table inet consul_tproxy" in problem
+        assert problem.endswith("it cannot be taken away: busy")
+        assert adopting.redirection.notes == (), "and it is not told twice"
+        assert adopting.in_mesh
+    adopting.look()
+    assert adopting.problems == ()
+
+
+@pytest.mark.parametrize("before", ["redirect", "tproxy"])
+def test_a_change_of_mode_is_followed_by_a_sidecar_with_what_it_needs_and_no_more(
+    site: Site, before: str
+) -> None:
+    mode = "tidegate.io/mode"
+    after = "tproxy" if before == "redirect" else "redirect"
+    spec = {
+        each: msgspec.structs.replace(SPEC, transparent=each == "tproxy")
+        for each in (before, after)
+    }
+    keeper = site.keeper(**{mode: before})
+    site.until_meshed(keeper, site.wanted(spec[before], leaf=site.leaf()))
+    pid = keeper.sidecar.pid
+    assert has(pid, CAP_NET_RAW) is (before == "tproxy")
+
+    keeper.update(msgspec.structs.replace(site.workload, annotations={mode: after}))
+    site.until_meshed(keeper, site.wanted(spec[after], index=2))
+    assert keeper.sidecar.pid != pid
+    assert has(keeper.sidecar.pid, CAP_NET_RAW) is (after == "tproxy")
+    keeper.look()
+    assert (keeper.problems, keeper.redirection.notes) == ((), ())
+    assert site.reaches_application()
 
 
 def test_the_rules_stay_when_envoy_is_killed_and_it_is_started_again(
@@ -452,7 +556,7 @@ def test_a_namespace_that_refuses_is_left_alone_for_a_while_and_stays_told(
         patched.setattr(redirection, "LONGEST_REST_S", 60.0)
         patched.setattr(site.engine, "check", refuse)
         for _ in range(3):
-            meshed.reconcile(site.wanted(), look=True)
+            meshed.look()
             assert meshed.problems == ("not now",)
             assert meshed.redirection.state is Redirection.FAILED
     assert len(tried) == 1

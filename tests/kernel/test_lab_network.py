@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -439,6 +440,45 @@ def test_nothing_of_a_lab_is_inherited_by_the_processes_it_starts(lab) -> None:
     wait_for(has_those)
     assert processes.alive(record)
     assert record.pid in netns.pids(path_of(spec, "a"))
+
+
+def test_a_namespace_that_goes_while_it_is_deleted_is_deleted_and_not_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = f"tg-gone-{os.getpid()}"
+    monkeypatch.setattr(network, "_is_namespace", lambda _name: True)
+    network.delete(name)
+    assert name not in netns.names()
+    with pytest.raises(FileNotFoundError):
+        network._Door(name)
+    assert name not in netns.names()
+
+
+def test_an_interface_that_goes_while_it_is_looked_at_has_no_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with namespace() as path, network._Door(Path(path).name) as door:
+        gone = dict(door._link("lo"), index=12345)
+        monkeypatch.setattr(door, "_link", lambda _name: gone)
+        assert door.global_addresses("eth0") == set()
+
+
+def test_a_directory_is_removed_while_parts_of_it_go_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab" / "nodes").mkdir(parents=True)
+    rmtree, tried = shutil.rmtree, []
+
+    def interrupted(directory: Path) -> None:
+        tried.append(directory)
+        if len(tried) == 1:
+            raise FileNotFoundError
+        rmtree(directory)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    for _ in range(2):
+        runtime._remove_tree(tmp_path / "lab")
+        assert not (tmp_path / "lab").exists()
 
 
 def test_a_link_that_goes_with_its_peer_while_it_is_deleted_is_deleted(

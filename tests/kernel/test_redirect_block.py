@@ -4,13 +4,15 @@ import errno
 import socket
 import subprocess
 import threading
+from contextlib import ExitStack
 
 import pytest
+from hostile import owned_table
 from namespaces import DEADLINE_S, dial, echoes, landing, serving
 
 from tidegate.enforce.redirect import block as blocking
 from tidegate.enforce.redirect.backend import Change
-from tidegate.enforce.redirect.block import TABLE, block, is_blocked, unblock
+from tidegate.enforce.redirect.block import TABLE, TABLES, block, is_blocked, unblock
 from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import rules_for
 from tidegate.intent.policy import DEFAULT
@@ -178,6 +180,45 @@ def test_a_legacy_block_that_somebody_opened_is_closed_again(pair, monkeypatch):
     assert not is_blocked(pair.pod)
     assert block(pair.pod) is Change.REPLACED
     assert is_blocked(pair.pod)
+
+
+class TestNamesThatAreTaken:
+    """A table that another program owns cannot be replaced; the block takes another name then."""
+
+    def test_a_block_of_another_name_blocks_and_is_found_again(self, pair):
+        with serving(pair.pod, "pod", [APP]), serving(pair.peer, "peer", [APP]):
+            with ExitStack() as owned:
+                for name in TABLES[:2]:
+                    owned.enter_context(netns.run_in(pair.pod, owned_table, name))
+                assert not is_blocked(pair.pod)
+                assert block(pair.pod) is Change.CREATED
+                assert is_blocked(pair.pod)
+                assert block(pair.pod) is Change.UNCHANGED
+                assert not passes(pair.pod, pair.peer_ipv4)
+                assert not passes(pair.peer, pair.pod_ipv6)
+                netns.run_in(pair.pod, nftables.load, f"flush chain inet {TABLES[2]} sent")
+                assert not is_blocked(pair.pod)
+                assert block(pair.pod) is Change.REPLACED
+                assert unblock(pair.pod) is Change.REMOVED
+                assert unblock(pair.pod) is Change.UNCHANGED
+                assert not is_blocked(pair.pod)
+                assert landing(pair.pod, pair.peer_ipv4, APP).server == "peer"
+                assert block(pair.pod) is Change.CREATED
+            # The owners are gone, and their tables with them.
+            assert is_blocked(pair.pod)
+            assert block(pair.pod) is Change.UNCHANGED
+            assert unblock(pair.pod) is Change.REMOVED
+            assert ruleset(pair.pod) == []
+
+    def test_where_all_names_are_taken_the_legacy_tables_block(self, pair):
+        with ExitStack() as owned:
+            for name in TABLES:
+                owned.enter_context(netns.run_in(pair.pod, owned_table, name))
+            assert block(pair.pod) is Change.CREATED
+            assert is_blocked(pair.pod)
+            assert not passes(pair.pod, pair.peer_ipv4)
+            assert unblock(pair.pod) is Change.REMOVED
+            assert not is_blocked(pair.pod)
 
 
 def test_redirection_and_block_leave_each_other_alone(pair, way):

@@ -12,7 +12,7 @@ from namespaces import serving
 
 from tidegate.enforce.redirect import block
 from tidegate.enforce.redirect.backend import BackendName
-from tidegate.kernel import netns, nftables
+from tidegate.kernel import netns, nf_tables
 
 BACKENDS = [name.value for name in BackendName]
 POLICY = "outbound:\n  exclude_ports: ['5432', 6000-6010]\n  exclude_cidrs: [192.0.2.0/24, 'fd99::/16']\n"
@@ -60,7 +60,7 @@ def inside(path, *argv, stdin=""):
 
 def generation(path):
     """Counts every change of nf_tables in a namespace (nfnetlink's NFT_MSG_GETGEN)."""
-    return netns.run_in(path, nftables.generation)
+    return netns.run_in(path, nf_tables.generation)
 
 
 def legacy_tables(path):

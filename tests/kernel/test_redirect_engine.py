@@ -4,11 +4,13 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack, contextmanager
 
 import consul
 import pytest
 from callers import calling_both_ways
+from hostile import owned_table
 from namespaces import dial, echoes, landing, pair_of, serving
 from rulesets import legacy_tables, ruleset
 
@@ -26,7 +28,7 @@ from tidegate.intent.policy import (
     Policy,
     PortRange,
 )
-from tidegate.kernel import chains, links, netns
+from tidegate.kernel import chains, links, netns, nf_transaction, xtables
 from tidegate.kernel.chains import Store
 from tidegate.kernel.errors import KernelError
 
@@ -341,6 +343,31 @@ class TestRemove:
         assert landing(lab.pod, lab.peer_ipv4, APP).server == "peer"
         assert redirecting.remove(lab.pod) is Change.UNCHANGED
 
+    def test_what_the_kernel_refuses_is_told_after_all_else_is_gone(self, redirecting, lab):
+        redirecting.apply(lab.pod, IPV4_ONLY)
+        block.block(lab.pod)
+        with netns.run_in(lab.pod, owned_table, "tidegate", "squatted"):
+            with pytest.raises(KernelError, match="table inet tidegate"):
+                redirecting.remove(lab.pod)
+            assert not block.is_blocked(lab.pod)
+            assert not [line for line in ruleset(lab.pod) if "TIDEGATE" in line]
+        redirecting.remove(lab.pod)
+        assert landing(lab.pod, lab.peer_ipv4, APP).server == "peer"
+        assert redirecting.backend_of(lab.pod) is None
+
+    def test_all_refusals_are_told_in_one(self, redirecting, pod, monkeypatch):
+        def refuses(problem):
+            def refuse(_):
+                raise KernelError(problem, 1)
+
+            return refuse
+
+        redirecting.apply(pod, DEFAULT)
+        monkeypatch.setattr(block, "unblock", refuses("the block stays"))
+        monkeypatch.setattr(redirecting._backend, "remove", refuses("the rules stay"))
+        with pytest.raises(KernelError, match=r"^the rules stay; the block stays$"):
+            redirecting.remove(pod)
+
     def test_what_consul_left_stays(self, redirecting, pod):
         consul.with_nft(pod)
         redirecting.apply(pod, DEFAULT)
@@ -383,10 +410,10 @@ class TestForeign:
             consul.LEFT_BY[left_by](pod)
         found = foreign.find(pod)
         assert found
-        foreign.remove(pod, found)
+        remove_foreign(pod, found)
         assert foreign.find(pod) == ()
         assert ruleset(pod) == before
-        foreign.remove(pod, found)
+        remove_foreign(pod, found)
         assert ruleset(pod) == before
 
     def test_a_jump_that_another_program_added_goes_with_the_chain(self, pod):
@@ -395,7 +422,7 @@ class TestForeign:
             others_rules(pod, program)
             consul.run(pod, program, "-t", "nat", "-A", "OTHERS", "-j", "CONSUL_PROXY_OUTPUT")
             consul.run(pod, program, "-t", "nat", "-I", "OTHERS", "-g", "CONSUL_DNS_REDIRECT")
-        foreign.remove(pod, foreign.find(pod))
+        remove_foreign(pod, foreign.find(pod))
         assert foreign.find(pod) == ()
         left = ruleset(pod)
         assert not [line for line in left if "CONSUL" in line]
@@ -406,7 +433,7 @@ class TestForeign:
         consul.run(
             pod, "nft", "add chain inet consul_tproxy mine; add rule inet consul_tproxy mine accept"
         )
-        foreign.remove(pod, foreign.find(pod))
+        remove_foreign(pod, foreign.find(pod))
         assert foreign.find(pod) == ()
         listed = consul.run(pod, "nft", "-s", "list", "table", "inet", "consul_tproxy")
         assert " ".join(listed.split()) == "table inet consul_tproxy { chain mine { accept } }"
@@ -424,7 +451,7 @@ class TestForeign:
         assert "Istio redirects in the nftables table inet istio-proxy-nat: prerouting" in map(
             str, found
         )
-        foreign.remove(pod, found)
+        remove_foreign(pod, found)
         assert ruleset(pod) == before
 
     def test_rules_that_are_nobodys_are_not_told(self, redirecting, pod):
@@ -442,13 +469,88 @@ class TestForeign:
         with pytest.raises(KernelError, match="/run/netns/tg-gone"):
             foreign.find("/run/netns/tg-gone")
 
-    def test_a_listing_of_many_chains_is_whole(self, pod):
-        wanted = {f"chain{number}" for number in range(3000)}
-        script = "add table inet many\n" + "".join(
-            f"add chain inet many {name}\n" for name in wanted
+
+class TestFloods:
+    """A pod that may change its own rules can have any number of them."""
+
+    @pytest.fixture
+    def flooded(self, pod):
+        """A namespace with more chains, in more tables, than are looked at."""
+        tables = "".join(
+            f"table inet t{n} {{ chain a {{ }}; chain b {{ }}; }}\n" for n in range(1000)
         )
-        consul.run(pod, "nft", "-f", "-", text=script)
-        assert {chain.name for chain in netns.run_in(pod, chains.listed)} == wanted
+        consul.run(pod, "nft", "-f", "-", text=tables)
+        return pod
+
+    @pytest.fixture
+    def large_legacy_table(self, pod):
+        """Adds rules to a legacy table of the pod, until it is larger than what is looked at."""
+        rules = "-A OUTPUT -p tcp -m comment --comment x -j ACCEPT\n" * 3000
+
+        def add(name):
+            text = f"*{name}\n{rules}COMMIT\n"
+            consul.run(pod, "iptables-legacy-restore", "--noflush", text=text)
+
+        return add
+
+    def test_both_backends_rules_are_found_and_give_way_to_each_other(self, redirecting, flooded):
+        other = other_than(redirecting)
+        assert other.apply(flooded, DEFAULT).change is Change.CREATED
+        assert redirecting.backend_of(flooded) is other.choice.backend
+        assert redirecting.apply(flooded, DEFAULT).replaced_backend is other.choice.backend
+        assert redirecting.check(flooded, DEFAULT) == ()
+        assert redirecting.apply(flooded, DEFAULT).change is Change.UNCHANGED
+
+    @pytest.mark.parametrize("left_by", consul.LEFT_BY)
+    def test_consuls_rules_are_found_and_adopted(self, redirecting, flooded, left_by):
+        consul.LEFT_BY[left_by](flooded)
+        left = set(map(str, foreign.find(flooded)))
+        assert left
+        applied = redirecting.apply(flooded, DEFAULT, adopt=True)
+        assert (set(applied.adopted), applied.refused) == (left, ())
+        assert foreign.find(flooded) == ()
+
+    def test_everything_is_removed(self, redirecting, flooded):
+        before = ruleset(flooded)
+        redirecting.apply(flooded, DEFAULT)
+        other_than(redirecting)._backend.apply(flooded, engine.rules_for(EXCLUDING))
+        block.block(flooded)
+        assert redirecting.remove(flooded) is Change.REMOVED
+        assert redirecting.backend_of(flooded) is None
+        assert ruleset(flooded) == before
+
+    def test_what_is_in_a_large_legacy_table_is_removed_too(self, pod, large_legacy_table):
+        Engine("iptables").apply(pod, DEFAULT)
+        large_legacy_table("nat")
+        nft = Engine("nftables")
+        assert nft.remove(pod) is Change.REMOVED
+        assert not [line for line in ruleset(pod) if "TIDEGATE" in line]
+        assert nft.remove(pod) is Change.UNCHANGED
+
+    def test_legacy_tables_of_others_too_large_to_be_worked_on_are_no_obstacle(self, pod):
+        rules = "-A OUTPUT -p tcp -j ACCEPT\n" * (xtables.MOST_RULES + 1)
+        consul.run(pod, "iptables-legacy-restore", text=f"*nat\n{rules}COMMIT\n")
+        nft = Engine("nftables")
+        assert nft.apply(pod, DEFAULT).change is Change.CREATED
+        assert nft.check(pod, DEFAULT) == ()
+        assert nft.remove(pod) is Change.REMOVED
+        assert nft.remove(pod) is Change.UNCHANGED
+
+    def test_what_has_not_changed_is_not_listed_again(self, redirecting, pod, monkeypatch):
+        consul.run(pod, "nft", "add table inet other")
+        redirecting.apply(pod, DEFAULT)
+        listings = []
+        of_nf_tables = chains.of_nf_tables
+        monkeypatch.setattr(
+            chains, "of_nf_tables", lambda *sought: listings.append(1) or of_nf_tables(*sought)
+        )
+        assert redirecting.apply(pod, DEFAULT).change is Change.UNCHANGED
+        assert redirecting.check(pod, DEFAULT) == ()
+        assert redirecting.backend_of(pod) is redirecting.choice.backend
+        assert listings == []
+        consul.run(pod, "nft", "add table inet another { chain ISTIO_OUTPUT { }; }")
+        assert len(redirecting.check(pod, DEFAULT)) == 1
+        assert listings == [1]
 
 
 class TestAdoption:
@@ -489,6 +591,50 @@ class TestAdoption:
                 assert landed.port == INBOUND
             assert redirecting.apply(own_lab.pod, DEFAULT, adopt=True).adopted
             assert all(echoes(connection) for connection in opened)
+
+    def test_a_pod_that_keeps_consuls_rules_from_being_adopted_is_redirected_all_the_same(
+        self, redirecting, pod
+    ):
+        consul.with_nft(pod)
+        (left,) = map(str, foreign.find(pod))
+        hold = "add map inet consul_tproxy held { type inet_service : verdict; elements = { 1 : jump {0} }; }"
+        consul.run(pod, "nft", hold.replace("{0}", consul.CHAINS[0]))
+        applied = redirecting.apply(pod, DEFAULT, adopt=True)
+        assert (applied.change, applied.adopted, applied.foreign) == (Change.CREATED, (), (left,))
+        (refused,) = applied.refused
+        assert refused.startswith(f"{left}; it cannot be taken away: nftables: cannot delete chain")
+        assert redirecting.check(pod, DEFAULT) == (left,)
+        consul.run(pod, "nft", "delete map inet consul_tproxy held")
+        applied = redirecting.apply(pod, DEFAULT, adopt=True)
+        assert (applied.adopted, applied.foreign, applied.refused) == ((left,), (), ())
+
+    def test_a_table_that_a_process_of_the_pod_owns_is_told_and_stays(self, redirecting, pod):
+        with netns.run_in(pod, owned_table, "consul_tproxy", "CONSUL_PROXY_OUTPUT"):
+            applied = redirecting.apply(pod, DEFAULT, adopt=True)
+            assert applied.change is Change.CREATED
+            (refused,) = applied.refused
+            assert "Operation not permitted" in refused
+
+    def test_of_too_many_jumps_to_consuls_chains_none_is_touched(self, pod):
+        consul.with_iptables_nft(pod)
+        jumps = "add rule ip nat OUTPUT jump CONSUL_PROXY_OUTPUT\n" * 1001
+        consul.run(pod, "nft", "-f", "-", text=jumps)
+        before = ruleset(pod)
+        found = {item.family: item for item in foreign.find(pod)}
+        with pytest.raises(KernelError, match="more than 1000 rules of the table ip nat lead to"):
+            foreign.remove(pod, found["ip"])
+        assert ruleset(pod) == before
+        applied = Engine("nftables").apply(pod, DEFAULT, adopt=True)
+        assert (applied.adopted, applied.foreign) == ((str(found["ip6"]),), (str(found["ip"]),))
+
+    def test_somebody_who_changes_other_tables_all_the_time_is_no_obstacle(self, pod):
+        consul.with_nft(pod)
+        with changing_all_the_time(pod):
+            for _ in range(5):
+                consul.with_nft(pod)
+                applied = Engine("iptables").apply(pod, DEFAULT, adopt=True)
+                assert (len(applied.adopted), applied.refused) == (1, ())
+        assert foreign.find(pod) == ()
 
     def test_what_cannot_be_adopted_is_still_told(self, redirecting, pod):
         consul.run(pod, "nft", "add table ip nat { chain ISTIO_OUTPUT { }; }")
@@ -536,6 +682,29 @@ class TestGaps:
         consul.with_nft(pod)
         (gap,) = redirecting.gaps(pod, DEFAULT)
         assert gap.startswith("Consul redirects in the nftables table inet consul_tproxy: CONSUL_")
+
+
+@contextmanager
+def changing_all_the_time(netns_path):
+    """Somebody makes and deletes a table of the namespace, over and over."""
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            nf_transaction.run(nf_transaction.clearance("inet", "restless"))
+
+    changing = threading.Thread(target=netns.run_in, args=(netns_path, change))
+    changing.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        changing.join()
+
+
+def remove_foreign(netns_path, found):
+    for item in found:
+        foreign.remove(netns_path, item)
 
 
 OTHERS_TABLE = "add table inet {} {{ chain theirs {{ type nat hook output priority 7; tcp dport 3 accept; }}; }}"

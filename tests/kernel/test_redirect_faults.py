@@ -32,8 +32,9 @@ from tidegate.intent.policy import (
     PortRange,
     Proxy,
 )
-from tidegate.kernel import nftables, xtables
+from tidegate.kernel import nf_tables, nf_transaction, xtables
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.nfnetlink import NLM_F_CREATE, Request, attribute, text_attribute
 
 CYCLES = 2000 if os.environ.get("TIDEGATE_SOAK") else 200
 KILLS = 30
@@ -81,9 +82,22 @@ def refuse_half_way(monkeypatch):
 
 
 def refuse_a_transaction(patched):
-    load = nftables.load
-    impossible = "add chain inet tidegate x { type nat hook forward priority 0; }\n"
-    patched.setattr(nftables, "load", lambda text: load(text + impossible))
+    run = nf_transaction.run
+    # linux/netfilter/nf_tables.h: a chain of type nat in the hook forward, which there is not.
+    hook = attribute(1, (2).to_bytes(4, "big")) + attribute(2, bytes(4))
+    chain = (
+        text_attribute(1, "tidegate")
+        + text_attribute(3, "impossible")
+        + attribute(4, hook)
+        + text_attribute(7, "nat")
+    )
+    request = Request(3, NLM_F_CREATE, nf_tables.FAMILIES["inet"], chain)
+    impossible = nf_transaction.Step(request, "make an impossible chain")
+    patched.setattr(
+        nf_transaction,
+        "run",
+        lambda steps, generation=None: run((*steps, impossible), generation),
+    )
 
 
 def refuse_the_last_table(patched):
@@ -111,12 +125,18 @@ REFUSALS = {
 }
 
 
+REFUSED = {
+    BackendName.NFTABLES: "cannot make an impossible chain: Operation not supported",
+    BackendName.IPTABLES: "cannot change table nat of ip6: Invalid argument",
+}
+
+
 @pytest.mark.parametrize("backend", BackendName)
 def test_a_refusal_half_way_leaves_the_old_rules(backend, pod, refuse_half_way):
     redirecting = Engine(backend)
     redirecting.apply(pod, OLD)
     before = ruleset(pod)
-    with refuse_half_way(backend), pytest.raises(KernelError):
+    with refuse_half_way(backend), pytest.raises(KernelError, match=REFUSED[backend]):
         redirecting.apply(pod, NEW)
     assert ruleset(pod) == before
     assert redirecting.check(pod, OLD) == ()
@@ -127,7 +147,7 @@ def test_a_refusal_half_way_leaves_the_old_rules(backend, pod, refuse_half_way):
 @pytest.mark.parametrize("backend", BackendName)
 def test_a_refusal_of_the_first_rules_leaves_nothing(backend, pod, refuse_half_way):
     redirecting = Engine(backend)
-    with refuse_half_way(backend), pytest.raises(KernelError):
+    with refuse_half_way(backend), pytest.raises(KernelError, match=REFUSED[backend]):
         redirecting.apply(pod, NEW)
     assert redirecting.backend_of(pod) is None
     assert ruleset(pod) == []

@@ -4,6 +4,7 @@ Where each kind of connection lands under each policy is in test_redirect_matrix
 """
 
 import ctypes
+import errno
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 
 import msgspec
 import pytest
+from hostile import chains, crowd, owned_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from namespaces import (
@@ -29,7 +31,7 @@ from namespaces import (
 )
 from pyroute2 import NFCTSocket
 
-from tidegate.enforce.redirect import nftables as redirect
+from tidegate.enforce.redirect import block, translations
 from tidegate.enforce.redirect.backend import Change
 from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import Hook, rules_for
@@ -49,7 +51,7 @@ from tidegate.intent.policy import (
     Proxy,
     UserPorts,
 )
-from tidegate.kernel import cgroups, isolation, netns, nf_tables, nftables
+from tidegate.kernel import cgroups, isolation, links, netns, nf_tables, nf_transaction, nftables
 from tidegate.kernel.errors import KernelError
 
 INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 5432
@@ -130,8 +132,13 @@ def nft(netns_path, *arguments):
     return output.decode()
 
 
+CLOSING = (Hook.INVALID, Hook.INVALID_OUTBOUND)
+"""Lists that ask again what another list asks, of packets that it did not get."""
+
+
 def lines(netns_path):
-    return {line.name: line.packets for line in NftablesBackend().current(netns_path)}
+    current = NftablesBackend().current(netns_path)
+    return {line.name: line.packets for line in current if line.hook not in CLOSING}
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -188,6 +195,26 @@ class TestBothFamilies:
             assert (landed.original[1], other.original[1]) == (APP, OTHER)
             assert echoes(first)
             assert echoes(second)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_inbound_over_an_interface_without_an_address_goes_to_the_sidecar(version):
+    address = {4: "10.88.0.2", 6: "fd88::2"}[version]
+    with pair_of() as pair, serving(pair.pod, "pod", PORTS):
+        links.add_address(pair.pod, "lo", f"{address}/{32 if version == 4 else 128}")
+        links.add_route(pair.peer, address, gateway=pair.pod_address(version))
+        back = "10.77.0.0/24" if version == 4 else "fd77::/64"
+        # The address of the interface goes when the way to it is known.
+        assert landing(pair.peer, address, APP).port == APP
+        for command in (
+            ["ip", f"-{version}", "address", "flush", "dev", "eth0", "scope", "global"],
+            ["ip", f"-{version}", "route", "replace", back, "dev", "eth0", "src", address],
+        ):
+            assert netns.spawn(pair.pod, command).wait(DEADLINE_S) == 0
+        apply(pair.pod, DEFAULT)
+        landed = landing(pair.peer, address, APP)
+        assert (landed.server, landed.port) == ("pod", INBOUND)
+        assert landed.original == (address, APP)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1"])
@@ -451,7 +478,7 @@ class TestOneFamily:
         generations = []
         for policy in (DEFAULT, IPV4_ONLY, IPV6_ONLY, DEFAULT):
             apply(pod, policy)
-            generations.append(netns.run_in(pod, nftables.generation))
+            generations.append(netns.run_in(pod, nf_tables.generation))
             assert sum("table" in item for item in tables(pod)) == 1
         assert generations == [2, 3, 4, 5]
 
@@ -548,8 +575,11 @@ class TestCgroups:
             apply(pod, policy, backend)
             assert backend.check(pod, rules_for(policy)) == ()
         with cgroup(name):
-            (difference,) = backend.check(pod, rules_for(policy))
-            assert difference.startswith("line proxy-cgroup of chain outbound is socket cgroupv2")
+            differences = backend.check(pod, rules_for(policy))
+            assert [difference.partition(" is ")[0] for difference in differences] == [
+                f"line proxy-cgroup of chain {hook}"
+                for hook in (Hook.OUTBOUND, Hook.INVALID_OUTBOUND)
+            ]
             assert apply(pod, policy, backend) is Change.REPLACED
             assert check(pod, policy) == ()
 
@@ -591,33 +621,43 @@ def server_seen_from(pair, path):
 def test_a_refused_transaction_leaves_the_old_rules(pod, backend, monkeypatch):
     apply(pod, DEFAULT)
     before = tables(pod)
-    load = nftables.load
-    monkeypatch.setattr(
-        nftables, "load", lambda text: load(f"{text}add element inet tidegate no {{ 1 }}\n")
-    )
-    with pytest.raises(KernelError, match="No such file"):
+    run = nf_transaction.run
+    wrong = nf_transaction.chain_flush("inet", "tidegate", "nowhere")
+    monkeypatch.setattr(nf_transaction, "run", lambda steps, *rest: run([*steps, wrong], *rest))
+    with pytest.raises(KernelError, match="flush chain nowhere of table inet tidegate: No such"):
         apply(pod, EXCLUDING, backend)
     monkeypatch.undo()
     assert tables(pod) == before
     assert check(pod, DEFAULT) == ()
 
 
-def test_apply_loads_what_render_says(pod, backend, monkeypatch):
-    loaded = []
-    load = nftables.load
-    monkeypatch.setattr(nftables, "load", lambda text: (loaded.append(text), load(text)))
+def test_apply_loads_what_render_says(new_namespace, backend):
     for policy in (DEFAULT, EXCLUDING, IPV4_ONLY):
-        apply(pod, policy, backend)
-    backend.withdraw(pod)
-    first, second, third = (
-        backend.render(rules_for(policy)) for policy in (DEFAULT, EXCLUDING, IPV4_ONLY)
-    )
-    assert loaded == [
-        first,
-        f"delete table inet tidegate\n{second}",
-        f"delete table inet tidegate\n{third}",
-        "delete table ip tidegate\n",
-    ]
+        by_program, by_apply = new_namespace(), new_namespace()
+        text = backend.render(rules_for(policy))
+        netns.run_in(by_program, nftables.load, text)
+        apply(by_apply, policy, backend)
+        listed = nft(by_program, "list", "ruleset")
+        assert nft(by_apply, "list", "ruleset") == listed
+
+
+def test_a_list_that_asks_again_shares_the_sets(backend):
+    many = excluding_ports(*range(1, 200, 2))
+    text = backend.render(rules_for(many))
+    assert text.count("elements = ") == 1
+    assert text.count("th dport @outbound-excluded-port") == 2
+
+
+def test_sets_of_more_than_a_message_holds_are_applied_whole(pod, backend):
+    policy = excluding_ports(*range(1, 8191, 2))
+    assert apply(pod, policy, backend) is Change.CREATED
+    assert check(pod, policy) == ()
+    listed = nft(pod, "-j", "list", "set", "inet", "tidegate", "outbound-excluded-port")
+    (found,) = (item["set"] for item in json.loads(listed)["nftables"] if "set" in item)
+    assert found["elem"] == list(range(1, 8191, 2))
+    assert apply(pod, DEFAULT, backend) is Change.REPLACED
+    assert apply(pod, policy, backend) is Change.REPLACED
+    assert check(pod, policy) == ()
 
 
 class Asked(Exception):
@@ -633,6 +673,7 @@ class TestNothingIsAskedTwice:
         rules = rules_for(EXCLUDING)
         backend.apply(pod, rules)
         for module, name in (
+            (nf_transaction, "run"),
             (nftables, "load"),
             (nftables, "list_text"),
             (nf_tables, "contents"),
@@ -646,6 +687,22 @@ class TestNothingIsAskedTwice:
         with pytest.raises(Asked):
             NftablesBackend().check(pod, rules)
 
+    def test_a_difference_is_looked_at_once_more_for_its_words_and_not_again(
+        self, pod, backend, monkeypatch
+    ):
+        apply(pod, DEFAULT)
+        nft(pod, "flush chain inet tidegate outbound")
+        contents = nf_tables.contents
+        read = []
+
+        def contents_and_tell(*arguments):
+            read.append(in_namespace(pod))
+            return contents(*arguments)
+
+        monkeypatch.setattr(nf_tables, "contents", contents_and_tell)
+        assert backend.check(pod, rules_for(DEFAULT))
+        assert sum(read) == 2
+
     def test_what_a_comparison_found_is_remembered(self, pod, backend, monkeypatch):
         apply(pod, DEFAULT)
         assert backend.check(pod, rules_for(DEFAULT)) == ()
@@ -655,12 +712,10 @@ class TestNothingIsAskedTwice:
     def test_a_change_of_another_table_makes_it_look_again(self, pod, backend, monkeypatch):
         apply(pod, DEFAULT, backend)
         nft(pod, "add table inet other")
-        monkeypatch.setattr(nftables, "load", refuse)
-        monkeypatch.setattr(isolation, "run_in", refuse)
-        with pytest.raises(Asked):
-            apply(pod, DEFAULT, backend)
-        # The twin is the one thing that was loaded.
-        monkeypatch.undo()
+        with monkeypatch.context() as looking:
+            looking.setattr(nf_tables, "contents", refuse)
+            with pytest.raises(Asked):
+                apply(pod, DEFAULT, backend)
         assert apply(pod, DEFAULT, backend) is Change.UNCHANGED
 
     def test_one_twin_serves_all_namespaces(self, new_namespace, backend, monkeypatch):
@@ -685,40 +740,38 @@ class TestNothingIsAskedTwice:
             finally:
                 netns.delete(name)
 
-    def test_memory_is_kept_of_the_last_ones_only(self):
-        recent = redirect._Recent(3)
-        for number in range(5):
-            recent.put(number, str(number))
-            assert recent.get(0) == "0"
-        assert [recent.get(number) for number in range(5)] == ["0", None, None, "3", "4"]
+
+def in_namespace(path):
+    """Whether the calling thread is in it."""
+    return netns.identity(netns.CURRENT) == netns.identity(path)
 
 
 class TestRaces:
     def test_a_change_between_reading_and_remembering_is_seen(self, pod, backend, monkeypatch):
         apply(pod, DEFAULT)
         contents = nf_tables.contents
-        changed = []
 
         def contents_then_change(*arguments):
             read = contents(*arguments)
-            if not changed and netns.identity(netns.CURRENT) == netns.identity(pod):
-                changed.append(True)
+            if in_namespace(pod):
+                monkeypatch.undo()
                 nft(pod, "add rule inet tidegate outbound accept")
             return read
 
         monkeypatch.setattr(nf_tables, "contents", contents_then_change)
+        assert backend.check(pod, rules_for(DEFAULT)) == ()
         assert len(backend.check(pod, rules_for(DEFAULT))) == 1
         assert apply(pod, DEFAULT, backend) is Change.REPLACED
 
     def test_a_change_between_loading_and_remembering_is_seen(self, pod, backend, monkeypatch):
-        load = nftables.load
+        run = nf_transaction.run
 
-        def load_then_change(text):
-            load(text)
-            load("add rule inet tidegate outbound accept")
+        def run_then_change(steps, generation=None):
+            run(steps, generation)
+            nft(pod, "add rule inet tidegate outbound accept")
 
         with monkeypatch.context() as racing:
-            racing.setattr(nftables, "load", load_then_change)
+            racing.setattr(nf_transaction, "run", run_then_change)
             apply(pod, DEFAULT, backend)
         assert len(backend.check(pod, rules_for(DEFAULT))) == 1
         assert apply(pod, DEFAULT, backend) is Change.REPLACED
@@ -726,28 +779,83 @@ class TestRaces:
 
     @pytest.mark.parametrize(
         "meanwhile",
-        ["add table inet tidegate { chain x { }; }", "delete table inet tidegate"],
+        [
+            "add table inet tidegate { chain x { }; }",
+            "delete table inet tidegate",
+            "add table inet other",
+        ],
     )
-    def test_a_table_that_came_or_went_meanwhile_is_no_failure(
-        self, pod, backend, monkeypatch, meanwhile
+    @pytest.mark.parametrize("times", [1, 1000])
+    def test_what_comes_between_a_look_and_a_load_is_looked_at_again(
+        self, pod, backend, monkeypatch, meanwhile, times
     ):
         if meanwhile.startswith("delete"):
             apply(pod, EXCLUDING)
-        load = nftables.load
-        raced = []
+        run = nf_transaction.run
+        refused = []
 
-        def change_then_load(text):
-            if not raced and netns.identity(netns.CURRENT) == netns.identity(pod):
-                raced.append(True)
-                load(meanwhile)
-            load(text)
+        def change_then_run(steps, generation=None):
+            if generation is not None and len(refused) < times:
+                netns.run_in(pod, change)
+                refused.append(generation)
+            run(steps, generation)
 
-        monkeypatch.setattr(nftables, "load", change_then_load)
-        monkeypatch.setattr(
-            isolation, "run_in", lambda _, function, *arguments: function(*arguments)
-        )
+        def change():
+            there = nf_tables.table_flags("inet", "tidegate") is not None
+            nftables.load("add table inet uninvolved { chain x { }; }")
+            if there or not meanwhile.startswith("delete"):
+                nftables.load(meanwhile)
+
+        monkeypatch.setattr(nf_transaction, "run", change_then_run)
         assert apply(pod, DEFAULT, backend) in (Change.CREATED, Change.REPLACED)
-        assert raced
+        assert refused
+        monkeypatch.undo()
+        assert check(pod, DEFAULT) == ()
+        others = {item["table"]["name"] for item in tables(pod) if "table" in item}
+        assert others >= {"tidegate", "uninvolved"}
+        with monkeypatch.context() as racing:
+            racing.setattr(nf_transaction, "run", change_then_run)
+            refused.clear()
+            gone = meanwhile.startswith("delete")
+            assert backend.withdraw(pod) is (Change.UNCHANGED if gone else Change.REMOVED)
+        assert check(pod, NOTHING) == ()
+
+    def test_where_others_change_something_all_the_time_rules_are_compared_all_the_same(
+        self, pod, backend, monkeypatch
+    ):
+        apply(pod, DEFAULT)
+        contents = nf_tables.contents
+
+        def contents_then_change(*arguments):
+            read = contents(*arguments)
+            if in_namespace(pod):
+                nftables.load("add table inet other\ndelete table inet other\n")
+            return read
+
+        monkeypatch.setattr(nf_tables, "contents", contents_then_change)
+        assert backend.check(pod, rules_for(DEFAULT)) == ()
+        assert apply(pod, DEFAULT, backend) is Change.UNCHANGED
+        (difference,) = backend.check(pod, rules_for(NOTHING))
+        assert difference == "table inet tidegate is there and should not be"
+        nft(pod, "flush chain inet tidegate inbound")
+        assert backend.check(pod, rules_for(DEFAULT))
+
+    def test_rules_that_cannot_be_read_for_changes_are_written_anew(
+        self, pod, backend, monkeypatch
+    ):
+        apply(pod, DEFAULT)
+        contents = nf_tables.contents
+
+        def disturbed(*arguments):
+            if in_namespace(pod):
+                raise KernelError("the nftables rules change faster than can be", errno.EAGAIN)
+            return contents(*arguments)
+
+        monkeypatch.setattr(nf_tables, "contents", disturbed)
+        with pytest.raises(KernelError, match="change faster"):
+            backend.check(pod, rules_for(DEFAULT))
+        assert apply(pod, DEFAULT, backend) is Change.REPLACED
+        monkeypatch.undo()
         assert check(pod, DEFAULT) == ()
 
     def test_two_processes_that_apply_at_once_end_in_the_rules_of_one(self, pod):
@@ -760,12 +868,6 @@ class TestRaces:
             os.close(go)
             assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in racers] == [0, 0]
             assert () in [check(pod, policy) for policy in policies]
-
-    def test_rules_that_change_all_the_time_cannot_be_told(self, pod, backend, monkeypatch):
-        apply(pod, DEFAULT)
-        monkeypatch.setattr(nftables, "generation", iter(range(10, 1000)).__next__)
-        with pytest.raises(KernelError, match="change all the time"):
-            backend.check(pod, rules_for(DEFAULT))
 
 
 def start_racer(ready, go, netns_path, policy):
@@ -785,50 +887,40 @@ def start_racer(ready, go, netns_path, policy):
 
 
 class TestWhatOthersPutThere:
-    def test_the_library_works_in_this_process_only_where_nobody_else_did(
-        self, pod, backend, monkeypatch
-    ):
-        here, elsewhere = [], []
-        load, run_in = nftables.load, isolation.run_in
+    def test_the_library_is_never_called_in_a_workloads_namespace(self, pod, backend, monkeypatch):
+        call = nftables._call
 
-        def load_and_tell(text):
-            if netns.identity(netns.CURRENT) == netns.identity(pod):
-                here.append(text)
-            load(text)
+        def call_elsewhere(*arguments):
+            assert not in_namespace(pod)
+            return call(*arguments)
 
-        monkeypatch.setattr(nftables, "load", load_and_tell)
-        monkeypatch.setattr(
-            isolation,
-            "run_in",
-            lambda path, function, *arguments: (
-                elsewhere.append(arguments), run_in(path, function, *arguments)
-            )[1],
-        )  # fmt: skip
-        apply(pod, DEFAULT, backend)
-        apply(pod, EXCLUDING, backend)
-        backend.withdraw(pod)
-        apply(pod, DEFAULT, backend)
-        assert (len(here), len(elsewhere)) == (4, 0)
+        monkeypatch.setattr(nftables, "_call", call_elsewhere)
+        monkeypatch.setattr(isolation, "run_in", refuse)
+        assert apply(pod, DEFAULT, backend) is Change.CREATED
         nft(pod, "add table inet other")
+        assert backend.check(pod, rules_for(DEFAULT)) == ()
+        assert apply(pod, EXCLUDING, backend) is Change.REPLACED
+        assert apply(pod, EXCLUDING) is Change.UNCHANGED
+        assert block.block(pod) is Change.CREATED
+        assert block.is_blocked(pod)
+        assert block.unblock(pod) is Change.REMOVED
+        assert backend.current(pod)
+        assert backend.withdraw(pod) is Change.REMOVED
+        assert apply(pod, IPV4_ONLY, backend) is Change.CREATED
+        assert backend.remove(pod) is Change.REMOVED
+
+    def test_a_thousand_tables_stop_nothing(self, pod, backend):
         apply(pod, EXCLUDING, backend)
-        apply(pod, DEFAULT, backend)
-        backend.withdraw(pod)
-        assert (len(here), len(elsewhere)) == (4, 3)
-
-    def test_a_library_that_crashes_over_it_is_an_error_and_the_rules_stay(
-        self, pod, backend, monkeypatch
-    ):
-        apply(pod, DEFAULT)
-        load = nftables.load
-
-        def crash_or_load(text):
-            return ctypes.string_at(0) if text.startswith("delete") else load(text)
-
-        monkeypatch.setattr(nftables, "load", crash_or_load)
-        with pytest.raises(KernelError, match="died in a process of its own: killed by SIGSEGV"):
-            apply(pod, EXCLUDING, backend)
-        monkeypatch.undo()
-        assert check(pod, DEFAULT) == ()
+        netns.run_in(pod, crowd, 1000)
+        nft(pod, "flush chain inet tidegate outbound")
+        assert backend.check(pod, rules_for(EXCLUDING))
+        assert apply(pod, EXCLUDING, backend) is Change.REPLACED
+        assert check(pod, EXCLUDING) == ()
+        assert block.block(pod) is Change.CREATED
+        assert block.is_blocked(pod)
+        assert block.unblock(pod) is Change.REMOVED
+        assert backend.remove(pod) is Change.REMOVED
+        assert len(tables(pod)) == 1000
 
     def test_a_listing_that_crashes_is_a_difference(self, pod, backend, monkeypatch):
         apply(pod, DEFAULT)
@@ -871,35 +963,35 @@ class TestWhatOthersPutThere:
         differences = backend.check(pod, rules_for(DEFAULT))
         assert differences
         assert all(difference.isprintable() for difference in differences)
-        installed = backend.current(pod)
-        assert installed[-1].hook is Hook.INBOUND
-        assert installed[-1].name == comment.replace("\x1b", "\\x1b").replace("\n", "\\n").replace(
+        *_, theirs = (line for line in backend.current(pod) if line.hook is Hook.INBOUND)
+        assert theirs.name == comment.replace("\x1b", "\\x1b").replace("\n", "\\n").replace(
             "\t", "\\t"
         )
         assert apply(pod, DEFAULT, backend) is Change.REPLACED
 
+    def test_names_of_others_cannot_do_harm(self, pod, backend):
+        apply(pod, DEFAULT, backend)
+        names = [b"\x1b[31mred", b"two\nlines", b"a {\n\tchain b {", b"\xff\xfe", b'"', b"}" * 120]
+        netns.run_in(pod, chains, "tidegate", names)
+        differences = backend.check(pod, rules_for(DEFAULT))
+        assert differences
+        assert all(one.isprintable() and len(one) < 1000 for one in differences)
+        assert backend.current(pod)
+        assert apply(pod, DEFAULT, backend) is Change.REPLACED
+        assert check(pod, DEFAULT) == ()
+
     def test_a_table_that_another_program_owns_is_refused_by_name(self, pod, backend):
-        with netns.run_in(pod, owned_table):
-            with pytest.raises(KernelError, match="not permitted"):
-                apply(pod, DEFAULT, backend)
+        with netns.run_in(pod, owned_table, "tidegate"):
+            for attempt in (lambda: apply(pod, DEFAULT, backend), lambda: backend.remove(pod)):
+                with pytest.raises(
+                    KernelError,
+                    match="not permitted, because table inet tidegate belongs to "
+                    rf"process {os.getpid()} \(.+\), and only that may change it",
+                ):
+                    attempt()
             (difference,) = backend.check(pod, rules_for(DEFAULT))
             assert difference.startswith("table inet tidegate has the flags 2 (owner)")
         assert apply(pod, DEFAULT, backend) is Change.CREATED
-
-
-def owned_table():
-    """A socket with which a table of tidegate's name lives and dies (NFT_TABLE_F_OWNER)."""
-    owner = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-    name = struct.pack("=HH", 13, 1) + b"tidegate\0" + bytes(3)
-    flags = struct.pack("=HH", 8, 2) + (2).to_bytes(4, "big")
-    subsystem = struct.pack("=BBH", 0, 0, socket.htons(10))
-    batch = b""
-    for kind, family, attributes in ((16, 0, b""), (10 << 8, 1, name + flags), (17, 0, b"")):
-        rest = subsystem if not attributes else struct.pack("=BBH", family, 0, 0) + attributes
-        batch += struct.pack("=IHHII", 16 + len(rest), kind, 1 | 0x400, 0, 0) + rest
-    owner.send(batch)
-    assert nf_tables.table_flags("inet", "tidegate") == 2
-    return owner
 
 
 class TestWithoutScratchNamespaces:
@@ -911,15 +1003,20 @@ class TestWithoutScratchNamespaces:
         monkeypatch.setattr(netns, "run_in_new", refuse)
 
     def test_a_difference_cannot_be_told(self, pod, backend):
-        apply(pod, DEFAULT)
+        netns.run_in(pod, nftables.load, backend.render(rules_for(DEFAULT)))
         with pytest.raises(KernelError, match="cannot make a network namespace"):
             backend.check(pod, rules_for(DEFAULT))
 
-    def test_rules_that_may_be_others_are_replaced(self, pod, backend):
-        apply(pod, DEFAULT)
-        assert apply(pod, DEFAULT, backend) is Change.REPLACED
-        assert apply(pod, DEFAULT, backend) is Change.UNCHANGED
-        assert backend.check(pod, rules_for(DEFAULT)) == ()
+    def test_rules_cannot_be_applied_and_the_old_ones_stay(self, pod, backend, monkeypatch):
+        netns.run_in(pod, nftables.load, backend.render(rules_for(DEFAULT)))
+        with pytest.raises(KernelError, match="cannot make a network namespace"):
+            apply(pod, EXCLUDING, backend)
+        monkeypatch.undo()
+        assert check(pod, DEFAULT) == ()
+
+    def test_rules_are_taken_away(self, pod, backend):
+        netns.run_in(pod, nftables.load, backend.render(rules_for(DEFAULT)))
+        assert backend.remove(pod) is Change.REMOVED
 
 
 def test_no_program_is_started(pod, backend, monkeypatch):
@@ -929,6 +1026,74 @@ def test_no_program_is_started(pod, backend, monkeypatch):
     assert backend.check(pod, rules_for(DEFAULT)) == ()
     assert apply(pod, EXCLUDING, backend) is Change.REPLACED
     assert backend.remove(pod) is Change.REMOVED
+
+
+class TestWhatIsForgotten:
+    @pytest.fixture
+    def told(self, monkeypatch):
+        """What is done to the kernel, in order, and to what."""
+        told = []
+        run = nf_transaction.run
+
+        def tell(name):
+            monkeypatch.setattr(
+                translations,
+                name,
+                lambda of: told.append((name, dict(of) if name.endswith("queries") else [*of])),
+            )
+
+        def run_and_tell(*arguments):
+            run(*arguments)
+            told.append(("run", None))
+
+        for name in ("end", "forget", "forget_queries"):
+            tell(name)
+        monkeypatch.setattr(nf_transaction, "run", run_and_tell)
+        return told
+
+    def test_connections_are_ended_before_the_rules_go_and_forgotten_after(self, pod, told):
+        both = list(Family)
+        apply(pod, DEFAULT)
+        told.clear()
+        remove(pod)
+        assert told == [("end", both), ("run", None), ("forget", both)]
+        told.clear()
+        remove(pod)
+        assert told == []
+
+    def test_so_are_those_of_a_family_that_goes(self, pod, told):
+        apply(pod, DEFAULT)
+        told.clear()
+        apply(pod, IPV6_ONLY)
+        ended, *_, forgotten = told
+        assert (ended, forgotten) == (("end", [Family.IPV4]), ("forget", [Family.IPV4]))
+        told.clear()
+        apply(pod, DEFAULT)
+        assert [item for item in told if item[0] != "run"] == [("end", [])]
+
+    def test_queries_are_forgotten_where_they_may_go_elsewhere_than_before(
+        self, pod, told, backend
+    ):
+        def queries():
+            forgotten = [of for name, of in told if name == "forget_queries"]
+            told.clear()
+            return forgotten
+
+        first, second = (
+            Dns(enabled=True, addresses=(address,)) for address in ("127.0.0.1", "127.0.0.5")
+        )
+        apply(pod, Policy(dns=first), backend)
+        assert queries() == []
+        apply(pod, Policy(dns=first, proxy=Proxy(uids=(7,))), backend)
+        assert queries() == []
+        apply(pod, Policy(dns=second), backend)
+        assert queries() == [{Family.IPV4: ("127.0.0.5", second.port)}]
+        apply(pod, Policy(dns=second, proxy=Proxy(uids=(7,))))
+        assert queries() == [{Family.IPV4: ("127.0.0.5", second.port)}]
+        apply(pod, DEFAULT, backend)
+        assert queries() == [{}]
+        apply(pod, Policy(dns=first), backend)
+        assert queries() == []
 
 
 def test_redirected_connections_go_on_when_others_rules_have_taken_over(redirected, backend):
@@ -994,7 +1159,11 @@ def test_a_thousand_exclusions_fit_into_one_line(pod, backend):
     policy = excluding_ports(*range(1, 2001, 2))
     assert apply(pod, policy, backend) is Change.CREATED
     assert apply(pod, policy) is Change.UNCHANGED
-    assert len(backend.current(pod)) == sum(len(found) for _, found in rules_for(DEFAULT).lists) + 1
+    listed = rules_for(policy).lists
+    assert [(line.hook, line.name) for line in backend.current(pod)] == [
+        (hook, line.name) for hook, found in listed for line in found
+    ]
+    assert "excluded-port" in lines(pod)
 
 
 networks = st.one_of(

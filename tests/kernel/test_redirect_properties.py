@@ -22,6 +22,7 @@ from matrix import (
     SECOND_PROXY_UID,
     USERS,
     Dial,
+    Landed,
     decide,
     expected,
     site,
@@ -30,7 +31,7 @@ from namespaces import tell
 
 from tidegate.enforce.redirect.iptables import IptablesBackend
 from tidegate.enforce.redirect.nftables import NftablesBackend
-from tidegate.enforce.redirect.rules import rules_for
+from tidegate.enforce.redirect.rules import Tracked, rules_for
 from tidegate.errors import InputErrors
 from tidegate.intent.policy import (
     Dns,
@@ -222,6 +223,10 @@ def lab(request):
         yield made
 
 
+def where(outcome):
+    return (outcome.server, outcome.port) if isinstance(outcome, Landed) else outcome
+
+
 @seed(SEED)
 @settings(
     max_examples=POLICIES,
@@ -249,5 +254,16 @@ def test_whatever_the_policy_connections_land_where_explain_says(lab, policy, ba
             ]
             assert wrong == []
             lab.hang_up(attempts)
+            # With drop_invalid, what answers a SYN that cannot be placed is dropped too, whoever sent it.
+            for tracked in (Tracked.KNOWN, *([] if policy.drop_invalid else [Tracked.INVALID])):
+                missed = [pair for pair in battery if pair[0].can_be_missed]
+                wrong = [
+                    f"{backend.name}: IPv{attempt.version} {attempt.dial.name}, {tracked}: landed "
+                    f"{attempt.outcome}, should {want}"
+                    for attempt, want in lab.open_missed(rules, missed, tracked)
+                    if where(attempt.outcome) != where(want)
+                ]
+                assert wrong == []
+            lab.hang_up()
         finally:
             backend.remove(lab.pod)

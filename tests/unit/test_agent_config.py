@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tidegate.enforce.redirect.engine import BackendChoice
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.policy import DEFAULT, Inbound, Mode, Policy, PortRange
-from tidegate.node.config import AgentConfig, BackendChoice, OnFailure, RedirectConfig, load_config
+from tidegate.node.config import AgentConfig, OnFailure, RedirectConfig, load_config
 from tidegate.verdict.steps import Environment
 
 GOOD = {

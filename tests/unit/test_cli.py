@@ -1,6 +1,7 @@
 """The command line as people meet it: help, exit codes, and one sentence where something is wrong."""
 
 import argparse
+import io
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from tidegate.cli import target
 from tidegate.cli.main import COMMANDS, main, make_parser
 from tidegate.errors import InputError, TidegateError
 from tidegate.kernel.errors import KernelError
-from tidegate.lab import state
+from tidegate.lab import runtime, state
 
 ROOT_ONLY = [
     ["flows"],
@@ -149,7 +150,11 @@ def test_an_error_is_one_sentence_and_an_exit_code(monkeypatch, capsys, error, c
 def test_without_root_it_is_one_sentence_and_exit_1(monkeypatch, capsys, argv):
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
     assert main(argv) == 1
-    assert "needs root" in sentence(capsys)
+    told = sentence(capsys)
+    assert told.startswith("this needs root: ")
+    assert told.endswith("; try sudo")
+    asks = argv[0] in ("flows", "ready", "strict")
+    assert ("only root may ask an agent" in told) is asks
 
 
 @pytest.mark.parametrize(
@@ -199,6 +204,53 @@ def test_where_no_agent_answers_it_is_one_sentence(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert main([*command.split(), "--socket", str(tmp_path / "none.sock")]) == exit_code
     assert "no agent answers at unix://" in sentence(capsys)
+
+
+def test_a_fault_in_standard_input_says_that_it_is_there(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'Kind = "mash"')))
+    assert main(["config", "write", "-"]) == 2
+    assert sentence(capsys).startswith("standard input: ")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert main(["config", "write", "-"]) == 2
+    assert sentence(capsys).startswith("standard input: byte 0 is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "runs"),
+    [
+        (["api", "--", "ip", "-6", "address"], ["ip", "-6", "address"]),
+        (["api", "ip", "-6", "address"], ["ip", "-6", "address"]),
+        (
+            ["--lab", "demo", "api", "sh", "-c", "a -- b", "--", "c"],
+            ["sh", "-c", "a -- b", "--", "c"],
+        ),
+    ],
+)
+def test_lab_exec_takes_a_command_as_it_is_with_and_without_dashes_before(
+    monkeypatch, machine, words, runs
+):
+    (machine / "lab" / "demo").mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    ran = []
+    monkeypatch.setattr(runtime, "exec_in", lambda *asked: ran.append(asked))
+    main(["lab", "exec", *words])
+    assert ran == [("demo", "api", runs)]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["api"], "no command is given; expected one, such as: api -- ip address"),
+        (["api", "--"], "no command is given; expected one, such as: api -- ip address"),
+        (
+            ["api", "--lab", "demo", "--", "ip"],
+            "--lab stands where the command should; expected options before POD",
+        ),
+    ],
+)
+def test_lab_exec_without_a_command_says_what_is_missing(capsys, words, problem):
+    assert main(["lab", "exec", *words]) == 2
+    assert sentence(capsys) == problem
 
 
 def test_output_that_nobody_reads_is_no_error():

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from tidegate.cli import redirect_text, target
+from tidegate.cli import policies, redirect_text, target
 from tidegate.cli.main import COMMANDS as MAIN_COMMANDS
 from tidegate.cli.main import main, make_parser
 from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
@@ -38,6 +38,7 @@ from tidegate.intent.policy import (
     Proxy,
     UserPorts,
 )
+from tidegate.intent.policy_documents import policy_from_document
 from tidegate.kernel import netns
 from tidegate.kernel.chains import Store
 from tidegate.kernel.errors import KernelError
@@ -45,7 +46,7 @@ from tidegate.kernel.features import Feature
 from tidegate.kernel.sockets import Listener
 from tidegate.lab import state
 
-COMMANDS = ("apply", "show", "check", "explain", "verify", "remove")
+COMMANDS = ("apply", "show", "check", "explain", "policy", "verify", "remove")
 QUESTIONS = ("show", "check", "verify")
 NOBODY = 65534
 BAD_INPUT = 2
@@ -234,6 +235,7 @@ def test_explain_for_programs_has_the_connection_the_action_and_the_whole_list(c
         "cgroup": "",
         "protocol": "tcp",
         "opening": True,
+        "tracked": "new",
         "forwarded": False,
     }
     assert said["action"] == {"kind": "redirect", "port": 20000}
@@ -357,6 +359,42 @@ def test_a_policy_is_read_from_yaml_json_and_standard_input(capsys, stdin, tmp_p
     assert line_of(capsys, "outbound", "10.0.0.1:5432", "--policy", "-") == "excluded-port"
 
 
+def test_a_policy_is_printed_whole_with_what_is_not_the_default_marked(capsys, stdin):
+    stdin("outbound: {exclude_ports: [5432, 6000-6010]}\nmode: tproxy\n")
+    out, err = run(capsys, "policy", "--policy", "-")
+    assert err == ""
+    lines = out.splitlines()
+    assert "  port: 15001" in lines
+    assert [line for line in lines if "#" in line] == [
+        '  exclude_ports: [5432, "6000-6010"]  # default: []; by --policy',
+        'mode: "tproxy"  # default: "redirect"; by --policy',
+    ]
+    assert "#" not in run(capsys, "policy")[0]
+
+
+def test_a_printed_policy_tells_which_source_said_a_setting_last(capsys, stdin, tmp_path):
+    annotations = tmp_path / "annotations.yaml"
+    annotations.write_text(
+        "tidegate.io/exclude-outbound-ports: '1'\ntidegate.io/drop-invalid: 'true'\n"
+        "tidegate.io/exclude-inbound-ports: '9'\n"
+    )
+    stdin("outbound: {exclude_ports: [5432]}\ninbound: {exclude_ports: [9]}\n")
+    out, _ = run(capsys, "policy", "--annotations", str(annotations), "--policy", "-")
+    assert [line.strip() for line in out.splitlines() if "#" in line] == [
+        "exclude_ports: [9]  # default: []; by --policy",
+        "exclude_ports: [1]  # default: []; by --annotations",
+        "drop_invalid: true  # default: false; by --annotations",
+    ]
+
+
+@pytest.mark.parametrize("policy", [Policy(), EVERYTHING], ids=["built-in", "everything"])
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["yaml", "json"])
+def test_a_policy_that_is_printed_reads_back_as_it_was(capsys, stdin, policy, option):
+    stdin(policies.as_yaml(policy))
+    printed, _ = run(capsys, "policy", "--policy", "-", *option)
+    assert policy_from_document(printed, "printed") == policy
+
+
 ANNOTATIONS = {
     "mapping.yaml": "tidegate.io/exclude-outbound-ports: '5432'\nother.example/thing: x\n",
     "commented.yaml": "# of web\n\"tidegate.io/exclude-outbound-ports\": '5432'\n",
@@ -409,6 +447,15 @@ def test_a_manifest_without_annotations_has_the_built_in_policy_and_a_warning(
     ("text", "problem"),
     [
         ("tidegate.io/exclude-outbound-ports: 5432\n", 'is not a string; expected "5432"'),
+        (
+            "tidegate.io/exclude-outbound-ports: [80, 443]\ntidegate.io/exclude-uids: 'nobody-of-this-name'\n"
+            "tidegate.io/mode: true\n",
+            'tidegate.io/exclude-outbound-ports: is not a string; expected "80,443"\n'
+            'standard input: tidegate.io/mode: is not a string; expected "true"\n'
+            "standard input: tidegate.io/exclude-uids: there is no user 'nobody-of-this-name' here; "
+            "expected a number or the name of a user\n"
+            "standard input: tidegate.io/mode: 'true' is not a mode; expected redirect or tproxy",
+        ),
         ("kind: Pod\nmetadata: {annotations: [a]}\n", "metadata.annotations: is not a mapping"),
         (
             "kind: Pod\nmetadata: {name: a}\n---\nkind: Deployment\nmetadata: {name: b}\n",
@@ -542,11 +589,9 @@ def test_a_dry_run_of_a_policy_that_redirects_nothing_prints_nothing(capsys, std
 # Which namespace
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one not in ("explain", "policy")])
 def test_without_root_it_is_one_sentence(monkeypatch, capsys, command):
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
-    if command == "explain":
-        return
     out, err = run(capsys, command, "--netns", "x", code=2 if command in QUESTIONS else 1)
     assert out == ""
     reasons = {
@@ -733,6 +778,35 @@ def test_a_workload_without_policy_has_that_of_its_annotations(machine, capsys, 
         assert line_of(capsys, "outbound", "10.0.0.1:7", "--uid", "9", *argv) == "excluded-uid"
         _, err = run(capsys, "check", "--workload", "bad", code=BAD_INPUT)
         assert err.startswith("tidegate: workload bad: tidegate.io/exclude-outbound-ports: ")
+
+
+def test_the_policy_of_a_workload_is_printed_with_who_said_what(machine, capsys, entered):
+    policy = Policy(
+        inbound=Inbound(exclude_ports=(PortRange(9, 9),)),
+        outbound=Outbound(exclude_ports=(PortRange(7, 7),), exclude_cidrs=("192.0.2.1/32",)),
+    )
+    web = said_of(
+        "web",
+        policy=msgspec.to_builtins(policy),
+        namespace_annotations={
+            "tidegate.io/exclude-inbound-ports": "9",
+            "tidegate.io/exclude-outbound-ports": "8",
+        },
+        annotations={"tidegate.io/exclude-outbound-ports": "7"},
+    )
+    faulty = {**web, "name": "faulty", "annotations": {"tidegate.io/mode": "none"}}
+    with agent(machine / "agent.sock", web, faulty):
+        out, _ = run(capsys, "policy", "--workload", "web")
+        assert [line.strip() for line in out.splitlines() if "#" in line] == [
+            "exclude_ports: [9]  # default: []; by its namespace",
+            "exclude_ports: [7]  # default: []; by its annotations",
+            'exclude_cidrs: ["192.0.2.1/32"]  # default: []; by the node',
+        ]
+        # Nobody knows which annotations the policy in force came from.
+        out, _ = run(capsys, "policy", "--workload", "faulty")
+        assert "exclude_ports: [7]  # default: []\n" in out
+        out, _ = run(capsys, "policy", "--workload", "web", "--json")
+        assert policy_from_document(out, "printed") == policy
 
 
 def test_a_workload_that_is_to_have_no_sidecar_is_told_of(machine, capsys, entered):
@@ -963,6 +1037,25 @@ def test_taking_over_is_offered_only_where_it_would_help(machine, monkeypatch, c
     assert f"WARNING: {istio}\n" in err
     _, err = run(capsys, "apply", "--netns", OWN, "--adopt")
     assert "--adopt" not in err
+
+
+def test_what_cannot_be_taken_over_is_told_once_with_the_reason(
+    machine, monkeypatch, capsys, entered
+):
+    consul = str(Foreign(Mesh.CONSUL, Store.LEGACY, "ip", "nat", ("CONSUL_PROXY_OUTPUT",)))
+    refused = f"{consul}; it cannot be taken away: busy"
+    applied = Applied(
+        change=Change.CREATED,
+        backend=BackendName.NFTABLES,
+        foreign=(consul,),
+        refused=(refused,),
+    )
+    monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
+    monkeypatch.setattr(Engine, "apply", lambda *_, **__: applied)
+    monkeypatch.setattr(Engine, "gaps", lambda *_: (consul, "IPv6 is off"))
+    out, err = run(capsys, "apply", "--netns", OWN, "--adopt", "--json")
+    assert json.loads(out)["warnings"][-2:] == [refused, "IPv6 is off"]
+    assert err.endswith(f"WARNING: {refused}\nWARNING: IPv6 is off\n")
 
 
 def test_the_version_is_told_without_importing_any_command():

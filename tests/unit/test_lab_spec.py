@@ -111,6 +111,10 @@ def test_a_service_stands_for_all_of_its_pods() -> None:
             ("port: 8080", "port: 8080\n    annotations: {a: 5432}"),
             ("pods[0].annotations.a (line 8)", '"5432"'),
         ),
+        (
+            ("port: 8080", "port: 8080\n    annotations: {a: [80, 443]}"),
+            ("pods[0].annotations.a (line 8)", "is a list", 'expected "80,443"'),
+        ),
     ],
 )
 def test_a_fault_is_told_with_file_line_field_and_what_would_be_right(

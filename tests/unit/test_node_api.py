@@ -360,6 +360,16 @@ def test_evidence_of_all_nodes_comes_together(tmp_path):
     assert flows.problems == ()
 
 
+def test_flows_of_a_service_that_nobody_knows_are_refused_with_those_that_are_known(tmp_path):
+    node = Node(tmp_path, instance("web-1", "n1", service="web"), instance("api-1", "n1"))
+    assert ask(node, "GET", "/v1/flows?service=api")[0] == 200
+    status, answer = ask(node, "GET", "/v1/flows?service=ap")
+    assert (status, answer["exit_code"]) == (400, 2)
+    assert answer["error"] == "service: no service 'ap' is known (known: api, web)"
+    nobody = Node(tmp_path, name="n2")
+    assert "(known: none yet)" in ask(nobody, "GET", "/v1/flows?service=api")[1]["error"]
+
+
 @pytest.mark.parametrize(
     ("agent_api", "why"),
     [

@@ -29,7 +29,7 @@ from tidegate.enforce.redirect.rules import (
     rules_for,
 )
 from tidegate.intent.policy import Family, IdRange, Policy, PortRange, Protocol
-from tidegate.kernel import xtables
+from tidegate.kernel import xtables_rules
 from tidegate.kernel.cgroups import Cgroup
 from tidegate.kernel.errors import KernelError
 
@@ -164,7 +164,7 @@ class TestText:
         "word", ["plain", "with blank", 'a"b', "a\\b", "it's", "a#b", "ä", "$x`y`"]
     )
     def test_a_quoted_word_is_read_as_it_was(self, word):
-        assert xtables.words(f"-x {xtables.quoted(word)} y") == ["-x", word, "y"]
+        assert xtables_rules.words(f"-x {xtables_rules.quoted(word)} y") == ["-x", word, "y"]
 
     @pytest.mark.parametrize(
         ("text", "problem"),
@@ -182,4 +182,4 @@ class TestText:
     )
     def test_a_text_of_another_dialect_is_refused_with_its_line(self, text, problem):
         with pytest.raises(KernelError, match=problem):
-            xtables.parse(text)
+            xtables_rules.parse(text)

@@ -11,10 +11,12 @@ import pytest
 from tidegate.enforce.redirect import nftables
 from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import (
+    Drop,
     Hook,
     Line,
     OnInterface,
     Rules,
+    ToPort,
     rules_for,
 )
 from tidegate.intent.policy import (
@@ -102,6 +104,22 @@ def test_a_ruleset_is_the_golden_one(name):
 
 def test_there_is_no_golden_file_of_a_ruleset_that_is_no_more():
     assert {path.stem for path in GOLDEN.glob("*.nft")} == set(POLICIES)
+
+
+def test_a_list_that_closes_another_shares_its_sets_where_they_are_equal():
+    def rendered(again):
+        lists = (
+            (Hook.OUTBOUND, (Line("some", (ToPort((PortRange(1, 1), PortRange(3, 3))),)),)),
+            (Hook.INVALID_OUTBOUND, (Line("some", (ToPort(again),), Drop()),)),
+        )
+        return NftablesBackend().render(Rules(families=(Family.IPV4,), lists=lists))
+
+    text = rendered((PortRange(1, 1), PortRange(3, 3)))
+    assert text.count("set ") == 1
+    assert text.count("dport @outbound-some ") == 2
+    text = rendered((PortRange(1, 1), PortRange(4, 4)))
+    assert text.count("set ") == 2
+    assert "dport @invalid-outbound-some counter drop" in text
 
 
 def test_a_policy_that_redirects_nothing_is_no_text():

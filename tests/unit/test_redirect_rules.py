@@ -1,5 +1,6 @@
 """The decision lists and their evaluator, and that docs/redirect.md shows the lists as they are."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tidegate.enforce.redirect.rules import (
     LEAVE,
     ByUser,
     Connection,
+    Decision,
     Drop,
     Hook,
     Invalid,
@@ -23,9 +25,11 @@ from tidegate.enforce.redirect.rules import (
     OnInterface,
     Opening,
     Redirect,
+    Rules,
     ToNetwork,
     ToPort,
     Tproxy,
+    Tracked,
     Translate,
     Zone,
     explain,
@@ -79,7 +83,7 @@ EXCLUDING = Policy(
         exclude_cidrs=("192.0.2.0/24", "2001:db8::/32"),
         exclude_uids=ids((1000, 1001)),
         exclude_gids=ids(50),
-        exclude_user_ports=(UserPorts((TCP,), ports(6379), ids((2000, 2009))),),
+        exclude_user_ports=(UserPorts((TCP, UDP), ports(6379), ids((2000, 2009))),),
         exclude_interfaces=("net1",),
     ),
 )
@@ -284,23 +288,117 @@ def names(policy, hook):
 
 
 def test_queries_are_tracked_in_a_zone_of_their_own_but_the_proxys_are_not():
-    assert names(DNS, Hook.DNS_ZONE) == ["not-udp", "proxy", "dns-ipv4", "dns-ipv6"]
+    assert names(DNS, Hook.DNS_ZONE) == [
+        *("not-udp", "link-local-ipv6", "proxy", "dns-ipv4", "dns-ipv6")
+    ]
     *_, first, second = rules_for(DNS).lines(Hook.DNS_ZONE)
     assert first.action == second.action == Zone(DNS_ZONE)
     assert rules_for(DEFAULT).lines(Hook.DNS_ZONE) == ()
-    assert names(DNS_OF_ONE, Hook.DNS_ZONE) == ["not-udp", "proxy", "dns-ipv4"]
+    assert names(DNS_OF_ONE, Hook.DNS_ZONE)[-2:] == ["proxy", "dns-ipv4"]
 
 
-def test_packets_that_nothing_is_known_of_are_dropped_only_when_asked_to():
-    assert rules_for(DEFAULT).lines(Hook.INVALID) == ()
-    lines = rules_for(Policy(drop_invalid=True)).lines(Hook.INVALID)
-    assert [line.name for line in lines] == ["from-within", "invalid"]
-    assert lines[-1].matches == (OfProtocol((TCP,)), Invalid())
-    assert lines[-1].action == Drop()
+@pytest.mark.parametrize("policy", [DNS, DNS_TO_ELSEWHERE, DNS_OF_ONE, DNS_EXCLUDING_SOME])
+def test_queries_are_in_that_zone_exactly_when_they_are_redirected(policy):
+    rules = rules_for(policy)
+    for connection in connections():
+        asked = msgspec.structs.replace(connection, direction=OUT, protocol=UDP)
+        redirected = explain(rules, asked)
+        zoned = decided(rules.lines(Hook.DNS_ZONE), asked)
+        assert (zoned.action == Zone(DNS_ZONE)) == (redirected.action != LEAVE), asked
+
+
+def decided(lines, connection):
+    """What a list says of a connection that is not the one to be asked about it."""
+    rules = Rules(families=tuple(Family), lists=((Hook.OUTBOUND, lines),))
+    return explain(rules, connection)
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, TPROXY, DNS_ALONE])
+def test_packets_that_nothing_is_known_of_are_dropped_only_when_asked_to(policy):
+    assert "invalid" not in names(policy, Hook.INVALID)
+    lines = rules_for(msgspec.structs.replace(policy, drop_invalid=True)).lines(Hook.INVALID)
+    assert [line.name for line in lines[:2]] == ["not-tcp", "invalid"]
+    assert lines[0].matches == (Not(OfProtocol((TCP,))),)
+    assert lines[1].matches == (Invalid(), Not(OnInterface(("lo",))))
+    assert lines[1].action == Drop()
     nothing = Policy(
         drop_invalid=True, inbound=Inbound(enabled=False), outbound=Outbound(enabled=False)
     )
     assert rules_for(nothing).lists == ()
+
+
+def test_packets_of_open_connections_pass_two_lines_before_they_are_left_alone():
+    for hook in (Hook.INVALID, Hook.INVALID_OUTBOUND):
+        assert names(DEFAULT, hook)[:2] == ["not-tcp", "older"]
+    assert names(Policy(drop_invalid=True), Hook.INVALID)[:3] == ["not-tcp", "invalid", "older"]
+
+
+def test_with_tproxy_arriving_connections_need_no_guard_and_leaving_ones_do():
+    assert rules_for(TPROXY).lines(Hook.INVALID) == ()
+    assert names(TPROXY, Hook.INVALID_OUTBOUND) == names(DEFAULT, Hook.INVALID_OUTBOUND) != []
+
+
+def connections():
+    """Connections of which some meet each line that the policies above have."""
+    for address in ("10.0.0.9", "10.96.0.10", "127.0.0.1", "192.0.2.1", "fd00::9", "fe80::1"):
+        source = "fd00::1" if ":" in address else "203.0.113.9"
+        for direction, port in itertools.product(Direction, (53, 80, 8080, 9100, 15001, 20000)):
+            for more in (
+                *({}, BY_PROXY, {"uid": 1000}, {"gid": 50}, {"interface": "net1"}),
+                *({"source": source}, {"forwarded": True}),
+            ):
+                yield Connection(direction=direction, destination=address, port=port, **more)
+
+
+@pytest.mark.parametrize("tracked", [Tracked.KNOWN, Tracked.INVALID])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(DEFAULT, EXCLUDING, INCLUDING, NOTHING_INCLUDED, IPV4_ONLY, SELF_CALLS, TPROXY),
+        *(DNS, DNS_OF_ONE, DNS_EXCLUDING, DNS_EXCLUDING_SOME, DNS_ALONE),
+        *(INBOUND_OFF, OUTBOUND_OFF),
+    ],
+)
+def test_a_connection_that_nat_misses_is_dropped_exactly_when_it_would_be_redirected(
+    policy, tracked
+):
+    rules = rules_for(policy)
+    for connection in connections():
+        asked = explain(rules, connection)
+        missed = explain(rules, msgspec.structs.replace(connection, tracked=tracked))
+        if asked.action == LEAVE:
+            assert missed.action == LEAVE, connection
+        else:
+            by_tproxy = isinstance(asked.action, Tproxy)
+            assert missed == (asked if by_tproxy else Decision(action=Drop(), line=asked.line))
+
+
+@pytest.mark.parametrize(
+    ("resolvers", "destination", "action"),
+    [
+        ((), "10.96.0.10", LEAVE),
+        ((), "10.96.0.11", Drop()),
+        (("10.96.0.10", "10.96.0.11"), "10.96.0.10", LEAVE),
+        (("10.96.0.11",), "10.96.0.11", Drop()),
+        (("10.96.0.11",), "10.96.0.10", Drop()),
+    ],
+)
+def test_a_query_that_goes_to_the_dns_address_by_itself_is_never_translated_and_not_dropped(
+    resolvers, destination, action
+):
+    dns = msgspec.structs.replace(DNS_TO_ELSEWHERE.dns, resolvers=resolvers)
+    connection = Connection(direction=OUT, destination=destination, port=53, tracked=Tracked.KNOWN)
+    assert explain(rules_for(Policy(dns=dns)), connection).action == action
+    other_port = msgspec.structs.replace(dns, port=5353)
+    assert explain(rules_for(Policy(dns=other_port)), connection).action == Drop()
+
+
+def test_the_guards_leave_segments_of_open_connections_alone_also_when_they_cannot_be_placed():
+    segment = Connection(
+        direction=IN, destination="10.0.0.2", port=80, opening=False, tracked=Tracked.INVALID
+    )
+    assert explain(rules_for(DEFAULT), segment).line == "older"
+    assert explain(rules_for(Policy(drop_invalid=True)), segment).action == Drop()
 
 
 def test_with_tproxy_only_a_segment_whose_socket_is_known_is_older():

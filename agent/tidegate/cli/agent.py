@@ -28,7 +28,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Runs the agent until it is told to stop."""
-    require_root()
+    require_root("it loads eBPF, and rules into network namespaces")
     config = load_config(args.config)
     log.set_up()
     asyncio.run(run_agent(config))

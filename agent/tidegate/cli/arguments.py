@@ -17,8 +17,14 @@ def duration(text: str) -> float:
     return seconds
 
 
+def source_of(file: str) -> str:
+    """What a person calls a file that is read: "-" is standard input."""
+    return "standard input" if file == "-" else file
+
+
 def text_of(file: str) -> str:
     """The text of a file, of standard input for "-". InputError when it cannot be read, is no UTF-8 or too large."""
+    source = source_of(file)
     try:
         if file == "-":
             raw = sys.stdin.buffer.read(MAX_TEXT * 4 + 1)
@@ -26,13 +32,15 @@ def text_of(file: str) -> str:
             with Path(file).open("rb") as stream:
                 raw = stream.read(MAX_TEXT * 4 + 1)
         if len(raw) > MAX_TEXT * 4:
-            raise InputError("is too large", source=file, expected=f"at most {MAX_TEXT} characters")
+            raise InputError(
+                "is too large", source=source, expected=f"at most {MAX_TEXT} characters"
+            )
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"byte {error.start} is not UTF-8", source=file, expected="UTF-8 text"
+            f"byte {error.start} is not UTF-8", source=source, expected="UTF-8 text"
         ) from error
     except OSError as error:
         raise InputError(
-            f"cannot be read: {error.strerror}", source=file, expected="a file, or -"
+            f"cannot be read: {error.strerror}", source=source, expected="a file, or -"
         ) from error

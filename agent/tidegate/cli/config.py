@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from tidegate.catalog.client import CatalogClient, CatalogRefused, CatalogUnreachable
-from tidegate.cli.arguments import text_of
+from tidegate.cli.arguments import source_of, text_of
 from tidegate.cli.target import add_options, server_address
 from tidegate.intent.entries import Entry, make_kind, parse_entries, to_consul, warning_for
 from tidegate.intent.resolve import turned_strict
@@ -47,7 +47,7 @@ def run_write(args: argparse.Namespace) -> int:
     """Writes every entry of the file, in order; stops at the first that is refused."""
     if args.modify_index and not args.cas:
         return _error("Cannot specify -modify-index without -cas")
-    entries = parse_entries(text_of(args.file), args.file)
+    entries = parse_entries(text_of(args.file), source_of(args.file))
     for entry in entries:
         label = f"{entry.kind}/{entry.name}"
         try:

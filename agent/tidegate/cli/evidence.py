@@ -19,6 +19,7 @@ from tidegate.errors import TidegateError
 from tidegate.node.client import AgentClient, AgentUnreachable
 
 REFRESH_S = 0.5
+ASKS = "only root may ask an agent"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -59,7 +60,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="TIME",
         help="wait up to this long for the verdict READY",
     )
-    ready.add_argument("--json", action="store_true", help="for programs")
+    ready.add_argument(
+        "--json",
+        action="store_true",
+        help='for programs: {"verdicts": [...]}, one for each service',
+    )
     ready.set_defaults(run=run_ready)
 
     strict = subparsers.add_parser(
@@ -84,7 +89,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run_flows(args: argparse.Namespace) -> int:
     """Prints the ledger's edges once, or keeps them on the screen."""
-    require_root()
+    require_root(ASKS)
     return asyncio.run(_flows(args))
 
 
@@ -138,7 +143,7 @@ async def _follow(fetch: Callable[[], Any], deadline: float | None, *, json_line
 
 def run_ready(args: argparse.Namespace) -> int:
     """Prints the verdict of one service or of all; the exit code is the verdict."""
-    require_root()
+    require_root(ASKS)
     try:
         return asyncio.run(_ready(args))
     except AgentUnreachable as error:
@@ -156,8 +161,7 @@ async def _ready(args: argparse.Namespace) -> int:
             answer = await _wait_ready(agent, path, query, args.wait, answer)
     verdicts = answer["verdicts"]
     if args.json:
-        shown = verdicts[0] if args.service else verdicts
-        print(json.dumps(shown, indent=2))
+        print(json.dumps(answer, indent=2))
     elif not verdicts:
         print("no service has a sidecar yet: there is nothing that could go strict")
     else:
@@ -202,7 +206,7 @@ async def _wait_ready(
 
 def run_strict(args: argparse.Namespace) -> int:
     """Flips and guards; prints events as they come."""
-    require_root()
+    require_root(ASKS)
     try:
         return asyncio.run(_strict(args))
     except KeyboardInterrupt:

@@ -17,7 +17,9 @@ from tidegate.errors import InputError
 from tidegate.lab import runtime, state
 from tidegate.lab.spec import DEFAULT_LAB_NAME, LabSpec, check_lab_name, load
 from tidegate.lab.state import LabPaths, LabStatus, PodStatus
+from tidegate.node.redirection import Redirection
 
+MAKES = "it makes network namespaces and loads eBPF"
 DEMO_FILE = Path(runtime.__file__).with_name("demo.yaml")
 
 
@@ -57,7 +59,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     _add_lab_option(execute)
     execute.add_argument("pod", metavar="POD", help="a pod, a node, or outside")
-    execute.add_argument("argv", nargs="+", metavar="CMD", help="after --")
+    execute.add_argument(
+        "argv",
+        nargs=argparse.REMAINDER,
+        metavar="CMD",
+        help="and its arguments; -- may stand before",
+    )
     execute.set_defaults(run=run_exec)
 
     onboard = commands.add_parser(
@@ -81,7 +88,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run_up(args: argparse.Namespace) -> int:
     """Brings a lab up, telling each step."""
-    require_root()
+    require_root(MAKES)
     spec, source = _wanted(args)
     out = tables.console()
     if out.is_terminal:
@@ -99,7 +106,7 @@ def run_up(args: argparse.Namespace) -> int:
 
 def run_status(args: argparse.Namespace) -> int:
     """Shows nodes and pods; 0 when everything that should run does."""
-    require_root()
+    require_root("only root may ask the agents")
     status = runtime.status(the_lab(args))
     if args.json:
         print(msgspec.json.format(msgspec.json.encode(status)).decode())
@@ -115,14 +122,21 @@ def run_status(args: argparse.Namespace) -> int:
 
 def run_exec(args: argparse.Namespace) -> int:
     """Becomes the command."""
-    require_root()
+    argv = args.argv
+    if not argv:
+        raise InputError("no command is given", expected=f"one, such as: {args.pod} -- ip address")
+    if argv[0].startswith("-"):
+        raise InputError(
+            f"{argv[0]} stands where the command should", expected="options before POD"
+        )
+    require_root("it enters a network namespace")
     sys.stdout.flush()
-    runtime.exec_in(the_lab(args), args.pod, args.argv)
+    runtime.exec_in(the_lab(args), args.pod, argv)
 
 
 def run_onboard(args: argparse.Namespace) -> int:
     """Puts pods into the mesh."""
-    require_root()
+    require_root("the lab's files are root's")
     runtime.onboard(the_lab(args), args.pods)
     print(f"{', '.join(args.pods)}: the agent gives each a sidecar now")
     return 0
@@ -130,7 +144,7 @@ def run_onboard(args: argparse.Namespace) -> int:
 
 def run_down(args: argparse.Namespace) -> int:
     """Takes labs down."""
-    require_root()
+    require_root(MAKES)
     for lab in _labs_to_take_down(args):
         runtime.down(lab)
         print(f"lab {lab} is down")
@@ -201,6 +215,7 @@ def _pods(status: LabStatus) -> Table:
     table = _table(
         "pod", "node", "service", "addresses", "app", "sidecar", "requests", "failed", "served"
     )
+    answering = {node.name for node in status.nodes if node.agent_answers}
     for pod in status.pods:
         table.add_row(
             pod.name,
@@ -208,22 +223,30 @@ def _pods(status: LabStatus) -> Table:
             f"{pod.service}:{pod.port}" if pod.port else pod.service,
             " ".join(pod.addresses),
             _application(pod),
-            _sidecar(pod),
+            _sidecar(pod, answers=pod.node in answering),
             *_counts(pod),
         )
     return table
 
 
 def _remarks(status: LabStatus) -> Iterator[str]:
-    """What a reader has to know of redirections that are in place."""
+    """What a reader has to know of redirections, beyond what is wrong with a sidecar."""
     for pod in status.pods:
         said = pod.agent
         if not pod.mesh or said is None:
             continue
+        if said.redirect in _WITHOUT_RULES:
+            yield f"{pod.name}: {_WITHOUT_RULES[said.redirect]}"
         if said.repairs:
             times = "once" if said.repairs == 1 else f"{said.repairs} times"
             yield f"{pod.name}: its redirection was changed and put back {times}; the last time: {said.last_repair}"
         yield from (f"{pod.name}: {note}" for note in said.notes)
+
+
+_WITHOUT_RULES: dict[str, str] = {
+    Redirection.FAILED: "its redirection could not be applied: traffic goes around its sidecar",
+    Redirection.BLOCKED: "its redirection could not be applied: nothing of it passes until it can be",
+}
 
 
 def _table(*titles: str) -> Table:
@@ -246,8 +269,10 @@ def _process(pid: int, *, alive: bool) -> str:
     return f"runs ({pid})" if alive else "[red]has ended[/]"
 
 
-def _sidecar(pod: PodStatus) -> str:
+def _sidecar(pod: PodStatus, *, answers: bool) -> str:
     said = pod.agent
+    if said is None and not answers:
+        return f"not known, the agent of {pod.node} does not answer"
     if said is None:
         return "wanted, the agent does not know it" if pod.mesh else "none"
     if not pod.mesh and not said.meshed:

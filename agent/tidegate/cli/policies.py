@@ -3,18 +3,22 @@
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from tidegate.cli import redirect_text
-from tidegate.cli.arguments import text_of
+from tidegate.cli.arguments import source_of, text_of
 from tidegate.cli.redirect_text import SHOWN
 from tidegate.cli.workloads import KnownWorkload
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.annotations import policy_from_annotations, policy_of
 from tidegate.intent.documents import read_documents
 from tidegate.intent.policy import DEFAULT, Policy
-from tidegate.intent.policy_documents import policy_from_consul_config, policy_from_document
+from tidegate.intent.policy_documents import (
+    policy_from_consul_config,
+    policy_from_document,
+    policy_to_document,
+)
 from tidegate.node.users import group_id, user_id
 
 
@@ -43,12 +47,20 @@ def is_given(args: argparse.Namespace) -> bool:
     return any(getattr(args, source) is not None for source in _CHANGES)
 
 
-def given(args: argparse.Namespace) -> Policy:
-    """The policy that the options give, built-in defaults below. InputErrors with the faults of all of them.
+class Layer(NamedTuple):
+    """A source of settings, and the policy as it is with it and those below."""
 
-    Warns of a manifest that has no annotations.
+    name: str
+    policy: Policy
+
+
+def given(args: argparse.Namespace) -> tuple[Layer, ...]:
+    """The policy that the options give is that of the last layer; the built-in defaults are below the first.
+
+    Warns of a manifest that has no annotations. InputErrors with the faults of all options.
     """
     _refuse_second_stdin(args)
+    layers = []
     policy = DEFAULT
     faults: list[InputError] = []
     for source, change in _CHANGES.items():
@@ -57,25 +69,78 @@ def given(args: argparse.Namespace) -> Policy:
             continue
         try:
             policy = change(option, policy)
+            layers.append(Layer(_option(source), policy))
         except InputErrors as error:
             faults += error.faults
         except InputError as error:
             faults.append(error)
     if faults:
-        raise InputErrors(tuple(map(_with_source_in_words, faults)))
-    return policy
+        raise InputErrors(tuple(faults))
+    return tuple(layers)
 
 
 def of_workload(workload: KnownWorkload) -> Policy:
     """The policy of its annotations, built-in defaults below. InputErrors names the workload in each fault."""
     with _from(f"workload {workload.name}"):
-        return policy_of(
-            workload.namespace_annotations,
-            workload.annotations,
-            DEFAULT,
-            users=user_id,
-            groups=group_id,
-        )
+        return _annotated(workload.namespace_annotations, workload.annotations)
+
+
+def layers_of_workload(workload: KnownWorkload) -> tuple[Layer, ...]:
+    """Where the policy of its annotations comes from; () where they have faults, and another one is in force."""
+    try:
+        of_namespace = _annotated(workload.namespace_annotations, {})
+        whole = of_workload(workload)
+    except InputErrors:
+        return ()
+    return Layer("its namespace", of_namespace), Layer("its annotations", whole)
+
+
+def as_yaml(policy: Policy, layers: Iterable[Layer] = (), others: str = "") -> str:
+    """All settings of a policy, a line each, as a document that --policy reads again.
+
+    Comments say what is not the built-in default, and which layer said so last; `others` did where none of them did.
+    """
+    settings = policy_to_document(policy)
+    before = defaults = policy_to_document(DEFAULT)
+    said_by: dict[tuple[str, ...], str] = {}
+    for layer in layers:
+        after = policy_to_document(layer.policy)
+        said_by |= {
+            place: layer.name
+            for place, value in _settings(after)
+            if value != _at(before, [*place]) and value == _at(settings, [*place])
+        }
+        before = after
+    lines = []
+    for section, fields in settings.items():
+        in_section = isinstance(fields, dict)
+        if in_section:
+            lines.append(f"{section}:")
+        for place, value in _settings({section: fields}):
+            default = _at(defaults, [*place])
+            who = said_by.get(place, others)
+            remark = f"  # default: {json.dumps(default)}" + (f"; by {who}" if who else "")
+            # A value of JSON is one of YAML.
+            line = f"{place[-1]}: {json.dumps(value)}{'' if value == default else remark}"
+            lines.append(f"  {line}" if in_section else line)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _settings(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each setting of a document, with its place."""
+    for name, value in document.items():
+        if isinstance(value, dict):
+            yield from (((name, field), each) for field, each in value.items())
+        else:
+            yield (name,), value
+
+
+def _annotated(namespace_annotations: Mapping[str, str], annotations: Mapping[str, str]) -> Policy:
+    return policy_of(namespace_annotations, annotations, DEFAULT, users=user_id, groups=group_id)
+
+
+def _option(source: str) -> str:
+    return f"--{source.replace('_', '-')}"
 
 
 def faults_of_workload(workload: KnownWorkload) -> tuple[InputError, ...]:
@@ -93,27 +158,19 @@ def faults_of_workload(workload: KnownWorkload) -> tuple[InputError, ...]:
 def _refuse_second_stdin(args: argparse.Namespace) -> None:
     readers = [source for source in _CHANGES if getattr(args, source) == "-"]
     if len(readers) > 1:
-        names = " and ".join(f"--{source.replace('_', '-')}" for source in readers)
+        names = " and ".join(map(_option, readers))
         raise InputError(f"{names} both read standard input", expected="one of them from a file")
 
 
-def _in_words(file: str) -> str:
-    return "standard input" if file == "-" else file
-
-
-def _with_source_in_words(fault: InputError) -> InputError:
-    return InputError(
-        fault.problem, source=_in_words(fault.source), field=fault.field, expected=fault.expected
-    )
-
-
 def _by_document(option: str, base: Policy) -> Policy:
-    return policy_from_document(text_of(option), option, base, users=user_id, groups=group_id)
+    source = source_of(option)
+    return policy_from_document(text_of(option), source, base, users=user_id, groups=group_id)
 
 
 def _by_annotations(option: str, base: Policy) -> Policy:
-    annotations = _annotations(text_of(option), option)
-    with _from(option):
+    source = source_of(option)
+    annotations = _annotations(text_of(option), source)
+    with _from(source):
         return policy_from_annotations(annotations, base, users=user_id, groups=group_id)
 
 
@@ -130,7 +187,7 @@ _CHANGES: Final[Mapping[str, Callable[[str, Policy], Policy]]] = {
 """The options that give a policy, in the order in which they are applied."""
 
 
-def _annotations(text: str, source: str) -> Mapping[str, str]:
+def _annotations(text: str, source: str) -> Mapping[str, object]:
     documents = read_documents(text, source)
     if not documents:
         raise InputError("holds nothing", source=source, expected="one mapping, or one manifest")
@@ -138,24 +195,11 @@ def _annotations(text: str, source: str) -> Mapping[str, str]:
         problem = f"holds {len(documents)} documents ({_named(documents)})"
         raise InputError(problem, source=source, expected="one of them, in a file of its own")
     document: Mapping[str, Any] = documents[0]
-    if "metadata" in document or "kind" in document:
-        document = _annotations_of_manifest(document, source)
-    faults = tuple(
-        InputError(
-            "is not a string",
-            source=source,
-            field=name,
-            expected=json.dumps(json.dumps(value)),
-        )
-        for name, value in document.items()
-        if not isinstance(value, str)
-    )
-    if faults:
-        raise InputErrors(faults)
-    return document
+    is_manifest = "metadata" in document or "kind" in document
+    return _annotations_of_manifest(document, source) if is_manifest else document
 
 
-def _annotations_of_manifest(manifest: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+def _annotations_of_manifest(manifest: Mapping[str, Any], source: str) -> Mapping[str, object]:
     """A pod's annotations: those of its own manifest, or of the template of whatever makes the pod."""
     _refuse_list(manifest, source)
     path = ["metadata", "annotations"]
@@ -167,7 +211,7 @@ def _annotations_of_manifest(manifest: Mapping[str, Any], source: str) -> Mappin
     if found is not None and not isinstance(found, Mapping):
         raise InputError("is not a mapping", source=source, field=field, expected="name: value")
     if not found:
-        redirect_text.warn(f"{_in_words(source)}: the manifest has no annotations ({field})")
+        redirect_text.warn(f"{source}: the manifest has no annotations ({field})")
     return found or {}
 
 

@@ -21,9 +21,10 @@ from tidegate.cli.redirect_text import warn
 from tidegate.cli.target import is_root, require_root
 from tidegate.enforce.redirect import block, foreign
 from tidegate.enforce.redirect.backend import Backend, BackendName, Change
-from tidegate.enforce.redirect.engine import AUTO, Applied, Engine, choose
+from tidegate.enforce.redirect.engine import AUTO, Applied, BackendChoice, Engine, choose
 from tidegate.enforce.redirect.iptables import IptablesBackend
 from tidegate.enforce.redirect.nftables import NftablesBackend
+from tidegate.enforce.redirect.probing.judgement import Outcome
 from tidegate.enforce.redirect.rules import (
     LOOPBACK_INTERFACE,
     Action,
@@ -31,9 +32,10 @@ from tidegate.enforce.redirect.rules import (
     explain,
     rules_for,
 )
-from tidegate.enforce.redirect.verify import Outcome, verify
+from tidegate.enforce.redirect.verify import verify
 from tidegate.errors import InputError, InputErrors, TidegateError
 from tidegate.intent.policy import DEFAULT, Policy
+from tidegate.intent.policy_documents import policy_to_document
 from tidegate.kernel import netns, routes, sockets
 from tidegate.kernel.errors import KernelError
 from tidegate.model import Direction
@@ -78,7 +80,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Adds the command group `redirect`."""
     group = subparsers.add_parser(
         "redirect",
-        help="which connections go to the sidecar: apply, show, check, explain, verify, remove",
+        help="which connections go to the sidecar: apply, show, check, explain, policy, verify, remove",
         description="Redirects the connections of one network namespace to a sidecar, by one policy, and shows that it "
         "does. The agent does the same for its workloads; these commands are for everything else, and for looking.",
     )
@@ -147,6 +149,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     _add_explain(commands)
 
+    policy = _command(
+        commands,
+        "policy",
+        run_policy,
+        "the policy that all of this is about, whole",
+        "Prints every setting of the policy that the other commands would work by with the same options; of a workload "
+        "of the agent, of the one in force. It is a document, which --policy reads again. Where a setting is not the "
+        "built-in default, a comment tells that.",
+        """
+  tidegate redirect policy --workload web
+  tidegate redirect policy --annotations pod.yaml | tidegate redirect apply --netns shop-1 --policy -""",
+    )
+    namespaces.add_options(policy, required=False)
+    policies.add_options(policy)
+
     verify_ = _command(
         commands,
         "verify",
@@ -186,7 +203,8 @@ def run_apply(args: argparse.Namespace) -> int:
         warn(warning)
     engine = Engine(args.backend)
     applied = engine.apply(where.path, policy, adopt=args.adopt)
-    after = (*engine.gaps(where.path, policy), *_unheard(where, policy))
+    gaps = (gap for gap in engine.gaps(where.path, policy) if not _is_told(gap, applied.refused))
+    after = (*applied.refused, *gaps, *_unheard(where, policy))
     adoptable = _adoptable(where) if applied.foreign and not args.adopt else ()
     for warning in after:
         warn(f"{warning}; --adopt replaces it" if warning in adoptable else warning)
@@ -340,6 +358,27 @@ def run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_policy(args: argparse.Namespace) -> int:
+    """Prints a policy as a document."""
+    where = namespaces.chosen(args)
+    workload = where.workload if where else None
+    layers: tuple[policies.Layer, ...] = ()
+    if policies.is_given(args):
+        layers = policies.given(args)
+        policy = layers[-1].policy
+    else:
+        policy = _policy(args, where)
+        layers = policies.layers_of_workload(workload) if workload else ()
+    if args.json:
+        _print_json(policy_to_document(policy))
+    else:
+        # What neither default nor annotations say, the agent of the node does.
+        sys.stdout.write(
+            policies.as_yaml(policy, layers, "the node" if layers and workload else "")
+        )
+    return 0
+
+
 def run_verify(args: argparse.Namespace) -> int:
     """Prints what became of each probe; 1 when one failed."""
     with _cannot_tell():
@@ -441,7 +480,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def _add_backend(parser: argparse.ArgumentParser, meaning: str) -> None:
-    parser.add_argument("--backend", choices=[AUTO, *BACKENDS], default=AUTO, help=meaning)
+    parser.add_argument("--backend", choices=[*map(str, BackendChoice)], default=AUTO, help=meaning)
 
 
 def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -569,7 +608,7 @@ def _mark(text: str) -> int:
 
 def _policy(args: argparse.Namespace, where: Target | None) -> Policy:
     if policies.is_given(args):
-        return policies.given(args)
+        return policies.given(args)[-1].policy
     workload = where.workload if where else None
     if workload is None:
         return DEFAULT
@@ -622,6 +661,11 @@ def _on_the_wire(text: str) -> Address:
 def _own_namespace(where: Target) -> Iterator[str]:
     if namespaces.is_own(where.path):
         yield f"{where.name} is the network namespace of this shell: everything that runs in it is redirected"
+
+
+def _is_told(gap: str, refused: Iterable[str]) -> bool:
+    """Whether one of the refusals names the gap, and says why it is still there."""
+    return any(one.startswith(gap) for one in refused)
 
 
 def _adoptable(where: Target) -> tuple[str, ...]:

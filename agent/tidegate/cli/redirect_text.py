@@ -16,6 +16,7 @@ from tidegate.enforce.redirect.rules import (
     Criterion,
     Decision,
     Drop,
+    First,
     FromNetwork,
     InCgroup,
     Invalid,
@@ -204,6 +205,8 @@ def _criterion(criterion: Criterion, shown: int | None) -> str:
             return "to an address of the workload"
         case Invalid():
             return "unknown to connection tracking"
+        case First():
+            return "the first of a connection"
         case Translated():
             return "of a connection that is translated already"
         case _:

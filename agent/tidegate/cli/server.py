@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Runs the server until it is told to stop."""
-    require_root()
+    require_root("its keys and its socket are root's")
     config = load_config(args.config)
     log.set_up()
     asyncio.run(serve(config))

@@ -34,7 +34,7 @@ def is_root() -> bool:
     return os.geteuid() == 0
 
 
-def require_root(why: str = "it makes network namespaces and loads eBPF") -> None:
+def require_root(why: str) -> None:
     """Raises a TidegateError, which says what a command does that others may not, unless the user is root."""
     if not is_root():
         raise TidegateError(f"this needs root: {why}; try sudo")

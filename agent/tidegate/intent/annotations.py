@@ -109,7 +109,7 @@ def _texts(written: Written, draft: Draft, source: str) -> Annotations:
         if not isinstance(value, str):
             strangers += 1
             if strangers <= MAX_FAULTS:
-                draft.place(as_name(name), source).fault("is not a string", _advised(value))
+                draft.place(as_name(name), source).fault("is not a string", advised(value))
         text = _meant(value)
         if text is not None:
             texts[name] = text
@@ -119,7 +119,8 @@ def _texts(written: Written, draft: Draft, source: str) -> Annotations:
     return texts
 
 
-def _advised(value: object) -> str:
+def advised(value: object) -> str:
+    """What the value of an annotation, which is no text, should be: that text in quotes, if it is clear."""
     text = _meant(value)
     return "text in quotes" if text is None or len(text) > _ADVISED else json.dumps(text)
 

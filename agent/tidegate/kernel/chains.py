@@ -1,23 +1,31 @@
-"""Which chains the current network namespace has, whoever made them: names only, read cheaply.
+"""Which chains the current network namespace has, whoever made them: names and hooks, read cheaply.
 
 Reads both stores of the kernel, nf_tables and the legacy tables, with a few system calls and no library. Only
 looking changes nothing: a legacy table comes to life when somebody asks for it, so only those are asked for that
 the namespace has already.
+
+Whoever may change a namespace's rules can put any number of chains there. So there is a bound on what is looked at,
+and that there is more is a part of the answer and no error. Chains that a caller seeks by their names are found
+however many others there are.
 """
 
-import ctypes
 import enum
-import errno
-import os
-import socket
-import struct
-from collections.abc import Iterator
-from pathlib import Path
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
-from tidegate.kernel import nfnetlink
+from tidegate.kernel import legacy_tables, nf_tables, nfnetlink, xtables
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.nfnetlink import Conversation, attributes_in, text_attribute, text_of
+
+MOST = 1000
+"""How many chains of nf_tables are looked at."""
+
+MOST_LEGACY_BYTES = 2**20
+"""A legacy table with more bytes of rules than that is not looked at."""
 
 
 class Store(enum.StrEnum):
@@ -29,6 +37,19 @@ class Store(enum.StrEnum):
     """ip_tables and ip6_tables, where iptables-legacy writes to."""
 
 
+class Base(msgspec.Struct, frozen=True, order=True):
+    """By what a chain is asked, and when."""
+
+    kind: str
+    """nat, filter or route, as nft calls it."""
+    hook: str
+    """As nft calls it: prerouting, input, forward, output, postrouting, ingress, egress."""
+    priority: int
+    """Lower ones are asked earlier."""
+    drops: bool
+    """Whether its policy is to drop what its rules do not decide on."""
+
+
 class Chain(msgspec.Struct, frozen=True, order=True):
     """A chain that somebody made; the built-in ones of legacy tables do not count."""
 
@@ -37,157 +58,158 @@ class Chain(msgspec.Struct, frozen=True, order=True):
     """As nft calls it: ip, ip6, inet, ...; of a legacy table ip or ip6."""
     table: str
     name: str
+    base: Base | None = None
+    """None for a chain that only other chains lead to."""
+    is_empty: bool = False
+    """Whether it has no rule, and none leads to it. Of a legacy chain that is not told: False."""
 
 
-def listed() -> tuple[Chain, ...]:
-    """The chains of the current namespace. KernelError when they cannot be read."""
-    return (*_of_nf_tables(), *_of_legacy_tables())
+class Listing(NamedTuple):
+    """The chains of a namespace, as far as they were looked at."""
+
+    chains: tuple[Chain, ...]
+    unseen: tuple[str, ...]
+    """What was not looked at, and why, one sentence each; () when everything was."""
 
 
-# linux/netfilter/nf_tables.h
-_NFT_MSG_GETCHAIN = 4
-_NFTA_CHAIN_TABLE = 1
-_NFTA_CHAIN_NAME = 3
-_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
-"""NFPROTO_* of linux/netfilter.h by number."""
-_WHAT = "the chains of nf_tables"
+def listed(sought: Iterable[Chain] = ()) -> Listing:
+    """The chains of the current namespace. Those of `sought` (base and is_empty do not matter) are among them if
+    they are in nf_tables.
+
+    KernelError when they cannot be read, not for being many or changing all the time.
+    """
+    return joined((of_nf_tables(sought), of_legacy_tables()))
 
 
-def _of_nf_tables() -> tuple[Chain, ...]:
-    try:
-        return nfnetlink.undisturbed(_WHAT, _dumped)
-    except KernelError as error:
-        if error.errno in nfnetlink.NO_SUBSYSTEM:
-            return ()
-        raise
-    except nfnetlink.Enough as error:
-        problem = f"{_WHAT} are longer than {nfnetlink.MOST_BYTES >> 20} MiB"
-        raise KernelError(problem, errno.E2BIG) from error
-
-
-def _dumped() -> tuple[Chain, ...]:
-    with nfnetlink.Conversation(nfnetlink.SUBSYSTEM_NFTABLES, 0, _WHAT) as kernel:
-        return tuple(map(_chain, kernel.dump(_NFT_MSG_GETCHAIN)))
-
-
-def _chain(answer: nfnetlink.Answer) -> Chain:
-    attributes = dict(nfnetlink.attributes_in(answer.attributes))
-    return Chain(
-        Store.NF_TABLES,
-        _FAMILIES.get(answer.family, str(answer.family)),
-        nfnetlink.text_of(attributes[_NFTA_CHAIN_TABLE]),
-        nfnetlink.text_of(attributes[_NFTA_CHAIN_NAME]),
+def joined(listings: Iterable[Listing]) -> Listing:
+    """Several listings as one."""
+    parts = tuple(listings)
+    return Listing(
+        tuple(itertools.chain.from_iterable(part.chains for part in parts)),
+        tuple(itertools.chain.from_iterable(part.unseen for part in parts)),
     )
 
 
-class _Legacy(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the two families of legacy tables, and where its entries keep what is read here."""
-
-    family: str
-    names: str
-    """File below /proc that lists the tables of the namespace."""
-    domain: int
-    level: int
-    target_offset: int
-    """Offset of target_offset and next_offset in struct ipt_entry, struct ip6t_entry."""
-
-
-_LEGACY = (
-    _Legacy(
-        family="ip",
-        names="/proc/thread-self/net/ip_tables_names",
-        domain=socket.AF_INET,
-        level=socket.IPPROTO_IP,
-        target_offset=88,
-    ),
-    _Legacy(
-        family="ip6",
-        names="/proc/thread-self/net/ip6_tables_names",
-        domain=socket.AF_INET6,
-        level=socket.IPPROTO_IPV6,
-        target_offset=140,
-    ),
-)
-
-# linux/netfilter_ipv4/ip_tables.h, linux/netfilter_ipv6/ip6_tables.h
-_SO_GET_INFO = 64
-_SO_GET_ENTRIES = 65
-_INFO = struct.Struct("=32s52x")
-"""struct ipt_getinfo; its last field is the size of the entries."""
-_ENTRIES = struct.Struct("=32sI4x")
-"""struct ipt_get_entries up to the entries"""
-_OFFSETS = struct.Struct("=HH")
-_ERROR_TARGET = struct.Struct("=H29sB30s")
-"""struct xt_error_target: a chain begins with an entry that has one, which bears the chain's name."""
-_MOST_BYTES = 2**28
-"""More bytes of entries than that are not read but refused; they would be an attempt at this process's memory."""
-_ATTEMPTS = 20
-"""How often a table is read again that was changed meanwhile."""
-_LAST = "ERROR"
-"""What the entry that ends a table is called (XT_ERROR_TARGET)."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
+# linux/netfilter/nf_tables.h
+_NFT_MSG_GETTABLE = 1
+_NFT_MSG_GETCHAIN = 4
+_NFTA_TABLE_NAME = 1
+_NFTA_CHAIN_TABLE = 1
+_NFTA_CHAIN_NAME = 3
+_NFTA_CHAIN_HOOK = 4
+_NFTA_CHAIN_POLICY = 5
+_NFTA_CHAIN_USE = 6
+_NFTA_CHAIN_TYPE = 7
+_NFTA_HOOK_HOOKNUM = 1
+_NFTA_HOOK_PRIORITY = 2
+_FAMILIES = {number: name for name, number in nf_tables.FAMILIES.items()}
+# linux/netfilter.h
+_NF_DROP = 0
+_IP_HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
+_HOOKS = {"netdev": ("ingress", "egress"), "arp": ("input", "output", "forward")}
+"""NF_INET_*, NF_NETDEV_* and NF_ARP_*, by family where they are not those of IP."""
+_WHAT = "the chains of nf_tables"
+_MOST_BYTES = 2**20
+_TRIES = 4
+"""How often a listing is begun again into which a change came."""
 
 
-def _of_legacy_tables() -> Iterator[Chain]:
-    for legacy in _LEGACY:
+def of_nf_tables(sought: Iterable[Chain] = ()) -> Listing:
+    """Those that nft would list; none in a kernel without nf_tables."""
+    try:
+        return _of_nf_tables(tuple(sought))
+    except KernelError as error:
+        if error.errno in nfnetlink.NO_SUBSYSTEM:
+            return Listing((), ())
+        raise
+
+
+def _of_nf_tables(sought: tuple[Chain, ...]) -> Listing:
+    for _ in range(_TRIES):
         try:
-            tables = Path(legacy.names).read_text().split()
-        except FileNotFoundError:
+            found, is_all = _dumped()
+        except nfnetlink.Disturbed:
             continue
-        except OSError as error:
-            problem = f"cannot read {legacy.names}: {error.strerror}"
-            raise KernelError(problem, error.errno or 0) from error
-        for table in tables:
-            for name in _chains_in(_entries(legacy, table), legacy.target_offset):
-                yield Chain(Store.LEGACY, legacy.family, table, name)
+        if is_all:
+            return Listing(tuple(found), ())
+        unseen = f"there are more than {MOST} chains in nf_tables, and not all were looked at"
+        break
+    else:
+        found, unseen = [], f"{_WHAT} change faster than they can be listed"
+    return Listing(tuple(dict.fromkeys((*found, *_asked_for(sought)))), (unseen,))
 
 
-def _entries(legacy: _Legacy, table: str) -> bytes:
-    with socket.socket(legacy.domain, socket.SOCK_RAW, socket.IPPROTO_RAW) as door:
-        for _ in range(_ATTEMPTS):
-            info = ctypes.create_string_buffer(_INFO.pack(table.encode()), _INFO.size)
-            _ask(door, legacy, table, _SO_GET_INFO, info)
-            (size,) = struct.unpack_from("=I", info, _INFO.size - 4)
-            if size > _MOST_BYTES:
-                problem = f"the legacy table {table} ({legacy.family}) has {size} bytes"
-                raise KernelError(f"{problem}, more than {_MOST_BYTES}", errno.E2BIG)
-            buffer = ctypes.create_string_buffer(_ENTRIES.size + size)
-            _ENTRIES.pack_into(buffer, 0, table.encode(), size)
-            try:
-                _ask(door, legacy, table, _SO_GET_ENTRIES, buffer)
-            except KernelError as error:
-                # The table has another size meanwhile.
-                if error.errno != errno.EAGAIN:
-                    raise
+def _dumped() -> tuple[list[Chain], bool]:
+    """As many chains as are looked at, and whether that is all."""
+    found: list[Chain] = []
+    with Conversation(nfnetlink.SUBSYSTEM_NFTABLES, 0, _WHAT, _MOST_BYTES) as kernel:
+        try:
+            for answer in kernel.dump(_NFT_MSG_GETCHAIN):
+                if len(found) == MOST:
+                    return found, False
+                found.append(_chain(answer.family, answer.attributes))
+        except nfnetlink.Enough:
+            return found, False
+    return found, True
+
+
+def _asked_for(sought: Iterable[Chain]) -> Iterator[Chain]:
+    """Those of the chains that are there, each asked for by its name."""
+    of_table: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for chain in sought:
+        of_table[chain.family, chain.table].append(chain.name)
+    for (family, table), names in of_table.items():
+        number = nf_tables.FAMILIES[family]
+        with Conversation(nfnetlink.SUBSYSTEM_NFTABLES, number, _WHAT) as kernel:
+            if not kernel.ask(_NFT_MSG_GETTABLE, text_attribute(_NFTA_TABLE_NAME, table)):
                 continue
-            return buffer.raw[_ENTRIES.size :]
-    raise KernelError(f"table {table} changes faster than it can be read", errno.EBUSY)
+            for name in names:
+                asked = text_attribute(_NFTA_CHAIN_TABLE, table)
+                asked += text_attribute(_NFTA_CHAIN_NAME, name)
+                for answer in kernel.ask(_NFT_MSG_GETCHAIN, asked):
+                    yield _chain(number, answer)
 
 
-def _ask(
-    door: socket.socket,
-    legacy: _Legacy,
-    table: str,
-    option: int,
-    buffer: "ctypes.Array[ctypes.c_char]",
-) -> None:
-    length = ctypes.c_uint32(len(buffer))
-    answer = ctypes.byref(length)
-    if _libc.getsockopt(door.fileno(), legacy.level, option, buffer, answer) != 0:
-        number = ctypes.get_errno()
-        what = f"cannot read the legacy table {table} ({legacy.family})"
-        raise KernelError(f"{what}: {os.strerror(number)}", number)
+def _chain(family: int, attributes: bytes) -> Chain:
+    parts = dict(attributes_in(attributes))
+    family_name = _FAMILIES.get(family, str(family))
+    return Chain(
+        Store.NF_TABLES,
+        family_name,
+        text_of(parts[_NFTA_CHAIN_TABLE]),
+        text_of(parts[_NFTA_CHAIN_NAME]),
+        _base(family_name, parts),
+        is_empty=_number(parts[_NFTA_CHAIN_USE]) == 0,
+    )
 
 
-def _chains_in(entries: bytes, target_offset: int) -> Iterator[str]:
-    at = 0
-    while at < len(entries):
-        target, following = _OFFSETS.unpack_from(entries, at + target_offset)
-        if entries[at + target + 2 : at + target + 8] == b"ERROR\0":
-            name = nfnetlink.text_of(_ERROR_TARGET.unpack_from(entries, at + target)[3])
-            if name != _LAST:
-                yield name
-        if not following:
-            return
-        at += following
+def _base(family: str, chain: dict[int, bytes]) -> Base | None:
+    if _NFTA_CHAIN_HOOK not in chain:
+        return None
+    hook = dict(attributes_in(chain[_NFTA_CHAIN_HOOK]))
+    names = _HOOKS.get(family, _IP_HOOKS)
+    number = _number(hook[_NFTA_HOOK_HOOKNUM])
+    return Base(
+        text_of(chain[_NFTA_CHAIN_TYPE]),
+        names[number] if number < len(names) else str(number),
+        int.from_bytes(hook[_NFTA_HOOK_PRIORITY], "big", signed=True),
+        drops=_number(chain[_NFTA_CHAIN_POLICY]) == _NF_DROP,
+    )
+
+
+def _number(value: bytes) -> int:
+    return int.from_bytes(value, "big")
+
+
+def of_legacy_tables(most: int = MOST_LEGACY_BYTES) -> Listing:
+    """Those that iptables-legacy and ip6tables-legacy would list, of all tables with at most so many bytes of rules."""
+    found: list[Chain] = []
+    unseen: list[str] = []
+    for family in xtables.Family:
+        for table in sorted(xtables.existing(family)):
+            read = legacy_tables.read(family, table, most)
+            if isinstance(read, legacy_tables.Unread):
+                unseen.append(f"{read.why}; it was not looked at")
+            else:
+                found += (Chain(Store.LEGACY, family, table, name) for name in read.chains())
+    return Listing(tuple(found), tuple(unseen))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from tidegate.kernel import cgroups, ipset, links, netns, nftables, tun, xtables
+from tidegate.kernel import cgroups, ipset, links, netns, nftables, tun, xtables, xtables_rules
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.nftables import Object
 
@@ -135,7 +135,7 @@ def _cgroup_matching() -> str:
 
 def _legacy(family: xtables.Family, text: str) -> Callable[[], str]:
     def load() -> str:
-        ((table, content),) = xtables.compiled(family, xtables.parse(text)).items()
+        ((table, content),) = xtables_rules.compiled(family, xtables_rules.parse(text)).items()
         # Nobody else knows the namespace, so nobody needs the lock.
         netns.run_in_new(xtables.replace, family, table, "PROBE", content, {})
         return f"a rule was loaded into the table {table} of a new namespace"

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import re
-import socket
 import threading
 from typing import Any
 
@@ -24,7 +23,7 @@ from tidegate.kernel.errors import KernelError
 LIBRARY = "libnftables.so.1"
 
 Object = dict[str, Any]
-"""One JSON object of libnftables' schema, such as {"add": {"table": {...}}} or {"rule": {...}}."""
+"""One command in libnftables' JSON schema, such as {"add": {"table": {...}}}."""
 
 
 class _Output(enum.IntFlag):
@@ -82,44 +81,13 @@ def list_text(family: str, name: str) -> str | None:
     return _call(f"list table {family} {name}", output)
 
 
-def generation() -> int:
-    """The number of the namespace's rule set: 1 where nobody ever changed it, one more with every transaction."""
-    return nf_tables.generation()
-
-
-def open_monitor() -> socket.socket:
-    """A socket that becomes readable with every change of the current namespace's tables (nf_tables.open_monitor)."""
-    return nf_tables.open_monitor()
-
-
 def run(commands: list[Object]) -> None:
     """Load `commands` into the current namespace in one transaction.
 
     KernelError with the library's message when the library or the kernel refuses any of them; then
     nothing has changed.
     """
-    _call_json({"nftables": commands})
-
-
-def list_table(family: str, name: str) -> list[Object] | None:
-    """What a table of the current namespace holds, in the kernel's order; None without a table.
-
-    Of a table with flags (enum nft_table_flags, such as dormant) only the table itself is listed, with its
-    flags as a number: libnftables 1.0.6 prints them out of memory that it has freed.
-    """
-    flags = nf_tables.table_flags(family, name)
-    if flags is None:
-        return None
-    if flags:
-        return [{"table": {"family": family, "name": name, "flags": flags}}]
-    listed = _call_json({"nftables": [{"list": {"table": {"family": family, "name": name}}}]})
-    return [item for item in listed if "metainfo" not in item]
-
-
-def _call_json(request: Object) -> list[Object]:
-    output = _call(json.dumps(request), _NUMERIC | _Output.JSON)
-    listed: list[Object] = json.loads(output)["nftables"] if output.strip() else []
-    return listed
+    _call(json.dumps({"nftables": commands}), _NUMERIC | _Output.JSON)
 
 
 def _call(commands: str, output: _Output) -> str:

@@ -7,6 +7,7 @@ address detection). Addresses follow from the lab's name and the numbers in the 
 are made inside the namespaces: the machine's own network is never touched. Knows no processes.
 """
 
+import contextlib
 import errno
 import hashlib
 import ipaddress
@@ -159,7 +160,8 @@ def ensure(layout: Layout) -> None:
 def delete(name: str) -> None:
     """Delete one namespace of a lab with its link. Its processes must be gone already."""
     if _is_namespace(name):
-        with _Door(name) as door:
+        # Somebody else may take it away at this moment.
+        with contextlib.suppress(FileNotFoundError), _Door(name) as door:
             door.delete_link(POD_INTERFACE)
             door.delete_link(FABRIC_INTERFACE)
     netns.delete(name)
@@ -251,7 +253,8 @@ class _Door:
 
     def __init__(self, name: str) -> None:
         self._path = netns.path(name)
-        self._netlink = IPRoute(netns=self._path)
+        # Without flags it would make a namespace that is not there.
+        self._netlink = IPRoute(netns=self._path, flags=0)
         self._indexes: dict[str, int] = {}
 
     def __enter__(self) -> "_Door":

@@ -11,6 +11,7 @@ import enum
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -277,14 +278,14 @@ def _remove_what_left(paths: LabPaths, spec: LabSpec, layout: Layout) -> None:
     wanted = {(pod.node, pod.name) for pod in spec.pods}
     for file in paths.nodes.glob("*/workloads/*.json"):
         if (file.parent.parent.name, file.stem) not in wanted:
-            file.unlink()
+            file.unlink(missing_ok=True)
     names = network.stale(layout)
     processes.end_all(names)
     for name in names:
         network.delete(name)
     for directory in paths.nodes.iterdir():
         if directory.name not in spec.nodes:
-            shutil.rmtree(directory)
+            _remove_tree(directory)
     kept = {
         control.SERVER,
         *(control.agent_name(node) for node in spec.nodes),
@@ -296,13 +297,13 @@ def _remove_what_left(paths: LabPaths, spec: LabSpec, layout: Layout) -> None:
     pods = {pod.name for pod in spec.pods}
     for file in (*paths.traffic.glob("*.json"), *paths.apps.iterdir()):
         if file.stem not in pods:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def _forget_workload(paths: LabPaths, name: str) -> None:
     """A pod whose namespace is new is a new workload: it must not inherit the id of the last one."""
     for file in paths.nodes.glob(f"*/workloads/{name}.json"):
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def _hosts(spec: LabSpec, layout: Layout) -> str:
@@ -363,8 +364,14 @@ def _clear(paths: LabPaths) -> None:
     mounts.unmount_below(paths.root)
     for name in names:
         network.delete(name)
-    if paths.root.exists():
-        shutil.rmtree(paths.root)
+    _remove_tree(paths.root)
     left = (*network.namespaces(paths.lab), *mounts.below(paths.root))
     if left:
         raise LabError(f"lab {paths.lab} left something behind: {', '.join(left)}")
+
+
+def _remove_tree(directory: Path) -> None:
+    """Remove a directory with all that is in it, also while parts of it go by themselves."""
+    while directory.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(directory)

@@ -18,6 +18,7 @@ import yaml
 
 from tidegate import durations, model
 from tidegate.errors import InputError, InputErrors
+from tidegate.intent.annotations import advised
 
 MAX_NODES = 16
 MAX_PODS = 200
@@ -563,7 +564,7 @@ def _annotations(fields: _Fields) -> dict[str, str]:
             fields.fault(
                 f"annotations.{name}",
                 f"{_shown(text)} is {_kind(text)}",
-                f'a text in quotes, such as "{json.dumps(text)}"',
+                advised(text),
             )
     return annotations
 

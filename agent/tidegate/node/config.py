@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from tidegate.enforce.redirect.engine import BackendChoice
 from tidegate.errors import InputError
 from tidegate.identity import spiffe
 from tidegate.intent.documents import read_documents
@@ -22,14 +23,6 @@ MAX_DURATION_S = 366 * 86400.0
 LONGEST_SOCKET_PATH = 107
 """Bytes, without the closing 0 (linux/un.h, UNIX_PATH_MAX)."""
 _SERVER = re.compile(r"unix:///.+|https?://[^/]+/?")
-
-
-class BackendChoice(enum.StrEnum):
-    """Which backend redirects: one, or the best that works here."""
-
-    AUTO = "auto"
-    NFTABLES = "nftables"
-    IPTABLES = "iptables"
 
 
 class OnFailure(enum.StrEnum):

@@ -1,7 +1,8 @@
 """The agent of one node: one level-triggered loop over its workloads, and the API beside it.
 
 Each round: read intent and workloads; observe every workload; move each towards what it should be; publish what is;
-read the evidence. Work that blocks (kernel, files, Envoy, SQLite) runs in one worker thread, so that nothing of it
+read the evidence. Work that blocks runs in other threads: that on a single workload (rules, its sidecar) in those of a
+pool, so that a slow one holds up no other; all else (files, eBPF, SQLite) in one worker thread, so that nothing of it
 needs a lock. Stopping leaves rules, programs, maps and sidecars in place.
 """
 
@@ -23,7 +24,6 @@ from aiohttp import web
 from tidegate.catalog.client import CatalogClient, CatalogRefused, LeafMaterial, Snapshot
 from tidegate.catalog.registration import NodeInfo, is_published
 from tidegate.enforce.redirect.engine import Engine
-from tidegate.enforce.redirect.watch import Watcher
 from tidegate.enforce.sidecar import envoy
 from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec, Upstream
 from tidegate.errors import InputError, TidegateError
@@ -35,17 +35,22 @@ from tidegate.kernel.memory import use_one_arena
 from tidegate.model import Instance, ServiceIntent, Workload
 from tidegate.node import api
 from tidegate.node.config import AgentConfig
+from tidegate.node.drift import Drift
+from tidegate.node.events import first_of
 from tidegate.node.guard import Guard
 from tidegate.node.intent import IntentSource
 from tidegate.node.keeper import Keeper, Wanted, abandoned
 from tidegate.node.log import Log
 from tidegate.node.mesh import LocalEvidence, MeshView, NodeEvidence, NodeFlows
 from tidegate.node.observation import Observation, published
+from tidegate.node.pool import Pool
 from tidegate.workloads.files import FileSource
 
 ROUND_S = 0.5
 SETTLING_ROUND_S = 0.05
 """The pace while a sidecar takes in what it was told: an onboarding or a flip should not wait for the clock."""
+PATIENCE_S = 0.3
+"""How long a round waits for the work on the workloads that it has asked for; it goes on beside later rounds."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -163,11 +168,11 @@ class Daemon:
         self._intent = IntentSource(catalog, config.state_dir / "intent.json")
         self._envoy = envoy.binary()
         self._engine = Engine(config.redirect.backend)
-        self._watcher = Watcher()
-        self._watched: set[str] = set()
-        self._wake = asyncio.Event()
-        """Set by what should not wait for the clock."""
+        self._pool = Pool()
+        self._drift = Drift(self._pool)
         self._keepers: dict[str, Keeper] = {}
+        self._leaving: set[str] = set()
+        """Ids of workloads that are gone and are being removed."""
         self._roots_pem = ""
         self._round_at = 0.0
         self._problems: dict[tuple[str, str], str] = {}
@@ -180,30 +185,20 @@ class Daemon:
     async def close(self) -> None:
         """Ends this process's part; what it set up stays."""
         await self._guard.stop()
+        await asyncio.to_thread(self._pool.close)
         await self._work(self._observation.close)
-        self._watcher.close()
+        self._drift.close()
         self._worker.shutdown()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Round after round until `stop`; a round that fails is told and tried again."""
         self._guard.resume()
-        loop = asyncio.get_running_loop()
-        try:
-            await self._rounds(stop, loop)
-        finally:
-            loop.remove_reader(self._watcher.fileno())
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._rounds(stop))
+            tasks.create_task(self._drift.run(stop))
 
-    async def _rounds(self, stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
-        watched = self._watcher.fileno()
-
-        def woken() -> None:
-            # It stays readable until the next round has read it.
-            loop.remove_reader(watched)
-            self._wake.set()
-
+    async def _rounds(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            self._wake.clear()
-            loop.add_reader(watched, woken)
             try:
                 await self._round()
             except (TidegateError, KernelError, OSError) as error:
@@ -214,13 +209,10 @@ class Daemon:
                 self._tell("round", "a round failed by a defect of the agent; see its log")
             else:
                 self._clear("round")
-            # However much happens in a pod's namespace, there is a pause between two rounds.
-            await _first_of(SETTLING_ROUND_S, stop)
-            if not any(keeper.is_settling for keeper in self._keepers.values()):
-                await _first_of(ROUND_S - SETTLING_ROUND_S, stop, self._wake)
+            settling = any(keeper.is_settling for keeper in self._keepers.values())
+            await first_of(SETTLING_ROUND_S if settling else ROUND_S, stop)
 
     async def _round(self) -> None:
-        changed = set(self._watcher.changed())
         snapshot = await self._intent.refresh()
         workloads = await self._work(self._source.list)
         intents = _intents(snapshot, workloads)
@@ -231,8 +223,10 @@ class Daemon:
             self._clear("catalog")
         await self._work(self._follow, workloads, snapshot)
         leaves = await self._leaves(workloads)
-        await self._work(self._reconcile, workloads, instances, intents, leaves, changed)
-        self._watch(workloads)
+        await self._work(self._reconcile, workloads, instances, intents, leaves)
+        self._drift.follow(
+            keeper for key, keeper in self._keepers.items() if key not in self._leaving
+        )
         await self._publish(snapshot)
         await self._work(self._collect)
         self._round_at = time.time()
@@ -244,20 +238,15 @@ class Daemon:
         self._observation.look(living.values())
         # A workload whose file cannot be read is not in the list of an agent that has just started.
         complete = not self._source.problems()
-        gone = [keeper for key, keeper in self._keepers.items() if key not in living]
-        for keeper in gone:
-            log.info("workload gone", workload=keeper.workload.name)
-            keeper.remove()
-            del self._keepers[keeper.workload.id]
-            for problem in [key for key in self._problems if key[1] == keeper.workload.id]:
-                del self._problems[problem]
-        keys = {keeper.workload.key for keeper in gone}
+        keys = {keeper.workload.key for keeper in self._gone(living)}
         for key in self._observation.unclaimed(living.values()):
             if complete or key in keys:
                 self._observation.detach(key)
         if complete:
             self._remove_abandoned(living.values())
         for workload in living.values():
+            if workload.id in self._leaving:
+                continue
             if workload.id not in self._keepers:
                 log.info("workload found", workload=workload.name, meshed=workload.meshed)
                 node_id = f"{workload.name}.{self._config.node}"
@@ -269,12 +258,35 @@ class Daemon:
                     self._engine,
                     self._config.redirect,
                 )
-            self._keepers[workload.id].update(workload)
+            if not self._pool.is_busy(workload.id):
+                self._keepers[workload.id].update(workload)
             self._observation.attach(workload)
+
+    def _gone(self, living: Container[str]) -> list[Keeper]:
+        """Has workloads removed that are gone; those of which nothing is left."""
+        for key, keeper in self._keepers.items():
+            if (
+                key not in living
+                and key not in self._leaving
+                and self._pool.submit(key, keeper.remove)
+            ):
+                log.info("workload gone", workload=keeper.workload.name)
+                self._leaving.add(key)
+        self._pool.wait(self._leaving, PATIENCE_S)
+        gone = [self._keepers[key] for key in self._leaving if not self._pool.is_busy(key)]
+        for keeper in gone:
+            key = keeper.workload.id
+            del self._keepers[key]
+            self._leaving.remove(key)
+            self._pool.forget(key)
+            for problem in [problem for problem in self._problems if problem[1] == key]:
+                del self._problems[problem]
+        return gone
 
     def _remove_abandoned(self, living: Iterable[Workload]) -> None:
         """Sidecars of workloads that went away while there was no agent."""
         claimed = {self._directory(workload) for workload in living}
+        claimed |= {self._directory(keeper.workload) for keeper in self._keepers.values()}
         for directory in sorted(self._sidecars.glob("*")):
             if directory not in claimed:
                 log.info("a sidecar was left behind", directory=str(directory))
@@ -284,7 +296,7 @@ class Daemon:
         """New leaf certificates for the workloads that need one."""
         leaves: dict[str, LeafMaterial] = {}
         for workload in workloads:
-            if not workload.meshed:
+            if not workload.meshed or not self._is_free(workload):
                 continue
             try:
                 if not self._keepers[workload.id].needs_leaf(time.time(), self._identity(workload)):
@@ -312,13 +324,14 @@ class Daemon:
         instances: Iterable[Instance],
         intents: dict[str, ServiceIntent],
         leaves: dict[str, LeafMaterial],
-        changed: Container[str],
     ) -> None:
-        """`changed` are the paths of the namespaces in which somebody changed rules since the last round."""
+        asked = []
         for workload in workloads:
+            if not self._is_free(workload):
+                continue
             keeper = self._keepers[workload.id]
             if not workload.meshed:
-                keeper.reconcile(None)
+                asked.append(self._reconcile_one(keeper, None))
                 self._clear("leaf", workload)
                 self._clear("spec", workload)
                 continue
@@ -334,30 +347,19 @@ class Daemon:
                 continue
             self._clear("spec", workload)
             leaf = leaves.get(workload.id)
-            keeper.reconcile(
-                Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem),
-                look=workload.netns in changed,
-            )
+            wanted = Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem)
+            asked.append(self._reconcile_one(keeper, wanted))
+        self._pool.wait(asked, PATIENCE_S)
+        self._pool.raise_defect()
 
-    def _watch(self, workloads: Iterable[Workload]) -> None:
-        """Lets the kernel tell of changes in the namespaces of redirected workloads, and of no others."""
-        redirected = {
-            workload.netns for workload in workloads if self._keepers[workload.id].in_mesh
-        }
-        # A socket keeps its namespace alive: what is no longer needed is let go at once.
-        for netns_path in self._watched - redirected | set(self._watcher.stale()):
-            self._watcher.forget(netns_path)
-        self._watched = redirected
-        faults = []
-        for netns_path in sorted(redirected):
-            try:
-                self._watcher.watch(netns_path)
-            except KernelError as error:
-                faults.append(str(error))
-        if faults:
-            self._tell("watch", f"changes of rules are noticed late: {'; '.join(faults)}")
-        else:
-            self._clear("watch")
+    def _reconcile_one(self, keeper: Keeper, wanted: Wanted | None) -> str:
+        key = keeper.workload.id
+        self._pool.submit(key, lambda: keeper.reconcile(wanted))
+        return key
+
+    def _is_free(self, workload: Workload) -> bool:
+        """Whether nothing goes on for a workload that the next step would have to wait for."""
+        return workload.id not in self._leaving and not self._pool.is_busy(workload.id)
 
     async def _publish(self, snapshot: Snapshot) -> None:
         """Tells the catalog what its answer does not say yet."""
@@ -440,6 +442,7 @@ class Daemon:
                     *self._guard.problems(),
                     *self._source.problems(),
                     *self._observation.problems(),
+                    *self._drift.problems(),
                 ),
             )
 
@@ -494,16 +497,6 @@ class Daemon:
 
     def _clear(self, what: str, workload: Workload | None = None) -> None:
         self._problems.pop((what, workload.id if workload else ""), None)
-
-
-async def _first_of(seconds: float, *events: asyncio.Event) -> None:
-    """Waits for any of the events, or until the time is over."""
-    waiting = [asyncio.ensure_future(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _intents(snapshot: Snapshot, workloads: Iterable[Workload]) -> dict[str, ServiceIntent]:

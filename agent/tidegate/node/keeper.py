@@ -22,6 +22,7 @@ from tidegate.errors import TidegateError
 from tidegate.identity import spiffe
 from tidegate.intent.annotations import policy_of
 from tidegate.intent.policy import Policy
+from tidegate.kernel import netns
 from tidegate.kernel.errors import KernelError
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
 from tidegate.node.config import RedirectConfig
@@ -61,10 +62,12 @@ class _Memory(msgspec.Struct, frozen=True, kw_only=True):
     leaf_from: float
     """When it was fetched: its own notBefore lies earlier, for clocks that run behind."""
     leaf_until: float
+    redirected_in: netns.Identity | None = None
+    """The namespace in which the rules were in force when an agent last looked."""
 
 
 class Keeper:
-    """One workload. All methods may block for some milliseconds and are called from one thread."""
+    """One workload. Its methods may block, and are called from one thread at a time; what it tells, from any."""
 
     def __init__(
         self,
@@ -99,6 +102,8 @@ class Keeper:
         self._unsettled_since: float | None = None
         self._base = redirect.policy
         self._annotations: tuple[dict[str, str], dict[str, str]] | None = None
+        self._namespace: netns.Identity | None = None
+        """Where the rules and the sidecar are; None before the first look, and while there is none."""
 
     @property
     def spec(self) -> SidecarSpec | None:
@@ -152,17 +157,20 @@ class Keeper:
         since = self._unsettled_since
         return since is not None and time.monotonic() - since < SETTLE_S
 
-    def reconcile(self, wanted: Wanted | None, *, look: bool = False) -> None:
-        """One step towards `wanted`, or out of the mesh when it is None.
+    def look(self) -> None:
+        """Somebody changed something in the workload's namespace: put the rules right if they were in force."""
+        if self.in_mesh:
+            self._attempt("redirect", lambda: self.redirection.look(self.workload.netns))
 
-        `look` says that somebody changed something in the workload's namespace.
-        """
+    def reconcile(self, wanted: Wanted | None) -> None:
+        """One step towards `wanted`, or out of the mesh when it is None."""
+        self._notice_another_namespace()
         if wanted is None:
             self._leave()
         elif self.policy is not None:
             policy = self.policy
             self._attempt("sidecar", lambda: self._keep_sidecar(wanted, policy))
-            self._attempt("redirect", lambda: self._keep_rules(policy, look=look))
+            self._attempt("redirect", lambda: self._keep_rules(policy))
             if not self._runs(wanted):
                 self._unsettled_since = self._unsettled_since or time.monotonic()
             else:
@@ -170,6 +178,20 @@ class Keeper:
         else:
             # Meshed, and never had a policy without faults: there is nothing that could be applied.
             self._attempt("redirect", lambda: self.redirection.fail(self.workload.netns))
+
+    def _notice_another_namespace(self) -> None:
+        """What is known of a namespace does not hold for another one at its path: that has no rules and no sidecar."""
+        try:
+            found = netns.identity(self.workload.netns)
+        except KernelError:
+            found = None
+        if found == self._namespace:
+            return
+        if self._namespace is not None:
+            log.warning("the network namespace is gone or another one", workload=self.workload.name)
+        self.redirection.forget()
+        self._was_ready = False
+        self._namespace = found
 
     def _runs(self, wanted: Wanted) -> bool:
         return self.in_mesh and self._applied == wanted.spec
@@ -185,7 +207,17 @@ class Keeper:
         if self._attempt("redirect", self._remove_rules):
             self._attempt("sidecar", self._remove_sidecar)
 
+    @property
+    def _redirected_in(self) -> netns.Identity | None:
+        return self._memory.redirected_in if self._memory else None
+
+    @_redirected_in.setter
+    def _redirected_in(self, namespace: netns.Identity | None) -> None:
+        if self._memory is not None:
+            self._memorise(msgspec.structs.replace(self._memory, redirected_in=namespace))
+
     def _remove_rules(self) -> None:
+        self._redirected_in = None
         self.redirection.remove(self.workload.netns)
         self._was_ready = False
 
@@ -243,8 +275,9 @@ class Keeper:
         if self._admin.applied_version() == configuration.version:
             self._was_ready = True
             self._applied = wanted.spec
-            self.applied_index = wanted.index
             self.mode = wanted.spec.mode
+            # Last: whoever reads it meanwhile takes the rest for as new.
+            self.applied_index = wanted.index
             return
         rejection = self._admin.rejection()
         if rejection:
@@ -252,12 +285,17 @@ class Keeper:
                 f"the sidecar of {self.workload.name} refuses its configuration: {rejection}"
             )
 
-    def _keep_rules(self, policy: Policy, *, look: bool) -> None:
+    def _keep_rules(self, policy: Policy) -> None:
         netns_path = self.workload.netns
+        if self.redirection.state is Redirection.NONE and self._redirected_in is not None:
+            if self._redirected_in == self._namespace:
+                self.redirection.note_loss(netns_path)
+            self._redirected_in = None
         if not self._was_ready and not self.redirection.is_as_wanted(netns_path, policy):
             self.redirection.wait()
             return
-        self.redirection.keep(netns_path, policy, look=look)
+        self.redirection.keep(netns_path, policy)
+        self._redirected_in = self._namespace
 
     def _attempt(self, what: str, step: Callable[[], None]) -> bool:
         try:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from tidegate.catalog.client import CatalogClient
-from tidegate.errors import TidegateError
+from tidegate.errors import InputError, TidegateError
 from tidegate.intent.entries import Entry, Kind
 from tidegate.intent.resolve import resolve
 from tidegate.model import Instance, ServiceIntent
@@ -123,7 +123,10 @@ class MeshView:
         )
 
     async def flows(self, service: str | None, window_s: float | None) -> NodeFlows:
-        """The edges of all nodes, each connection told once; of one service where it is named."""
+        """The edges of all nodes, each connection told once; of one service where it is named.
+
+        InputError for a service that nobody knows.
+        """
         snapshot = await self._intent.refresh()
         query = {} if window_s is None else {"window": str(window_s)}
         answers, missing = await self._ask(
@@ -134,6 +137,9 @@ class MeshView:
         )
         observed = {(name, answer.node) for answer in answers for name in answer.observed}
         rows = told_once((row for answer in answers for row in answer.flows), observed)
+        if service is not None:
+            ends = {party.service for row in rows for party in (row.caller, row.server)}
+            _refuse_unknown(service, ends | {one.service for one in snapshot.instances})
         return NodeFlows(
             observed=tuple(sorted(name for name, _ in observed)),
             flows=tuple(row for row in rows if _concerns(row, service)),
@@ -207,6 +213,12 @@ class MeshView:
             else:
                 answers.append(each)
         return answers, tuple(missing)
+
+
+def _refuse_unknown(service: str, services: set[str]) -> None:
+    if service not in services:
+        known = ", ".join(sorted(services - {""})) or "none yet"
+        raise InputError(f"no service {service!r} is known (known: {known})", field="service")
 
 
 def _concerns(row: FlowRow, service: str | None) -> bool:

@@ -5,8 +5,10 @@ counts as a repair, and what becomes of a workload whose rules the kernel does n
 """
 
 import collections
+import contextlib
 import enum
 import time
+from collections.abc import Iterator
 
 from tidegate.enforce.redirect import block
 from tidegate.enforce.redirect.backend import BackendName, Change
@@ -46,23 +48,28 @@ class Redirection(enum.StrEnum):
 
 
 class WorkloadRedirection:
-    """The redirection of one workload. Called from one thread."""
+    """The redirection of one workload. Worked on by one thread at a time; what it tells may be read from any."""
 
     def __init__(self, name: str, engine: Engine, *, on_failure: OnFailure, adopt: bool) -> None:
-        self.state = Redirection.NONE
-        self.notes: tuple[str, ...] = ()
-        """What goes around the sidecar although the rules are as they should be, one sentence each."""
-        self.foreign: tuple[str, ...] = ()
-        """What another mesh does to the same connections, one sentence each."""
         self.last_repair = ""
         """What was different when the rules were last repaired."""
         self._name = name
         self._engine = engine
         self._on_failure = on_failure
         self._adopt = adopt
-        self._applied_by: Policy | None = None
         self._repairs: collections.deque[float] = collections.deque(maxlen=REPAIRS_KEPT)
+        self.forget()
+
+    def forget(self) -> None:
+        """What is known of the namespace does not hold any more: it is another one, or gone."""
+        self.state = Redirection.NONE
+        self.notes: tuple[str, ...] = ()
+        """What goes around the sidecar although the rules are as they should be, one sentence each."""
+        self.foreign: tuple[str, ...] = ()
+        """What another mesh does to the same connections, one sentence each."""
+        self._applied_by: Policy | None = None
         self._looked_at = 0.0
+        self._noted_at = 0.0
         self._tried: Policy | None = None
         self._refusal: KernelError | None = None
         """Why the rules could not be applied when that was last tried."""
@@ -75,17 +82,36 @@ class WorkloadRedirection:
 
     def repairs(self, since: float) -> int:
         """How often since `since` somebody else had changed the rules, and they were repaired."""
-        return sum(at >= since for at in self._repairs)
+        return sum(at >= since for at in tuple(self._repairs))
 
     def is_as_wanted(self, netns_path: str, policy: Policy) -> bool:
-        """Whether the kernel has the rules of the policy, whoever applied them. KernelError when it cannot tell."""
-        return not self._engine.check(netns_path, policy)
+        """Whether the kernel has the rules of the policy, whoever applied them; False while the namespace rests.
+
+        KernelError when it cannot tell.
+        """
+        if self._rests(policy):
+            return False
+        with self._pacing(policy):
+            return not self._engine.check(netns_path, policy)
+
+    def note_loss(self, netns_path: str) -> None:
+        """Rules were in force there when an agent last looked: that they are gone is as if it had seen it happen.
+
+        Rules that are merely different are not counted: an agent of another version may have loaded them.
+        """
+        if self._engine.backend_of(netns_path) is None:
+            self._count("the rules were gone when the agent came back")
 
     def wait(self) -> None:
         """The sidecar has never been ready: no rules yet."""
         self.state = Redirection.WAITING
 
-    def keep(self, netns_path: str, policy: Policy, *, look: bool) -> None:
+    def look(self, netns_path: str) -> None:
+        """As `keep`, by the policy in force, and at once: the kernel says that somebody changed something."""
+        if self._applied_by is not None:
+            self.keep(netns_path, self._applied_by, look=True)
+
+    def keep(self, netns_path: str, policy: Policy, *, look: bool = False) -> None:
         """Make the kernel follow the policy. `look` asks for a comparison although nothing seems to have happened.
 
         KernelError when the kernel does not take the rules; by configuration the workload is blocked then.
@@ -95,36 +121,54 @@ class WorkloadRedirection:
         settled = self.state is Redirection.APPLIED and self._applied_by == policy
         if settled and not look and now - self._looked_at < self._pace_s:
             return
-        if now < self._rest_until and self._tried == policy:
-            if self._refusal is not None:
-                raise self._refusal
+        if self._rests(policy):
             # What happened meanwhile is looked at after the rest.
             self._looked_at = 0.0 if look else self._looked_at
             return
         self._looked_at = now
+        try:
+            with self._pacing(policy):
+                if settled:
+                    self._repair(netns_path, policy)
+                else:
+                    self._apply(netns_path, policy)
+                self._unblock(netns_path)
+                if look or not settled or now - self._noted_at >= LOOKED_S:
+                    self._note(netns_path, policy)
+                    self._noted_at = now
+        except KernelError:
+            self.fail(netns_path)
+            raise
+        self._applied_by = policy
+        self.state = Redirection.APPLIED
+
+    def _rests(self, policy: Policy) -> bool:
+        """Whether the namespace is to be left alone. KernelError, the one of before, if work there failed."""
+        rests = time.monotonic() < self._rest_until and self._tried == policy
+        if rests and self._refusal is not None:
+            raise self._refusal
+        return rests
+
+    @contextlib.contextmanager
+    def _pacing(self, policy: Policy) -> Iterator[None]:
+        """Work in the namespace, and then a rest if it failed or took long."""
+        began = time.monotonic()
         self._tried = policy
         try:
-            if settled:
-                self._repair(netns_path, policy)
-            else:
-                self._apply(netns_path, policy)
-            self._unblock(netns_path)
+            yield
         except KernelError as error:
             self._refusal = error
             self._rest(FIRST_REST_S)
-            self.fail(netns_path)
             raise
         self._refusal = None
-        self._applied_by = policy
-        self.state = Redirection.APPLIED
-        took = time.monotonic() - now
+        took = time.monotonic() - began
         if took > LONG_S:
             self._rest(took * RESTS_FOR)
         else:
             self._rested_s = 0.0
 
     def _rest(self, at_least_s: float) -> None:
-        """Leave the namespace alone for a while, longer each time: the other workloads wait meanwhile."""
+        """Leave the namespace alone for a while, longer each time: work there takes a thread and the machine's time."""
         self._rested_s = min(max(at_least_s, 2 * self._rested_s), LONGEST_REST_S)
         self._rest_until = time.monotonic() + self._rested_s
 
@@ -166,7 +210,7 @@ class WorkloadRedirection:
                 backend=applied.backend,
                 adopted=list(applied.adopted),
             )
-        self._note(netns_path, policy, applied)
+        self._found(applied)
 
     def _repair(self, netns_path: str, policy: Policy) -> None:
         differences = self._engine.check(netns_path, policy)
@@ -174,21 +218,33 @@ class WorkloadRedirection:
             self.foreign = ()
             return
         applied = self._engine.apply(netns_path, policy, adopt=self._adopt)
-        self._note(netns_path, policy, applied)
+        self._found(applied)
         if applied.change is Change.UNCHANGED and not applied.adopted:
             return
-        self.last_repair = _told(differences)
+        self._count(_told(differences))
+
+    def _count(self, different: str) -> None:
+        self.last_repair = different
         self._repairs.append(time.time())
         log.warning(
             "redirection was not as it should be; repaired",
             workload=self._name,
-            different=self.last_repair,
+            different=different,
         )
 
-    def _note(self, netns_path: str, policy: Policy, applied: Applied) -> None:
-        self.foreign = applied.foreign
-        gaps = self._engine.gaps(netns_path, policy)
-        notes = tuple(gap for gap in gaps if gap not in applied.foreign)
+    def _found(self, applied: Applied) -> None:
+        """What other meshes have there, with the reason where it was to be adopted and could not be."""
+        self.foreign = tuple(
+            next((refused for refused in applied.refused if refused.startswith(one)), one)
+            for one in applied.foreign
+        )
+
+    def _note(self, netns_path: str, policy: Policy) -> None:
+        try:
+            gaps = self._engine.gaps(netns_path, policy)
+        except KernelError as error:
+            gaps = (f"what goes around the sidecar cannot be told: {error}",)
+        notes = tuple(gap for gap in gaps if not any(one.startswith(gap) for one in self.foreign))
         for note in notes:
             if note not in self.notes:
                 log.warning(note, workload=self._name)

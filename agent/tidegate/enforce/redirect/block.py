@@ -5,8 +5,9 @@ another interface than lo is dropped, before any translation, those of open conn
 if their ends have waited so long. Only neighbour discovery passes, so that addresses and routes stay alive. What a
 process with CAP_NET_RAW writes past the IP stack is not seen.
 
-Through nftables, in a table of its own; through the legacy tables where nf_tables is not there or refuses. Neither
-touches what redirects, nor do the backends of redirection touch this.
+Through nftables, in a table of its own, whose messages are those of a twin in a scratch namespace; through the legacy
+tables where nf_tables is not there or refuses. Neither touches what redirects, nor do the backends of redirection
+touch this.
 """
 
 import errno
@@ -15,21 +16,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tidegate.enforce.redirect.backend import Change
-from tidegate.kernel import isolation, netns, nf_tables, nftables, xtables
+from tidegate.kernel import netns, nf_tables, nf_transaction, nftables, xtables, xtables_rules
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.nf_tables import Contents
 from tidegate.kernel.xtables import Content
 
 TABLE = "tidegate-block"
 """Name of the nftables table, of family inet."""
+TABLES = (TABLE, *(f"{TABLE}-{number}" for number in range(1, 8)))
+"""Names that it has where another program owns a table of the names before (NFT_TABLE_F_OWNER)."""
 
 _FAMILY = "inet"
 _CHAINS = ("arriving", "sent")
 # The priority is before that of everything that netfilter itself does (enum nf_ip_hook_priorities).
-_RULES = f"""\
-table {_FAMILY} {TABLE}
-delete table {_FAMILY} {TABLE}
-table {_FAMILY} {TABLE} {{
+_RULES = """\
+table inet {name} {{
 	chain arriving {{
 		type filter hook prerouting priority -1000; policy drop;
 		iifname "lo" accept
@@ -111,8 +112,7 @@ def unblock(netns_path: str) -> Change:
 
 def is_blocked(netns_path: str) -> bool:
     """Whether nothing but loopback passes, because of `block`. KernelError when that cannot be told."""
-    present = netns.run_in(netns_path, _contents)
-    if present is not None and present == _whole():
+    if netns.run_in(netns_path, _whole_ones):
         return True
     families = netns.run_in(netns_path, _families)
     if netns.run_in(netns_path, _families_with_legacy_table) != families:
@@ -122,39 +122,71 @@ def is_blocked(netns_path: str) -> bool:
 
 
 def _block_by_nftables(netns_path: str) -> Change:
-    whole = _whole()
-    present = netns.run_in(netns_path, _contents)
-    if present == whole:
+    return netns.run_in(netns_path, _create)
+
+
+def _create() -> Change:
+    present = _present()
+    if _whole_ones():
         return Change.UNCHANGED
-    isolation.run_in(netns_path, nftables.load, _RULES)
-    return Change.CREATED if present is None else Change.REPLACED
+    refusal = KernelError(f"there is no name for the table {TABLE}")
+    for name in TABLES:
+        steps = (
+            *nf_transaction.clearance(_FAMILY, name),
+            *nf_transaction.creation(_FAMILY, _whole(name)),
+        )
+        try:
+            nf_transaction.run(steps)
+        except KernelError as error:
+            if error.errno != errno.EPERM:
+                raise
+            refusal = error
+        else:
+            return Change.REPLACED if name in present else Change.CREATED
+    raise refusal
 
 
 def _unblock_by_nftables(netns_path: str) -> Change:
-    if netns.run_in(netns_path, _contents) is None:
+    return netns.run_in(netns_path, _clear)
+
+
+def _clear() -> Change:
+    going = [name for name in _present() if nf_tables.table_owner(_FAMILY, name) is None]
+    if not going:
         return Change.UNCHANGED
-    nftables.prepare()
-    isolation.run_in(netns_path, nftables.load, f"delete table {_FAMILY} {TABLE}")
+    nf_transaction.run([step for name in going for step in nf_transaction.clearance(_FAMILY, name)])
     return Change.REMOVED
 
 
-def _contents() -> Contents | None:
-    """What the table of the current namespace holds; None when there is none, as without nf_tables."""
+def _present() -> list[str]:
+    """Which tables of these names the current namespace has, whosever they are; none without nf_tables."""
     try:
-        return nf_tables.contents(_FAMILY, TABLE, _CHAINS, _MOST_BYTES)
+        return [name for name in TABLES if nf_tables.table_flags(_FAMILY, name) is not None]
     except KernelError as error:
         if error.errno in _NO_NF_TABLES:
-            return None
+            return []
         raise
 
 
+def _whole_ones() -> list[str]:
+    """Which tables of the current namespace let nothing but loopback pass."""
+    return [name for name in _present() if _contents(name) == _whole(name)]
+
+
+def _contents(name: str) -> Contents | None:
+    return nf_tables.contents(_FAMILY, name, _CHAINS, _MOST_BYTES)
+
+
 @functools.cache
-def _whole() -> Contents | None:
+def _whole(name: str) -> Contents:
     """What the table holds where it was just loaded. KernelError where it cannot be loaded."""
 
-    def load() -> Contents | None:
-        nftables.load(_RULES)
-        return _contents()
+    def load() -> Contents:
+        nftables.load(_RULES.format(name=name))
+        made = _contents(name)
+        if made is None or not made.complete:
+            raise KernelError(f"the table {name} cannot be read back", errno.EPROTO)
+        return made
 
     return netns.run_in_new(load)
 
@@ -183,9 +215,10 @@ def _families_with_legacy_table() -> tuple[xtables.Family, ...]:
 
 def _legacy_contents(families: Iterable[xtables.Family]) -> dict[xtables.Family, Content]:
     """What the table should hold. KernelError where the libraries for that are missing."""
-    tables = {family: xtables.parse(_legacy_text(family)) for family in families}
+    tables = {family: xtables_rules.parse(_legacy_text(family)) for family in families}
     return {
-        family: xtables.compiled(family, parsed)[_LEGACY_TABLE] for family, parsed in tables.items()
+        family: xtables_rules.compiled(family, parsed)[_LEGACY_TABLE]
+        for family, parsed in tables.items()
     }
 
 

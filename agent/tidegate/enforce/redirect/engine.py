@@ -6,26 +6,36 @@ sidecar in spite of the rules. There is no gap because the old rules go only aft
 kernel decides on each connection once, by whichever rules it meets first.
 """
 
+import enum
 import functools
-import ipaddress
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import msgspec
 
-from tidegate.enforce.redirect import block, foreign
+from tidegate.enforce.redirect import block, foreign, gaps, inventory
 from tidegate.enforce.redirect.backend import Backend, BackendName, Change, InstalledLine
-from tidegate.enforce.redirect.iptables import OWNED, SET_PREFIX, IptablesBackend
-from tidegate.enforce.redirect.nftables import FAMILIES, TABLE, NftablesBackend
+from tidegate.enforce.redirect.foreign import Foreign
+from tidegate.enforce.redirect.inventory import Inventory
+from tidegate.enforce.redirect.iptables import IptablesBackend
+from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import Rules, rules_for
+from tidegate.enforce.redirect.text import shown
 from tidegate.errors import InputError
 from tidegate.intent.policy import Family, Outbound, Policy, PortRange
-from tidegate.kernel import chains, ipset, links, netns
-from tidegate.kernel.chains import Chain, Store
+from tidegate.kernel import netns
 from tidegate.kernel.errors import KernelError
 
-AUTO: Final = "auto"
+
+class BackendChoice(enum.StrEnum):
+    """What may be asked for: one backend, or the best that works here."""
+
+    AUTO = "auto"
+    NFTABLES = BackendName.NFTABLES.value
+    IPTABLES = BackendName.IPTABLES.value
+
+
+AUTO: Final = BackendChoice.AUTO
 
 _BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {
     BackendName.NFTABLES: NftablesBackend,
@@ -38,8 +48,6 @@ _STORES = {
     BackendName.IPTABLES: "the legacy table nat of this kernel",
 }
 """Where the rules of each backend go."""
-_FAMILY_NAMES = {Family.IPV4: "IPv4", Family.IPV6: "IPv6"}
-_VERSIONS = {Family.IPV4: 4, Family.IPV6: 6}
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -60,6 +68,8 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
     """What another mesh had left and is gone, one sentence each."""
     foreign: tuple[str, ...] = ()
     """What another mesh has left and is still there, one sentence each."""
+    refused: tuple[str, ...] = ()
+    """What of that was to be adopted and could not be, with the reason, one sentence each."""
 
 
 def choose(wanted: str) -> Choice:
@@ -73,7 +83,7 @@ def choose(wanted: str) -> Choice:
     try:
         backend = BackendName(wanted)
     except ValueError as error:
-        expected = ", ".join((AUTO, *BackendName))
+        expected = ", ".join(BackendChoice)
         raise InputError(f"{wanted!r} is not a backend", expected=f"one of {expected}") from error
     return Choice(backend, f"it was asked for; {_probed(backend)}")
 
@@ -104,30 +114,38 @@ class Engine:
 
     def render(self, policy: Policy) -> str:
         """What `apply` loads where nothing is, byte for byte; "" when nothing is redirected."""
-        return self._backend.render(rules_for(policy))
+        return self._backend.render(_rules(policy))
 
     def apply(self, netns_path: str, policy: Policy, *, adopt: bool = False) -> Applied:
         """Make the namespace redirect as the policy says, through this engine's backend alone.
 
-        With `adopt`, what Consul left goes as well. Open connections stay as they are. KernelError when the namespace
-        is gone or the kernel refuses: its rules are then what they were, or the new ones together with old ones,
-        which the next call takes away.
+        With `adopt`, what Consul left goes as well, if the kernel lets it go. Open connections stay as they are.
+        KernelError when the namespace is gone or the kernel refuses: its rules are then what they were, or the new
+        ones together with old ones of the other backend, which the next call takes away.
         """
-        rules = rules_for(policy)
-        change, listed = netns.run_in(netns_path, self._apply, rules)
-        replaced = self._other.name if self._other.name in _owners(listed) else None
+        rules = _rules(policy)
+        change, found = netns.run_in(netns_path, self._apply, rules)
+        replaced = self._other.name if self._other.name in found.backends else None
         if replaced:
             change = _joined(change, self._take_over(netns_path, bool(rules.lists)))
-        found = foreign.recognised(listed)
-        going = tuple(item for item in found if adopt and item.removable)
-        if going:
-            foreign.remove(netns_path, going)
+        adopted: list[Foreign] = []
+        refused: list[str] = []
+        for item in found.foreign:
+            if not adopt or not item.removable:
+                continue
+            try:
+                foreign.remove(netns_path, item)
+            except KernelError as error:
+                refused.append(f"{item}; it cannot be taken away: {shown(str(error))}")
+            else:
+                adopted.append(item)
         return Applied(
             change=change,
             backend=self._backend.name,
             replaced_backend=replaced,
-            adopted=tuple(str(item) for item in going),
-            foreign=tuple(str(item) for item in found if item not in going),
+            adopted=tuple(map(str, adopted)),
+            foreign=tuple(str(item) for item in found.foreign if item not in adopted),
+            refused=tuple(refused),
         )
 
     def check(self, netns_path: str, policy: Policy) -> tuple[str, ...]:
@@ -135,16 +153,18 @@ class Engine:
 
         KernelError when that cannot be told.
         """
-        differences, listed = netns.run_in(netns_path, self._check, rules_for(policy))
+        differences, found = netns.run_in(netns_path, self._check, _rules(policy))
         name = self._other.name
-        others = (
-            (f"rules of the backend {name} are there as well",) if name in _owners(listed) else ()
+        others = (f"rules of the backend {name} are there as well",)
+        return (
+            *differences,
+            *(others if name in found.backends else ()),
+            *map(str, found.foreign),
         )
-        return (*differences, *others, *(str(item) for item in foreign.recognised(listed)))
 
     def backend_of(self, netns_path: str) -> BackendName | None:
         """Whose rules the namespace has; of both, this engine's; None without any."""
-        owners = _owners(_listed(netns_path))
+        owners = inventory.taken(netns_path).backends
         return next(
             (name for name in (self._backend.name, self._other.name) if name in owners), None
         )
@@ -155,36 +175,42 @@ class Engine:
         return None if owner is None else _backend(owner).current(netns_path)
 
     def remove(self, netns_path: str) -> Change:
-        """Take away everything of tidegate, of both backends, and the translations that outlive it; idempotent."""
-        owners = set(_owners(_listed(netns_path)))
-        if self._chosen is not None:
-            owners.add(self._chosen.backend)
-        if netns.run_in(netns_path, ipset.found, SET_PREFIX):
-            owners.add(BackendName.IPTABLES)
-        changes = [_backend(owner).remove(netns_path) for owner in sorted(owners)]
-        changes.append(block.unblock(netns_path))
+        """Take away everything of tidegate, of both backends, and the translations that outlive it; idempotent.
+
+        KernelError when the namespace is gone, or with all that the kernel refuses; whatever it does not refuse has
+        been taken away then.
+        """
+        netns.identity(netns_path)
+        changes: list[Change] = []
+        refusals: list[KernelError] = []
+        for part in _removals(netns_path):
+            try:
+                changes.append(part(netns_path))
+            except KernelError as error:
+                refusals.append(error)
+        if refusals:
+            raise KernelError("; ".join(map(str, refusals)), refusals[0].errno)
         return Change.REMOVED if Change.REMOVED in changes else Change.UNCHANGED
 
     def gaps(self, netns_path: str, policy: Policy) -> tuple[str, ...]:
-        """Ways around the sidecar that the policy, the namespace or another mesh leaves open, one sentence each.
+        """Ways around the sidecar that the policy, the namespace or others' rules leave open, one sentence each.
 
-        KernelError when the namespace is gone.
+        KernelError when the namespace is gone, or cannot be looked at.
         """
-        reach = links.reach(netns_path)
+        found = inventory.taken(netns_path)
         return (
-            *_family_gaps(policy, reach),
-            *_direction_gaps(policy),
-            *_dns_gaps(policy, reach),
+            *gaps.of_policy(netns_path, policy),
             *self._unexpressible(policy),
-            *(str(item) for item in foreign.find(netns_path)),
+            *gaps.of_inventory(found),
+            *gaps.of_namespace(netns_path, policy, _rules(policy)),
         )
 
-    def _apply(self, rules: Rules) -> tuple[Change, tuple[Chain, ...]]:
-        """Apply by this engine's backend in the current namespace; the chains that are there then."""
-        return self._backend.apply(netns.CURRENT, rules), chains.listed()
+    def _apply(self, rules: Rules) -> tuple[Change, Inventory]:
+        """Apply by this engine's backend in the current namespace; what is there then."""
+        return self._backend.apply(netns.CURRENT, rules), inventory.taken(netns.CURRENT)
 
-    def _check(self, rules: Rules) -> tuple[tuple[str, ...], tuple[Chain, ...]]:
-        return self._backend.check(netns.CURRENT, rules), chains.listed()
+    def _check(self, rules: Rules) -> tuple[tuple[str, ...], Inventory]:
+        return self._backend.check(netns.CURRENT, rules), inventory.taken(netns.CURRENT)
 
     def _take_over(self, netns_path: str, redirects: bool) -> Change:
         """Take the other backend's rules away, which this engine's have replaced if there are any."""
@@ -205,20 +231,24 @@ def _backend(name: BackendName) -> Backend:
     return _BACKENDS[name]()
 
 
-def _listed(netns_path: str) -> tuple[Chain, ...]:
-    return netns.run_in(netns_path, chains.listed)
+_rules = functools.lru_cache(128)(rules_for)
+"""Of long lists the rules take a while, and agents ask for those of the same policies over and over."""
 
 
-def _owners(listed: Iterable[Chain]) -> frozenset[BackendName]:
-    """The backends that have rules where these chains are."""
-    return frozenset(owner for chain in listed if (owner := _owner(chain)) is not None)
+def _removals(netns_path: str) -> Iterator[Callable[[str], Change]]:
+    """What has to be done so that nothing of tidegate is left."""
+    for name in sorted(_left_by(netns_path)):
+        yield _backend(name).remove
+    yield block.unblock
 
 
-def _owner(chain: Chain) -> BackendName | None:
-    if chain.store is Store.LEGACY:
-        return BackendName.IPTABLES if re.fullmatch(OWNED, chain.name) else None
-    own = chain.table == TABLE and chain.family in FAMILIES
-    return BackendName.NFTABLES if own else None
+def _left_by(netns_path: str) -> frozenset[BackendName]:
+    """The backends that may have left something."""
+    try:
+        return inventory.traces(netns_path)
+    except KernelError:
+        # Each of them says itself what it cannot do.
+        return frozenset(BackendName)
 
 
 def _joined(change: Change, others: Change) -> Change:
@@ -270,40 +300,3 @@ def _try(backend: Backend, policy: Policy) -> None:
     differences = backend.check(netns.CURRENT, rules)
     if differences:
         raise KernelError(f"rules do not read back as they were loaded: {differences[0]}")
-
-
-def _family_gaps(policy: Policy, reach: links.Reach) -> Iterator[str]:
-    for family in (family for family in Family if family not in policy.families):
-        name, version = _FAMILY_NAMES[family], _VERSIONS[family]
-        has = [
-            address
-            for address in reach.addresses
-            if ipaddress.ip_address(address).version == version
-        ]
-        if not has and version in reach.default_routes:
-            has = [f"a default route of {name}"]
-        if has:
-            yield (
-                f"{name} is off in the policy and the workload has {', '.join(has)}: "
-                f"its {name} traffic goes around the sidecar"
-            )
-
-
-def _direction_gaps(policy: Policy) -> Iterator[str]:
-    inbound, outbound = policy.inbound, policy.outbound
-    if not inbound.enabled or inbound.include_ports == ():
-        yield "inbound redirection is off in the policy: connections to the workload go around the sidecar"
-    if not outbound.enabled or (outbound.include_cidrs == () and not outbound.include_ports):
-        yield "outbound redirection is off in the policy: connections of the workload go around the sidecar"
-
-
-def _dns_gaps(policy: Policy, reach: links.Reach) -> Iterator[str]:
-    dns = policy.dns
-    if not dns.enabled:
-        return
-    served = {ipaddress.ip_address(address).version for address in dns.addresses}
-    asked = {ipaddress.ip_address(address).version for address in dns.resolvers or reach.addresses}
-    for family in policy.families:
-        if _VERSIONS[family] in asked - served:
-            name = _FAMILY_NAMES[family]
-            yield f"DNS queries over {name} are not redirected: the policy has no {name} address to send them to"

@@ -8,16 +8,16 @@ import enum
 import errno
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import assert_never
 
 import msgspec
 
 from tidegate.enforce.redirect.text import shown
-from tidegate.kernel import chains, isolation, netns, nftables, xtables
+from tidegate.kernel import chains, netns, nf_tables, nf_transaction, nfnetlink, xtables
 from tidegate.kernel.chains import Chain, Store
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.nftables import Object
+from tidegate.kernel.nf_transaction import Step
 
 
 class Mesh(enum.StrEnum):
@@ -74,47 +74,60 @@ _PREFIXES = {
     "PROXY_INIT_": Mesh.LINKERD,  # linkerd2-proxy-init pkg/iptables/iptables.go
     "KUMA_MESH_": Mesh.KUMA,  # kuma pkg/transparentproxy/consts
 }
+_OTHERS_CHAINS = (
+    "ISTIO_INBOUND",
+    "ISTIO_IN_REDIRECT",
+    "ISTIO_OUTPUT",
+    "ISTIO_PRERT",
+    "ISTIO_REDIRECT",
+    "ISTIO_TPROXY",
+    "KUMA_MESH_INBOUND",
+    "KUMA_MESH_OUTBOUND",
+    "PROXY_INIT_OUTPUT",
+    "PROXY_INIT_REDIRECT",
+)
 _ISTIO_TABLES = "istio-proxy-"
 """What the names of the tables of Istio's nftables backend begin with."""
 
+
+def _sought() -> Iterator[Chain]:
+    for family in ("ip", "ip6", "inet"):
+        for table in ("nat", _CONSUL_TABLE):
+            yield from (Chain(Store.NF_TABLES, family, table, name) for name in _CONSUL_CHAINS)
+    for family in ("ip", "ip6"):
+        for table in ("nat", "mangle", "raw"):
+            yield from (Chain(Store.NF_TABLES, family, table, name) for name in _OTHERS_CHAINS)
+    for table in ("nat", "mangle", "raw"):
+        for name in ("prerouting", "output"):
+            yield Chain(Store.NF_TABLES, "inet", f"{_ISTIO_TABLES}{table}", name)
+
+
+SOUGHT = tuple(_sought())
+"""What the meshes are known to make in nf_tables, to be found however many chains there are."""
+
+_MOST_JUMPS = 1000
+"""Of more rules that lead to a mesh's chains nobody but an attacker is the author."""
 _ATTEMPTS = 5
-"""How often a removal is tried again when somebody else changes the table meanwhile."""
+"""How often a removal is tried again when somebody else changes the tables meanwhile."""
 
 
 def find(netns_path: str) -> tuple[Foreign, ...]:
     """What other meshes have in the namespace. KernelError when that cannot be told."""
-    return recognised(netns.run_in(netns_path, chains.listed))
+    return recognised(netns.run_in(netns_path, chains.listed, SOUGHT).chains)
 
 
 def recognised(listed: Iterable[Chain]) -> tuple[Foreign, ...]:
     """Those of the chains that are another mesh's."""
     found: defaultdict[tuple[Mesh, Store, str, str], list[str]] = defaultdict(list)
     for chain in listed:
-        mesh = _owner(chain)
+        mesh = mesh_of(chain)
         if mesh is not None:
             found[mesh, chain.store, chain.family, chain.table].append(chain.name)
     return tuple(Foreign(*place, tuple(sorted(names))) for place, names in sorted(found.items()))
 
 
-def remove(netns_path: str, found: Iterable[Foreign]) -> None:
-    """Take away those of `found` that are removable; what is gone already is no error.
-
-    Open connections stay as they are. KernelError when the kernel refuses; a table is then as it was.
-    """
-    for foreign in found:
-        if foreign.removable:
-            place = foreign.family, foreign.table, foreign.chains
-            match foreign.store:
-                case Store.NF_TABLES:
-                    nftables.prepare()
-                    isolation.run_in(netns_path, _take_out_of_nf_tables, *place)
-                case Store.LEGACY:
-                    netns.run_in(netns_path, _take_out_of_legacy_table, *place)
-                case _:
-                    assert_never(foreign.store)
-
-
-def _owner(chain: Chain) -> Mesh | None:
+def mesh_of(chain: Chain) -> Mesh | None:
+    """Whose chain it is; None for one that no mesh is known by."""
     if chain.name in _CONSUL_CHAINS:
         return Mesh.CONSUL
     if chain.store is Store.NF_TABLES and chain.table.startswith(_ISTIO_TABLES):
@@ -122,60 +135,68 @@ def _owner(chain: Chain) -> Mesh | None:
     return next((mesh for prefix, mesh in _PREFIXES.items() if chain.name.startswith(prefix)), None)
 
 
+def remove(netns_path: str, foreign: Foreign) -> None:
+    """Take away what is removable; what is gone already is no error.
+
+    Open connections stay as they are. KernelError when the kernel refuses, or when there is so much in the table that
+    it is not searched for jumps; the table is then as it was.
+    """
+    if foreign.removable:
+        place = foreign.family, foreign.table, foreign.chains
+        match foreign.store:
+            case Store.NF_TABLES:
+                netns.run_in(netns_path, _take_out_of_nf_tables, *place)
+            case Store.LEGACY:
+                netns.run_in(netns_path, _take_out_of_legacy_table, *place)
+            case _:
+                assert_never(foreign.store)
+
+
+_RACES = frozenset({errno.ERESTART, errno.ENOENT, errno.EBUSY, errno.EINTR})
+"""How the kernel refuses a transaction that was made for what somebody else has changed meanwhile."""
+
+
 def _take_out_of_nf_tables(family: str, table: str, names: tuple[str, ...]) -> None:
     for attempt in range(_ATTEMPTS):
-        listed = nftables.list_table(family, table)
-        commands = _removal(family, table, frozenset(names), listed or [])
-        if not commands:
-            return
+        is_last = attempt + 1 == _ATTEMPTS
         try:
-            nftables.run(commands)
+            if is_last or not _delete_if_theirs(family, table, names):
+                nf_transaction.run(_removal(family, table, names))
         except KernelError as error:
-            # A rule that was listed is gone, or a new one jumps to a chain.
-            if error.errno not in (errno.ENOENT, errno.EBUSY) or attempt + 1 == _ATTEMPTS:
+            if error.errno not in _RACES or is_last:
                 raise
+            nfnetlink.pause(attempt)
         else:
             return
 
 
-def _removal(family: str, table: str, names: frozenset[str], listed: list[Object]) -> list[Object]:
-    """The commands of one transaction that takes the chains out of a table; [] without any."""
-    place = {"family": family, "table": table}
-    objects = [
-        (kind, content) for item in listed for kind, content in item.items() if kind != "table"
-    ]
-    going = [
-        content["name"] for kind, content in objects if kind == "chain" and content["name"] in names
-    ]
-    if not going:
-        return []
-    if table == _CONSUL_TABLE and all(_chain_of(content) in names for _, content in objects):
-        return [{"delete": {"table": {"family": family, "name": table}}}]
+def _delete_if_theirs(family: str, table: str, names: tuple[str, ...]) -> bool:
+    """Delete a table that is only Consul's, if it is; whether nothing is left to do."""
+    generation = nf_tables.generation()
+    there = [name for name in names if nf_tables.has_chain(family, table, name)]
+    is_theirs = table == _CONSUL_TABLE and nf_tables.object_count(family, table) == len(there)
+    if is_theirs:
+        # Of nobody who puts something there from now on anything is deleted.
+        nf_transaction.run((nf_transaction.deletion(family, table),), generation)
+    return is_theirs or not there
+
+
+def _removal(family: str, table: str, names: tuple[str, ...]) -> tuple[Step, ...]:
+    """The transaction that takes the chains, and the jumps to them, out of a table."""
+    going = [name for name in names if nf_tables.has_chain(family, table, name)]
     jumps = [
-        {"delete": {"rule": {**place, "chain": rule["chain"], "handle": rule["handle"]}}}
-        for kind, rule in objects
-        if kind == "rule" and rule["chain"] not in names and _targets(rule) & names
+        nf_transaction.rule_deletion(family, table, rule.chain, rule.handle)
+        for rule in nf_tables.rules(family, table) or ()
+        if rule.chain not in going and rule.targets.intersection(going)
     ]
-    return [
+    if len(jumps) > _MOST_JUMPS:
+        problem = f"more than {_MOST_JUMPS} rules of the table {family} {table} lead to {going[0]}"
+        raise KernelError(shown(problem), errno.E2BIG)
+    return (
         *jumps,
-        *({"flush": {"chain": {**place, "name": name}}} for name in going),
-        *({"delete": {"chain": {**place, "name": name}}} for name in going),
-    ]
-
-
-def _chain_of(content: Object) -> str:
-    """The chain that an object of a table is, or is in; the name of any other object."""
-    return str(content.get("chain", content.get("name")))
-
-
-def _targets(rule: Object) -> set[str]:
-    """The chains that a rule jumps or goes to."""
-    return {
-        expression[verdict]["target"]
-        for expression in rule["expr"]
-        for verdict in ("jump", "goto")
-        if verdict in expression
-    }
+        *(nf_transaction.chain_flush(family, table, name) for name in going),
+        *(nf_transaction.chain_deletion(family, table, name) for name in going),
+    )
 
 
 def _take_out_of_legacy_table(family: str, table: str, names: tuple[str, ...]) -> None:

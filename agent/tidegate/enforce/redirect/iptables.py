@@ -1,99 +1,44 @@
 """Redirect rules through the legacy tables: chains TIDEGATE_* with one jump each from a built-in chain.
 
-Renders the lines of rules.py as iptables-restore(8) and ipset(8) would read them, loads exactly that text, reads back
-what the kernel has and tells the difference. Nothing else of a table is touched, and a table of a family that is off
-is not even looked at: the kernel makes one when it is asked for it. What goes where is decided in rules.py.
+Loads exactly the text of iptables_rules.py, reads back what the kernel has and tells the difference. Nothing else of
+a table is touched, and a table of a family that is off is not even looked at: the kernel makes one when it is asked
+for it.
 
 A table is replaced as a whole. Several tables cannot be replaced in one step: what is added comes before what goes,
 so that no connection goes around the sidecar in between, and when a table is refused the others become what they were.
 """
 
 import functools
-import hashlib
-import ipaddress
 import itertools
-import socket
+import secrets
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, assert_never
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
+from tidegate.enforce.redirect import translations
 from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
-from tidegate.enforce.redirect.rules import (
-    Action,
-    ByGroup,
-    ByUser,
-    Drop,
-    FromNetwork,
-    Hook,
-    InCgroup,
-    Invalid,
-    Leave,
-    Line,
-    Marked,
-    Match,
-    Not,
-    OfFamily,
-    OfKnownSocket,
-    OfProtocol,
-    OnInterface,
-    Opening,
-    Redirect,
-    Rules,
-    ToNetwork,
-    ToPort,
-    ToSelf,
-    Tproxy,
-    Translate,
-    Translated,
-    Zone,
-    lines_of_family,
+from tidegate.enforce.redirect.iptables_rules import (
+    FAMILIES,
+    OWNED,
+    PLACES,
+    SECTIONS,
+    SET_PREFIX,
+    SET_SECTION,
+    TABLES,
+    Place,
+    cgroup_paths,
+    chain_names,
+    rendered,
 )
+from tidegate.enforce.redirect.rules import Hook, Rules
 from tidegate.enforce.redirect.text import shown
-from tidegate.intent.policy import Family, IdRange, PortRange, Protocol
-from tidegate.kernel import cgroups, conntrack, ipset, netns, xtables
-from tidegate.kernel.cgroups import Cgroup
+from tidegate.intent.policy import Family
+from tidegate.kernel import cgroups, ipset, netns, xtables, xtables_rules
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.xtables import Content, Entry
-
-SET_PREFIX = "tidegate-"
-"""With what the names of all sets begin; no others are touched."""
-
-
-class _Place(NamedTuple):
-    """Where a hook's list is."""
-
-    table: str
-    built_in: str
-    """The chain that jumps there."""
-    chain: str
-
-
-_PLACES = {
-    Hook.OUTBOUND: _Place("nat", "OUTPUT", "TIDEGATE_OUTBOUND"),
-    Hook.INBOUND: _Place("nat", "PREROUTING", "TIDEGATE_INBOUND"),
-    Hook.INVALID: _Place("mangle", "PREROUTING", "TIDEGATE_INVALID"),
-    Hook.INBOUND_TPROXY: _Place("mangle", "PREROUTING", "TIDEGATE_TPROXY"),
-    Hook.DNS_ZONE: _Place("raw", "OUTPUT", "TIDEGATE_DNS_ZONE"),
-}
-"""In the order in which they are asked where one chain jumps to two: packets that are dropped come first."""
-
-_TABLES = ("raw", "mangle", "nat")
-"""In the order in which packets pass them, and in which they are filled: a query's zone before its translation."""
-
-OWNED = f"(?:{'|'.join(place.chain for place in _PLACES.values())})(?:_[0-9]+)?"
-"""Pattern of the chains that are tidegate's. Those with a number hold the rest of a list; see _Writer."""
-
-_FAMILIES = {Family.IPV4: xtables.Family.IPV4, Family.IPV6: xtables.Family.IPV6}
-_SET_SECTION = "# sets"
-_SECTIONS = {family: f"# {family}" for family in _FAMILIES.values()}
-
-_MULTIPORT_SLOTS = 15
-"""XT_MULTI_PORTS of linux/netfilter/xt_multiport.h; a range takes two."""
-_MAX_INTERFACE_NAME = 15
-"""IFNAMSIZ, less its end"""
-_OPENING = "-m tcp {}--tcp-flags FIN,SYN,RST,ACK SYN"
 
 
 class IptablesBackend:
@@ -108,24 +53,24 @@ class IptablesBackend:
     def render(self, rules: Rules) -> str:
         """Sections for ipset restore, iptables-restore and ip6tables-restore; "" when nothing is redirected."""
         with_sets = _kernel_has_sets() if self._with_sets is None else self._with_sets
-        found = {path: cgroups.find(path) for path in _cgroup_paths(rules)}
-        return _rendered(rules, with_sets, tuple(found.items()))
+        found = {path: cgroups.find(path) for path in cgroup_paths(rules)}
+        return rendered(rules, with_sets, tuple(found.items()))
 
     def apply(self, netns_path: str, rules: Rules) -> Change:
         """See Backend. KernelError as well when another program does not let go of the xtables lock."""
         text = self.render(rules)
         if not text:
             return self.remove(netns_path)
-        return netns.run_in(netns_path, _apply, _wanted(text))
+        return netns.run_in(netns_path, _apply, _wanted(text), translations.resolvers(rules))
 
     def check(self, netns_path: str, rules: Rules) -> tuple[str, ...]:
         """See Backend."""
         wanted = _wanted(self.render(rules))
-        return tuple(_differences(wanted, netns.run_in(netns_path, _present)))
+        return tuple(_told(_differences(wanted, netns.run_in(netns_path, _present, wanted))))
 
     def current(self, netns_path: str) -> tuple[InstalledLine, ...] | None:
         """See Backend. A line that several rules or both families have is told once, with all of its packets."""
-        present = netns.run_in(netns_path, _present)
+        present = netns.run_in(netns_path, _present, _NOTHING)
         if not any(content.chains for content in present.contents()):
             return None
         return tuple(_installed_lines(present))
@@ -144,334 +89,6 @@ def _kernel_has_sets() -> bool:
     return ipset.is_available()
 
 
-# Rendering.
-
-
-@functools.lru_cache(maxsize=256)
-def _rendered(rules: Rules, with_sets: bool, found: tuple[tuple[str, Cgroup], ...]) -> str:
-    writers = [_Writer(rules, family, with_sets, dict(found)) for family in rules.families]
-    sets = {one.name: one for writer in writers for one in writer.sets}
-    sections = [_SET_SECTION, *_set_lines(sets.values())] if sets else []
-    for writer in writers:
-        if writer.tables:
-            sections += [_SECTIONS[_FAMILIES[writer.family]], *writer.text()]
-    return "".join(f"{line}\n" for line in sections)
-
-
-def _cgroup_paths(rules: Rules) -> Iterator[str]:
-    for _, lines in rules.lists:
-        for match in itertools.chain.from_iterable(line.matches for line in lines):
-            criterion = match.criterion if isinstance(match, Not) else match
-            if isinstance(criterion, InCgroup):
-                yield criterion.path
-
-
-def _set_lines(sets: Iterable[ipset.Set]) -> Iterator[str]:
-    for one in sets:
-        yield f"create {one.name} {one.kind}"
-        yield from (f"add {one.name} {entry}" for entry in one.entries)
-
-
-class _Words(NamedTuple):
-    """A condition on packets, in iptables' words."""
-
-    header: str = ""
-    """An option of the packet's header, such as -d 10.0.0.0/8; each may stand once in a rule."""
-    match: str = ""
-    """A match with its options."""
-
-
-class _Condition(NamedTuple):
-    """What a packet has to be: any of these, and none of those."""
-
-    one_of: tuple[_Words, ...]
-    none_of: tuple[_Words, ...] = ()
-    """What cannot be said by "!" in one rule."""
-
-
-_ALWAYS = _Condition((_Words(),))
-_NEVER = _Condition(())
-
-
-class _Writer:
-    """The lists of one family on their way to text.
-
-    A line becomes one rule or several, which all bear its name as their last comment. Where a line is for packets that
-    are none of several things, rules go to another chain (-g) for each of these things: the rest of the list is
-    there. Those bear its name too, and count for no line.
-    """
-
-    def __init__(
-        self, rules: Rules, family: Family, with_sets: bool, found: dict[str, Cgroup]
-    ) -> None:
-        self.family = family
-        self.sets: list[ipset.Set] = []
-        self.tables: dict[str, dict[str, list[str]]] = {}
-        """Rules by table and chain."""
-        self.jumps: dict[str, list[str]] = {}
-        self._with_sets = with_sets
-        self._cgroups = found
-        for hook, place in _PLACES.items():
-            if lines := lines_of_family(rules.lines(hook), family):
-                self._write(hook, place, lines)
-
-    def text(self) -> Iterator[str]:
-        """What iptables-restore --noflush reads."""
-        for table in _TABLES:
-            if table not in self.tables:
-                continue
-            yield f"*{table}"
-            yield from (f":{chain} - [0:0]" for chain in self.tables[table])
-            yield from self.jumps[table]
-            for chain, rules in self.tables[table].items():
-                yield from (f"-A {chain} {rule}" for rule in rules)
-            yield "COMMIT"
-
-    def _write(self, hook: Hook, place: _Place, lines: tuple[Line, ...]) -> None:
-        chains = self.tables.setdefault(place.table, {})
-        jumps = self.jumps.setdefault(place.table, [])
-        position = sum(jump.split()[1] == place.built_in for jump in jumps) + 1
-        jumps.append(f"-I {place.built_in} {position} -j {place.chain}")
-        names = _chain_names(place)
-        chain = next(names)
-        chains[chain] = []
-        remaining: tuple[Protocol, ...] | None = None
-        for line in lines:
-            others, rules = self._rules(hook, line, remaining)
-            if others:
-                rest = next(names)
-                chains[chain] += [f"{words} -g {rest}" for words in others]
-                chains[chain] += rules
-                if not _decides_on_all(line):
-                    chains[chain].append(f"{_joined((), line)} -g {rest}")
-                chain = rest
-                chains[chain] = []
-            else:
-                chains[chain] += rules
-            remaining = _remaining(line, remaining)
-
-    def _rules(
-        self, hook: Hook, line: Line, remaining: tuple[Protocol, ...] | None
-    ) -> tuple[list[str], list[str]]:
-        """A line's rules: those for packets that it is not for, without target, and those for its own."""
-        others: list[str] = []
-        rules: list[str] = []
-        for protocol in _protocols(line, remaining):
-            conditions = [self._condition(hook, line, match, protocol) for match in line.matches]
-            if protocol is not None:
-                conditions.append(_Condition((_Words(f"-p {protocol}"),)))
-            for excluded in itertools.chain(*(one.none_of for one in conditions)):
-                if (words := _joined((excluded,), line)) not in others:
-                    others.append(words)
-            for chosen in itertools.product(*(one.one_of for one in conditions)):
-                rules.append(f"{_joined(chosen, line)} -j {_target(line.action)}")
-        return others, rules
-
-    def _condition(
-        self, hook: Hook, line: Line, match: Match, protocol: Protocol | None
-    ) -> _Condition:
-        negated = isinstance(match, Not)
-        criterion = match.criterion if isinstance(match, Not) else match
-        not_ = "! " if negated else ""
-        match criterion:
-            case OfProtocol(protocols):
-                return _protocol_condition(protocols, negated, protocol)
-            case Opening():
-                if protocol is Protocol.TCP:
-                    return _Condition((_Words(match=_OPENING.format(not_)),))
-                return _ALWAYS if negated else _NEVER
-            case OfKnownSocket():
-                known = (_Words(match="-m socket"),)
-                return _Condition((_Words(),), known) if negated else _Condition(known)
-            case OfFamily(family):
-                return _ALWAYS if (family is self.family) is not negated else _NEVER
-            case ByUser(uids):
-                return _owner("uid", uids, negated)
-            case ByGroup(gids):
-                return _owner("gid", gids, negated)
-            case Marked(mark):
-                words = f"-m mark {not_}--mark {mark.value:#x}/{mark.mask:#x}"
-                return _Condition((_Words(match=words),))
-            case InCgroup(path):
-                # The kernel looks the path up once: a cgroup that is made anew there needs a rule that is.
-                made = f"-m comment --comment cgroup-{self._cgroups[path].id}"
-                words = f"-m cgroup {not_}--path {xtables.quoted(path)} {made}"
-                return _Condition((_Words(match=words),))
-            case OnInterface(interfaces):
-                option = "-o" if hook in (Hook.OUTBOUND, Hook.DNS_ZONE) else "-i"
-                return _headers(option, tuple(map(_interface, interfaces)), negated)
-            case ToPort(ports):
-                return self._ports(line, ports, negated)
-            case ToNetwork(family, networks):
-                return self._networks(
-                    line, "-d", networks if family is self.family else (), negated
-                )
-            case FromNetwork(family, networks):
-                return self._networks(
-                    line, "-s", networks if family is self.family else (), negated
-                )
-            case ToSelf():
-                return _Condition((_Words(match=f"-m addrtype {not_}--dst-type LOCAL"),))
-            case Invalid():
-                return _Condition((_Words(match=f"-m conntrack {not_}--ctstate INVALID"),))
-            case Translated():
-                return _Condition((_Words(match=f"-m conntrack {not_}--ctstate DNAT"),))
-            case _:
-                assert_never(criterion)
-
-    def _ports(self, line: Line, ports: tuple[PortRange, ...], negated: bool) -> _Condition:
-        if not ports:
-            return _ALWAYS if negated else _NEVER
-        not_ = "! " if negated else ""
-        chunks = list(_chunks(ports))
-        if len(chunks) > 1 and self._with_sets:
-            name = self._set(line, ipset.Kind.PORTS, tuple(str(range_) for range_ in ports))
-            return _Condition((_Words(match=f"-m set {not_}--match-set {name} dst"),))
-        matches = [f"-m multiport {not_}--dports {chunk}" for chunk in chunks]
-        if negated:
-            return _Condition((_Words(match=" ".join(matches)),))
-        return _Condition(tuple(_Words(match=match) for match in matches))
-
-    def _networks(
-        self, line: Line, option: str, networks: tuple[str, ...], negated: bool
-    ) -> _Condition:
-        if len(networks) > 1 and self._with_sets:
-            not_ = "! " if negated else ""
-            is_ipv4 = self.family is Family.IPV4
-            kind = ipset.Kind.IPV4_NETWORKS if is_ipv4 else ipset.Kind.IPV6_NETWORKS
-            entries = tuple(str(one) for one in sorted(map(ipaddress.ip_network, networks)))
-            name = self._set(line, kind, entries)
-            side = "dst" if option == "-d" else "src"
-            return _Condition((_Words(match=f"-m set {not_}--match-set {name} {side}"),))
-        return _headers(option, networks, negated)
-
-    def _set(self, line: Line, kind: ipset.Kind, entries: tuple[str, ...]) -> str:
-        """The name of a set with these entries. It tells the content, so that another content is another set."""
-        digest = hashlib.sha256("\n".join((kind, *entries)).encode()).hexdigest()[:8]
-        name = f"{SET_PREFIX}{digest}-{line.name}"[: ipset.MAX_NAME]
-        self.sets.append(ipset.Set(name, kind, entries))
-        return name
-
-
-def _chain_names(place: _Place) -> Iterator[str]:
-    """The chains that a list takes, as many as it takes."""
-    yield place.chain
-    yield from (f"{place.chain}_{number}" for number in itertools.count(2))
-
-
-def _decides_on_all(line: Line) -> bool:
-    """Whether a line is for all packets but those that its only criterion excludes."""
-    return len(line.matches) == 1
-
-
-def _protocols(line: Line, remaining: tuple[Protocol, ...] | None) -> tuple[Protocol | None, ...]:
-    """For which protocols a line needs a rule; None for one that need not say.
-
-    `remaining` are those that packets can still have here, None for any.
-    """
-    criteria = [match.criterion if isinstance(match, Not) else match for match in line.matches]
-    named = [match.protocols for match in line.matches if isinstance(match, OfProtocol)]
-    speaks_of_ports = any(isinstance(criterion, ToPort | Opening) for criterion in criteria)
-    if not named and not speaks_of_ports and isinstance(line.action, Leave | Drop | Zone):
-        return (None,)
-    if not named and remaining is None:
-        raise KernelError(f"iptables cannot write line {line.name}: it is for any protocol")
-    sets = [set(protocols) for protocols in (*named, *([remaining] if remaining else ()))]
-    return tuple(protocol for protocol in Protocol if all(protocol in one for one in sets))
-
-
-def _remaining(line: Line, before: tuple[Protocol, ...] | None) -> tuple[Protocol, ...] | None:
-    """Which protocols packets can have behind a line."""
-    match line.matches:
-        case (Not(OfProtocol(protocols)),):
-            return protocols if before is None else tuple(set(before) & set(protocols))
-    return before
-
-
-def _protocol_condition(
-    protocols: tuple[Protocol, ...], negated: bool, protocol: Protocol | None
-) -> _Condition:
-    if protocol is not None:
-        return _ALWAYS if (protocol in protocols) is not negated else _NEVER
-    return _headers("-p", tuple(map(str, protocols)), negated)
-
-
-def _headers(option: str, values: tuple[str, ...], negated: bool) -> _Condition:
-    if not negated:
-        return _Condition(tuple(_Words(header=f"{option} {value}") for value in values))
-    if len(values) == 1:
-        return _Condition((_Words(header=f"! {option} {values[0]}"),))
-    return _Condition((_Words(),), tuple(_Words(header=f"{option} {value}") for value in values))
-
-
-def _owner(kind: str, ranges: tuple[IdRange, ...], negated: bool) -> _Condition:
-    if not negated:
-        return _Condition(tuple(_Words(match=f"-m owner --{kind}-owner {ids}") for ids in ranges))
-    words = " ".join(f"-m owner ! --{kind}-owner {ids}" for ids in ranges)
-    return _Condition((_Words(match=words),))
-
-
-def _interface(name: str) -> str:
-    # A + at the end would stand for any end.
-    if len(name.encode()) > _MAX_INTERFACE_NAME or name.endswith("+"):
-        raise KernelError(f"iptables cannot write {name!r} as the name of an interface")
-    return xtables.quoted(name)
-
-
-def _chunks(ports: tuple[PortRange, ...]) -> Iterator[str]:
-    """The ports in as few parts as multiport takes."""
-    chunk: list[str] = []
-    slots = 0
-    for range_ in ports:
-        needed = 1 if range_.first == range_.last else 2
-        if slots + needed > _MULTIPORT_SLOTS:
-            yield ",".join(chunk)
-            chunk, slots = [], 0
-        chunk.append(str(range_).replace("-", ":"))
-        slots += needed
-    yield ",".join(chunk)
-
-
-def _joined(words: Iterable[_Words], line: Line) -> str:
-    """A rule's conditions, in the order in which iptables-save writes them, and the line's name."""
-    parts = list(words)
-    headers = sorted((part.header for part in parts if part.header), key=_rank)
-    if len({_option(header) for header in headers}) < len(headers):
-        raise KernelError(f"iptables cannot write line {line.name}: it says one thing twice")
-    matches = [part.match for part in parts if part.match]
-    return " ".join((*headers, *matches, f"-m comment --comment {xtables.quoted(line.name)}"))
-
-
-_OPTIONS = ("-s", "-d", "-i", "-o", "-p")
-
-
-def _option(header: str) -> str:
-    return header.removeprefix("! ").partition(" ")[0]
-
-
-def _rank(header: str) -> int:
-    return _OPTIONS.index(_option(header))
-
-
-def _target(action: Action) -> str:
-    match action:
-        case Leave():
-            return "RETURN"
-        case Drop():
-            return "DROP"
-        case Redirect(port):
-            return f"REDIRECT --to-ports {port}"
-        case Tproxy(port):
-            return f"TPROXY --on-port {port}"
-        case Translate(address, port):
-            shown = f"[{address}]" if ":" in address else address
-            return f"DNAT --to-destination {shown}:{port}"
-        case Zone(number):
-            return f"CT --zone-orig {number}"
-        case _:
-            assert_never(action)
-
-
 # Reading the text again, and applying it.
 
 
@@ -485,10 +102,29 @@ class _Wanted(msgspec.Struct, frozen=True):
         return self.tables.get(family, {}).get(table, xtables.EMPTY)
 
 
+class _Held(NamedTuple):
+    """The set of the namespace that is, or is to be, a wanted one."""
+
+    name: str
+    """Of the wanted set, unless somebody else uses a set of another kind there."""
+    found: ipset.Found | None
+    """None when it is not there, or of another kind and used by nobody."""
+    content: ipset.Set | None
+    """None when there is none, or it holds something that no wanted set does."""
+
+    def is_as_wanted(self, wanted: ipset.Set) -> bool:
+        return self.content is not None and self.content.entries == wanted.entries
+
+
 class _Present(msgspec.Struct, frozen=True):
     """What a namespace has of tidegate's. Tables that it does not have are not there."""
 
-    sets: tuple[ipset.Found, ...]
+    sets: dict[str, _Held]
+    """By the names that are wanted."""
+    strays: tuple[str, ...]
+    """Other sets of tidegate's names that nobody uses."""
+    set_names: dict[int, str]
+    """What the sets of rules are called in `tables`: as it is wanted."""
     tables: dict[xtables.Family, dict[str, Content]]
 
     def contents(self) -> Iterator[Content]:
@@ -499,8 +135,13 @@ class _Present(msgspec.Struct, frozen=True):
         return self.tables.get(family, {}).get(table, xtables.EMPTY)
 
     @property
+    def has_rules(self) -> bool:
+        return not all(content.is_empty for content in self.contents())
+
+    @property
     def is_empty(self) -> bool:
-        return not self.sets and all(content.is_empty for content in self.contents())
+        has_sets = bool(self.strays) or any(held.found for held in self.sets.values())
+        return not has_sets and not self.has_rules
 
 
 _NOTHING = _Wanted(sets=(), tables={})
@@ -512,16 +153,16 @@ def _wanted(text: str) -> _Wanted:
         return _NOTHING
     sections: dict[str, list[str]] = {}
     for line in text.removesuffix("\n").split("\n"):
-        if line == _SET_SECTION or line in _SECTIONS.values():
+        if line == SET_SECTION or line in SECTIONS.values():
             sections[line] = []
         else:
             sections[list(sections)[-1]].append(line)
     tables = {
-        family: xtables.compiled(family, xtables.parse("\n".join(sections[section])))
-        for family, section in _SECTIONS.items()
+        family: xtables_rules.compiled(family, xtables_rules.parse("\n".join(sections[section])))
+        for family, section in SECTIONS.items()
         if section in sections
     }
-    return _Wanted(tuple(_sets(sections.get(_SET_SECTION, []))), tables)
+    return _Wanted(tuple(_sets(sections.get(SET_SECTION, []))), tables)
 
 
 def _sets(lines: list[str]) -> Iterator[ipset.Set]:
@@ -537,15 +178,20 @@ def _sets(lines: list[str]) -> Iterator[ipset.Set]:
         yield ipset.Set(name, kind, tuple(entries[name]))
 
 
-def _present() -> _Present:
-    sets = ipset.found(SET_PREFIX)
-    names = {found.index: found.name for found in sets}
+def _present(wanted: _Wanted) -> _Present:
+    listed = ipset.found(SET_PREFIX)
+    held = _held(wanted.sets)
+    used = {one.name for one in held.values()}
+    names = {one.index: one.name for one in listed if one.name not in held}
+    names |= {one.found.index: name for name, one in held.items() if one.found}
     return _Present(
-        sets,
-        {
+        sets=held,
+        strays=tuple(one.name for one in listed if not one.in_use and one.name not in used),
+        set_names=names,
+        tables={
             family: {
                 table: xtables.content(family, table, OWNED, names)
-                for table in _TABLES
+                for table in TABLES
                 if table in existing
             }
             for family in xtables.Family
@@ -554,49 +200,116 @@ def _present() -> _Present:
     )
 
 
-_NUMBERS = {xtables.Family.IPV4: socket.AF_INET, xtables.Family.IPV6: socket.AF_INET6}
-"""Whose connections are forgotten when they are translated no more. Translations outlive the rules, for days; with
-the next rules they would come to life again, and reset a new connection that has the ports of an old one."""
+_OTHER_NAMES = 8
+"""How many other names a set may have where somebody else uses one of another kind."""
 
 
-def _withdraw() -> Change:
-    return _apply(_NOTHING)
+def _held(wanted: tuple[ipset.Set, ...]) -> dict[str, _Held]:
+    if not wanted:
+        return {}
+    there = ipset.find(one.name for one in wanted)
+    held = {}
+    for one in wanted:
+        name = one.name
+        if _is_in_the_way(there.get(name), one):
+            name = _other_name(one)
+            there |= ipset.find([name])
+        found = there.get(name)
+        if found is None or found.kind is not one.kind:
+            held[one.name] = _Held(name, None, None)
+        else:
+            held[one.name] = _Held(name, found, ipset.content(found, one.size))
+    return held
 
 
-def _remove() -> Change:
-    change = _withdraw()
-    if change is Change.REMOVED:
-        conntrack.flush()
+def _other_name(wanted: ipset.Set) -> str:
+    names = [
+        f"{wanted.name[: ipset.MAX_NAME - 2]}.{number}" for number in range(1, _OTHER_NAMES + 1)
+    ]
+    there = ipset.find(names)
+    for name in names:
+        if not _is_in_the_way(there.get(name), wanted):
+            return name
+    raise KernelError(f"the names for the set {wanted.name} all belong to sets of other kinds")
+
+
+def _is_in_the_way(found: ipset.Found | None, wanted: ipset.Set) -> bool:
+    """Whether a set can neither be what is wanted nor be taken away for it."""
+    return found is not None and found.in_use and found.kind is not wanted.kind
+
+
+def _apply(wanted: _Wanted, resolvers: Mapping[Family, tuple[str, int]]) -> Change:
+    before = _present(wanted)
+    # Most calls change nothing; those need not wait for anybody.
+    if _is_as_wanted(before, wanted):
+        return Change.UNCHANGED
+    going = [
+        family
+        for family, table in FAMILIES.items()
+        if before.of(table, "nat").chains and not wanted.of(table, "nat").chains
+    ]
+    change = _replace(wanted, going)
+    if _translating(before) not in ([], _translating(wanted)):
+        translations.forget_queries(resolvers)
     return change
 
 
-def _apply(wanted: _Wanted) -> Change:
-    # Most calls change nothing; those need not wait for anybody.
-    if _is_as_wanted(_present(), wanted):
+def _withdraw() -> Change:
+    if _is_as_wanted(_present(_NOTHING), _NOTHING):
         return Change.UNCHANGED
+    return _replace(_NOTHING, ())
+
+
+def _remove() -> Change:
+    before = _present(_NOTHING)
+    if _is_as_wanted(before, _NOTHING):
+        return Change.UNCHANGED
+    return _replace(_NOTHING, Family if before.has_rules else ())
+
+
+def _replace(wanted: _Wanted, going: Iterable[Family]) -> Change:
+    """Load what is wanted, unless somebody else has done so meanwhile.
+
+    Of the families `going` nothing is to be translated any more. Their connections end first: the lock, for which
+    others wait, is not held for as long as that takes.
+    """
+    families = tuple(going)
+    if families:
+        translations.end(families)
     with xtables.locked():
-        present = _present()
+        present = _present(wanted)
         if _is_as_wanted(present, wanted):
             return Change.UNCHANGED
         _load(present, wanted)
+    if families:
+        translations.forget(families)
     if wanted == _NOTHING:
         return Change.REMOVED
-    for family, number in _NUMBERS.items():
-        if present.of(family, "nat").chains and not wanted.of(family, "nat").chains:
-            conntrack.flush(number)
     return Change.CREATED if present.is_empty else Change.REPLACED
 
 
-def _is_as_wanted(present: _Present, wanted: _Wanted) -> bool:
-    return _sets_by_name(present) == {one.name: one for one in wanted.sets} and all(
-        present.of(family, table).equals(wanted.of(family, table))
+def _translating(tables: "_Wanted | _Present") -> list[Entry]:
+    """The rules that send queries elsewhere."""
+    return [
+        rule.entry
         for family in xtables.Family
-        for table in _TABLES
+        for name, rules in tables.of(family, "nat").chains.items()
+        if name.startswith(PLACES[Hook.OUTBOUND].chain)
+        for rule in rules
+        if xtables.target(family, rule.entry) == "DNAT"
+    ]
+
+
+def _is_as_wanted(present: _Present, wanted: _Wanted) -> bool:
+    return (
+        not present.strays
+        and all(present.sets[one.name].is_as_wanted(one) for one in wanted.sets)
+        and all(
+            present.of(family, table).equals(wanted.of(family, table))
+            for family in xtables.Family
+            for table in TABLES
+        )
     )
-
-
-def _sets_by_name(present: _Present) -> dict[str, ipset.Set | None]:
-    return {found.name: found.set for found in present.sets}
 
 
 class _Step(NamedTuple):
@@ -609,32 +322,26 @@ class _Step(NamedTuple):
 
 
 def _load(present: _Present, wanted: _Wanted) -> None:
+    made = [held.name for held in present.sets.values() if held.found is None]
     done: list[_Step] = []
     try:
         _make_sets(present, wanted)
-        indexes = _set_indexes()
+        there = ipset.find(held.name for held in present.sets.values())
+        indexes = {name: there[held.name].index for name, held in present.sets.items()}
         for step in _steps(present, wanted):
             xtables.replace(step.family, step.table, OWNED, step.after, indexes)
             done.append(step)
     except KernelError as error:
-        _undo(present, done, error)
+        _undo(present, done, made, error)
         raise
-    _destroy_all_but(one.name for one in wanted.sets)
-
-
-def _set_indexes() -> dict[str, int]:
-    return {found.name: found.index for found in ipset.found(SET_PREFIX)}
-
-
-def _destroy_all_but(kept: Iterable[str]) -> None:
-    ipset.destroy(_set_indexes().keys() - set(kept))
+    _destroy_strays(present)
 
 
 def _steps(present: _Present, wanted: _Wanted) -> list[_Step]:
     steps = [
         _Step(family, table, present.of(family, table), wanted.of(family, table))
         for family in xtables.Family
-        for table in _TABLES
+        for table in TABLES
     ]
     changed = (step for step in steps if not step.before.equals(step.after))
     return sorted(changed, key=_turn)
@@ -642,35 +349,59 @@ def _steps(present: _Present, wanted: _Wanted) -> list[_Step]:
 
 def _turn(step: _Step) -> tuple[bool, int]:
     """Tables that lose a list come last, in the opposite order."""
-    hooks = {place.chain for place in _PLACES.values()}
+    hooks = {place.chain for place in PLACES.values()}
     loses = bool(hooks & (step.before.chains.keys() - step.after.chains.keys()))
-    order = _TABLES.index(step.table)
+    order = TABLES.index(step.table)
     return loses, -order if loses else order
 
 
 def _make_sets(present: _Present, wanted: _Wanted) -> None:
     """Make the sets that are missing, repair the others."""
-    there = _sets_by_name(present)
-    if _SPARE_SET in there:
-        ipset.destroy([_SPARE_SET])
+    missing = []
     for one in wanted.sets:
-        if one.name in there and there[one.name] != one:
-            ipset.create([ipset.Set(_SPARE_SET, one.kind, one.entries)])
-            ipset.swap(_SPARE_SET, one.name)
-            ipset.destroy([_SPARE_SET])
-    ipset.create(one for one in wanted.sets if one.name not in there)
+        held = present.sets[one.name]
+        if held.found is None:
+            missing.append(msgspec.structs.replace(one, name=held.name))
+        elif not held.is_as_wanted(one):
+            _repair(held.name, one)
+    ipset.destroy(one.name for one in missing)
+    ipset.create(missing)
 
 
-_SPARE_SET = f"{SET_PREFIX}spare"
-"""A set's content is replaced by changing places with this one."""
-
-
-def _undo(present: _Present, done: list[_Step], reason: KernelError) -> None:
+def _repair(name: str, wanted: ipset.Set) -> None:
+    """Replace what a set holds, by changing places with a new one: rules may ask it."""
+    spare = f"{SET_PREFIX}{secrets.token_hex(4)}-spare"
     try:
-        indexes = _set_indexes()
+        ipset.create([msgspec.structs.replace(wanted, name=spare)])
+        ipset.swap(spare, name)
+    finally:
+        ipset.destroy([spare])
+
+
+_STRAYS_S = 0.02
+_STRAYS_AT_ONCE = 50
+"""How long one call destroys sets that nobody wants, with the lock held; the next call goes on."""
+
+
+def _destroy_strays(present: _Present) -> None:
+    """Without the lock, a set could go that another applier has just found and is about to use."""
+    until = time.monotonic() + _STRAYS_S
+    used = {*present.sets, *(held.name for held in present.sets.values()), *present.strays}
+    # Those that rules asked before come first; those that other rules ask are refused, and stay.
+    asked = [name for name in present.set_names.values() if name not in used]
+    doomed = [*asked, *present.strays]
+    for at in range(0, len(doomed), _STRAYS_AT_ONCE):
+        ipset.destroy(doomed[at : at + _STRAYS_AT_ONCE])
+        if time.monotonic() > until:
+            return
+
+
+def _undo(present: _Present, done: list[_Step], made: list[str], reason: KernelError) -> None:
+    indexes = {name: index for index, name in present.set_names.items()}
+    try:
         for step in reversed(done):
             xtables.replace(step.family, step.table, OWNED, step.before, indexes)
-        _destroy_all_but(found.name for found in present.sets)
+        ipset.destroy(made)
     except KernelError as error:
         problem = f"{reason}; and what was loaded before cannot be taken back: {error}"
         raise KernelError(problem, reason.errno) from error
@@ -679,31 +410,38 @@ def _undo(present: _Present, done: list[_Step], reason: KernelError) -> None:
 # Telling differences and counters.
 
 
+_MOST_TOLD = 100
+"""What is different where somebody else wrote has no end."""
+
+
+def _told(differences: Iterator[str]) -> Iterator[str]:
+    yield from itertools.islice(differences, _MOST_TOLD)
+    if next(differences, None) is not None:
+        yield f"there are more differences than these {_MOST_TOLD}"
+
+
 def _differences(wanted: _Wanted, present: _Present) -> Iterator[str]:
     yield from _set_differences(wanted, present)
     for family in xtables.Family:
-        for table in _TABLES:
+        for table in TABLES:
             should, has = wanted.of(family, table), present.of(family, table)
             if not has.equals(should):
                 yield from _table_differences(family, table, should, has)
 
 
 def _set_differences(wanted: _Wanted, present: _Present) -> Iterator[str]:
-    there = _sets_by_name(present)
-    should = {one.name: one for one in wanted.sets}
-    yield from (f"set {name} is missing" for name in should if name not in there)
-    yield from (f"set {name} is there and should not be" for name in there if name not in should)
-    for name, one in should.items():
-        has = there.get(name)
-        if name not in there or has == one:
-            continue
-        if has is None or has.kind is not one.kind:
-            yield f"set {name} is of another kind, should be {one.kind}"
-            continue
-        for entry in sorted(set(has.entries) - set(one.entries)):
-            yield f"set {name} holds {entry} and should not"
-        for entry in sorted(set(one.entries) - set(has.entries)):
-            yield f"set {name} does not hold {entry}"
+    for one in wanted.sets:
+        held = present.sets[one.name]
+        if held.found is None:
+            yield f"set {held.name} is missing"
+        elif held.content is None:
+            yield f"set {held.name} does not hold the {one.size} entries it should and nothing else"
+        else:
+            for entry in sorted(set(held.content.entries) - set(one.entries)):
+                yield f"set {held.name} holds {entry} and should not"
+            for entry in sorted(set(one.entries) - set(held.content.entries)):
+                yield f"set {held.name} does not hold {entry}"
+    yield from (f"set {shown(name)} is there and should not be" for name in present.strays)
 
 
 def _table_differences(
@@ -732,7 +470,9 @@ def _jump_differences(
     family: xtables.Family, where: str, should: Content, has: Content
 ) -> Iterator[str]:
     jumps = (*should.jumps, *has.jumps)
-    rules = dict(zip(jumps, xtables.spelled(family, [jump.entry for jump in jumps]), strict=True))
+    rules = dict(
+        zip(jumps, xtables_rules.spelled(family, [jump.entry for jump in jumps]), strict=True)
+    )
     for jump in should.jumps:
         if jump not in has.jumps:
             yield f"rule {jump.position} of {jump.chain} in {where} is not '{rules[jump]}'"
@@ -752,7 +492,7 @@ def _chain_differences(
     )
     changed = [line for line in wanted if line in present and wanted[line] != present[line]]
     entries = [entry for line in changed for entry in (present[line], wanted[line])]
-    spelled = iter(xtables.spelled(family, entries) if entries else ())
+    spelled = iter(xtables_rules.spelled(family, entries) if entries else ())
     for line in changed:
         is_, should_be = shown(next(spelled)), shown(next(spelled))
         yield f"{line} of {where} is '{is_}', should be '{should_be}'"
@@ -777,7 +517,8 @@ def _line_name(family: xtables.Family, entry: Entry) -> str:
 
 
 def _installed_lines(present: _Present) -> Iterator[InstalledLine]:
-    for hook, place in _PLACES.items():
+    for hook in Hook:
+        place = PLACES[hook]
         counted = [
             _packets(family, place, tables.get(place.table, xtables.EMPTY))
             for family, tables in present.tables.items()
@@ -787,10 +528,10 @@ def _installed_lines(present: _Present) -> Iterator[InstalledLine]:
             yield InstalledLine(hook=hook, name=name, packets=packets)
 
 
-def _packets(family: xtables.Family, place: _Place, content: Content) -> dict[str, int]:
+def _packets(family: xtables.Family, place: Place, content: Content) -> dict[str, int]:
     """What the lines of one list counted, in their order."""
     packets: dict[str, int] = {}
-    chains = itertools.takewhile(content.chains.__contains__, _chain_names(place))
+    chains = itertools.takewhile(content.chains.__contains__, chain_names(place))
     for rule in itertools.chain.from_iterable(content.chains[chain] for chain in chains):
         if not xtables.goes_elsewhere(family, rule.entry):
             name = _line_name(family, rule.entry)

@@ -1,34 +1,36 @@
 """Redirect rules through nftables: the table `tidegate` of a workload's network namespace.
 
-Renders the lines of rules.py to nft(8)'s syntax, for people as for the kernel, loads them in one transaction, and tells
-how the kernel differs. It never touches a table of another name. What goes where is decided in rules.py.
+Renders the lines of rules.py to nft(8)'s syntax, for people as for the library that knows it, loads them in one
+transaction, and tells how the kernel differs. It never touches a table of another name. What goes where is decided in
+rules.py.
 
-Whether the kernel has the rules is told by comparison with a twin: the same text, loaded into a scratch namespace.
-The kernel counts the transactions of a namespace; where it still has the number that the last comparison ended
-with, nothing is read at all.
+What the kernel should have is told by a twin: the text, loaded by libnftables into a scratch namespace and read back.
+The twin's own messages are what a workload's namespace gets, and what it has is compared with them. The kernel counts
+the transactions of a namespace; where it still has the number that the last comparison or load ended with, nothing is
+read at all, and a load is taken only if nothing came since it was looked at.
 
-A pod may be allowed to change its own nftables, and libnftables parses what it finds. The library therefore works in
-this process only where every transaction that the namespace has seen was this backend's, and else in a child of
-its own (kernel/isolation.py).
+A pod may be allowed to change its own nftables, and libnftables parses what it finds. So there it only words what is
+different, in a child of its own (kernel/isolation.py); the messages need neither the library nor what others have.
 """
 
 import errno
 import functools
 import hashlib
 import re
-import socket
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar, assert_never
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, assert_never
 
+from tidegate.enforce.redirect import translations
 from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
+from tidegate.enforce.redirect.recent import Recent
 from tidegate.enforce.redirect.rules import (
     Action,
     ByGroup,
     ByUser,
     Criterion,
     Drop,
+    First,
     FromNetwork,
     Hook,
     InCgroup,
@@ -56,10 +58,19 @@ from tidegate.enforce.redirect.rules import (
 )
 from tidegate.enforce.redirect.text import shown
 from tidegate.intent.policy import Family
-from tidegate.kernel import cgroups, conntrack, isolation, netns, nf_tables, nftables
+from tidegate.kernel import (
+    cgroups,
+    isolation,
+    netns,
+    nf_tables,
+    nf_transaction,
+    nfnetlink,
+    nftables,
+)
 from tidegate.kernel.cgroups import Cgroup
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.nf_tables import Contents
+from tidegate.kernel.nf_transaction import Step
 
 TABLE = "tidegate"
 
@@ -67,7 +78,6 @@ _BOTH = "inet"
 _HEADER = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 """What nft calls a family's header, and the tables that only its packets come to."""
 FAMILIES = (_BOTH, *_HEADER.values())
-_NUMBERS = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 
 _CHAINS = {
     Hook.OUTBOUND: "type nat hook output priority -100",
@@ -75,10 +85,19 @@ _CHAINS = {
     Hook.INBOUND_TPROXY: "type filter hook prerouting priority -150",
     Hook.DNS_ZONE: "type filter hook output priority -300",
     Hook.INVALID: "type filter hook prerouting priority -151",
+    Hook.INVALID_OUTBOUND: "type filter hook output priority -150",
 }
 _TRANSLATING = (Hook.OUTBOUND, Hook.INBOUND)
-_SENDING = (Hook.OUTBOUND, Hook.DNS_ZONE)
+_SENDING = (Hook.OUTBOUND, Hook.DNS_ZONE, Hook.INVALID_OUTBOUND)
 """Where a packet has an interface that it leaves by."""
+_ARRIVING = (Hook.INBOUND,)
+"""Where a redirected packet keeps its address: `redirect` would take one of the interface that it arrives on."""
+_ASKS_AS = {
+    Hook.INVALID: Hook.INBOUND,
+    Hook.INVALID_OUTBOUND: Hook.OUTBOUND,
+    Hook.DNS_ZONE: Hook.OUTBOUND,
+}
+"""Lists that ask much of what another list asks, and so look into its sets."""
 
 _UNTOUCHED = 1
 """The generation of a namespace whose nftables nobody has ever changed (nf_tables_init_net)."""
@@ -86,9 +105,9 @@ _UNTOUCHED = 1
 _TABLE_FLAGS = {1: "dormant", 2: "owner", 4: "persist"}
 """enum nft_table_flags"""
 
-_RACES = frozenset({errno.EEXIST, errno.ENOENT, errno.EBUSY, errno.EAGAIN, errno.EINTR})
-"""How the kernel refuses a transaction that was made for what somebody else has changed meanwhile."""
-_TRIES = 8
+_RACES = frozenset({errno.ERESTART, errno.EAGAIN, errno.EINTR})
+"""How the kernel refuses a transaction because of what else happened meanwhile."""
+_TRIES = 6
 
 _TOLD = 40
 """Most differences that are told one by one."""
@@ -96,8 +115,9 @@ _LISTING_S = 1.0
 """How long a listing may take that is only for telling what is different."""
 _WIDTH = 96
 """Most characters of a row of elements."""
-_SLACK = 4096
-"""Bytes that are read of a table beyond what its twin has."""
+_TIMES, _SLACK = 4, 4096
+"""Bytes that are read of a table: so many times what its twin has, and so many more, for handles and counts."""
+_TWIN_BYTES = 2**24
 
 
 class _Wanted(NamedTuple):
@@ -110,50 +130,26 @@ class _Wanted(NamedTuple):
     """Of the text and the ids of its cgroups."""
     translated: frozenset[Family]
     """Of which families connections are redirected by translation."""
+    resolvers: Mapping[Family, tuple[str, int]]
+    """Where queries are redirected to."""
 
 
 class _Twin(NamedTuple):
     """What the kernel makes of a text."""
 
     contents: Contents
-    listing: str
+    creation: tuple[Step, ...]
 
 
 class _Seen(NamedTuple):
     """What a namespace had when it was last looked at."""
 
     generation: int
+    """Before it was looked at: a number that has passed never comes again, so what came between is not taken for it."""
     digest: bytes
-    """Of the rules that it had; empty for none of tidegate's."""
-    alone: bool
-    """Whether all its transactions were this backend's."""
-
-
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-
-
-class _Recent(Generic[_K, _V]):
-    """A dictionary of the entries that were used last, for several threads."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._entries: OrderedDict[_K, _V] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: _K) -> _V | None:
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key]
-
-    def put(self, key: _K, value: _V) -> None:
-        with self._lock:
-            self._entries[key] = value
-            self._entries.move_to_end(key)
-            if len(self._entries) > self._most:
-                self._entries.popitem(last=False)
+    """Of the rules that it had; empty for none of tidegate's, and where that is not known."""
+    resolvers: Mapping[Family, tuple[str, int]] | None = None
+    """Where these redirect queries to; None where that is not known."""
 
 
 class NftablesBackend:
@@ -162,8 +158,8 @@ class NftablesBackend:
     name = BackendName.NFTABLES
 
     def __init__(self) -> None:
-        self._twins: _Recent[bytes, _Twin] = _Recent(64)
-        self._seen: _Recent[int, _Seen] = _Recent(4096)
+        self._twins: Recent[bytes, _Twin] = Recent(64)
+        self._seen: Recent[int, _Seen] = Recent(4096)
 
     def render(self, rules: Rules) -> str:
         """The transaction that loads the rules where none are; "" when nothing is redirected.
@@ -176,8 +172,8 @@ class NftablesBackend:
     def apply(self, netns_path: str, rules: Rules) -> Change:
         """Make the namespace follow the rules, in one transaction or not at all; with none, remove what is there.
 
-        Open connections stay as they are. KernelError when the namespace is gone or the kernel refuses; the rules
-        are then what they were.
+        Open connections stay as they are. KernelError when the namespace is gone, the kernel refuses, or no scratch
+        namespace can be made; the rules are then what they were.
         """
         wanted = _wanted(rules)
         if wanted is None:
@@ -205,109 +201,106 @@ class NftablesBackend:
 
     def _apply(self, wanted: _Wanted) -> Change:
         cookie = netns.cookie(netns.CURRENT)
-        refusal = _restless()
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
             before = self._look(cookie)
             if before.digest == wanted.digest:
                 return Change.UNCHANGED
             there = _tables(before)
             if there and not before.digest and self._has(wanted, there):
-                if self._remember(cookie, before, wanted.digest):
-                    return Change.UNCHANGED
-                continue
-            translated = _translated(there)
-            try:
-                self._load(cookie, before, f"{_deletion(there)}{wanted.text}", wanted.digest)
-            except KernelError as error:
-                if error.errno not in _RACES:
-                    raise
-                refusal = error
-                continue
-            _forget(family for family in translated if family not in wanted.translated)
-            return Change.REPLACED if there else Change.CREATED
-        raise refusal
+                self._seen.put(cookie, _seen(before.generation, wanted))
+                return Change.UNCHANGED
+            twin = self._twin(wanted)
+            going = [one for one in _translated(there) if one not in wanted.translated]
+            if attempt == 0:
+                translations.end(going)
+            astray = _zoned(there) and before.resolvers != wanted.resolvers
+            if self._change(cookie, before, (*_deletion(there), *twin.creation), wanted):
+                break
+            nfnetlink.pause(attempt)
+        else:
+            # Somebody changes something all the time: these steps are right whatever that is.
+            nf_transaction.run((*_clearance(), *twin.creation))
+        if going:
+            translations.forget(going)
+        if astray:
+            translations.forget_queries(wanted.resolvers)
+        return Change.REPLACED if there else Change.CREATED
 
     def _check(self, wanted: _Wanted | None) -> tuple[str, ...]:
         cookie = netns.cookie(netns.CURRENT)
-        digest = wanted.digest if wanted else b""
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
             before = self._look(cookie)
-            if wanted and before.digest == digest:
+            if wanted and before.digest == wanted.digest:
                 return ()
             there = _tables(before)
-            differences = tuple(self._differences(wanted, there))
-            if differences and nftables.generation() == before.generation:
-                return differences
-            if not differences and self._remember(cookie, before, digest):
+            if self._equals(wanted, there):
+                self._seen.put(cookie, _seen(before.generation, wanted))
                 return ()
-        raise _restless()
+            if nf_tables.generation() == before.generation:
+                break
+            # Some of it may have been read before a change and some after it.
+            nfnetlink.pause(attempt)
+        return tuple(self._differences(wanted, there))
 
     def _remove(self) -> Change:
+        if not _tables(self._look(netns.cookie(netns.CURRENT))):
+            return Change.UNCHANGED
+        translations.end(Family)
         change = self._withdraw()
-        if change is Change.REMOVED:
-            _forget(Family)
+        translations.forget(Family)
         return change
 
     def _withdraw(self) -> Change:
         cookie = netns.cookie(netns.CURRENT)
-        refusal = _restless()
-        for _ in range(_TRIES):
+        for attempt in range(_TRIES):
             before = self._look(cookie)
             there = _tables(before)
             if not there:
                 return Change.UNCHANGED
-            try:
-                self._load(cookie, before, _deletion(there), b"")
-            except KernelError as error:
-                if error.errno not in _RACES:
-                    raise
-                refusal = error
-            else:
+            if self._change(cookie, before, _deletion(there), None):
                 return Change.REMOVED
-        raise refusal
+            nfnetlink.pause(attempt)
+        nf_transaction.run(_clearance())
+        return Change.REMOVED
 
     def _look(self, cookie: int) -> _Seen:
         """What is known of the namespace as it is now."""
-        generation = nftables.generation()
+        generation = nf_tables.generation()
         seen = self._seen.get(cookie)
         if seen is not None and seen.generation == generation:
             return seen
-        return _Seen(generation, b"", alone=generation == _UNTOUCHED)
+        return _Seen(generation, b"")
 
-    def _remember(self, cookie: int, before: _Seen, digest: bytes) -> bool:
-        """Keep what was read of the namespace, if nothing has changed it since `before`; whether that is so."""
-        if nftables.generation() != before.generation:
+    def _change(
+        self, cookie: int, before: _Seen, steps: Sequence[Step], wanted: _Wanted | None
+    ) -> bool:
+        """Take steps that lead to what is wanted, if nothing has changed the namespace since `before`; whether so."""
+        try:
+            nf_transaction.run(steps, before.generation)
+        except KernelError as error:
+            if error.errno not in _RACES:
+                raise
             return False
-        self._seen.put(cookie, before._replace(digest=digest))
+        self._seen.put(cookie, _seen(before.generation + 1, wanted))
         return True
-
-    def _load(self, cookie: int, before: _Seen, text: str, digest: bytes) -> None:
-        if before.alone:
-            nftables.load(text)
-        else:
-            nftables.prepare()
-            isolation.run_in(netns.CURRENT, nftables.load, text)
-        generation = nftables.generation()
-        # A number further, somebody else's transaction came between.
-        if generation == before.generation + 1:
-            self._seen.put(cookie, _Seen(generation, digest, before.alone))
 
     def _has(self, wanted: _Wanted, there: Sequence[str]) -> bool:
         """Whether the namespace has the rules and nothing else, as far as that can be told."""
         try:
-            return not self._differs(wanted, there)
+            return self._equals(wanted, there)
         except KernelError as error:
-            if error.errno not in (errno.EPERM, errno.ENOSPC):
+            if error.errno != errno.EAGAIN:
                 raise
             return False
 
-    def _differs(self, wanted: _Wanted, there: Sequence[str]) -> bool:
+    def _equals(self, wanted: _Wanted | None, there: Sequence[str]) -> bool:
+        if wanted is None:
+            return not there
         if list(there) != [wanted.family]:
-            return True
+            return False
         twin = self._twin(wanted).contents
-        return twin != nf_tables.contents(
-            wanted.family, TABLE, wanted.chains, 2 * twin.size + _SLACK
-        )
+        most = _TIMES * twin.size + _SLACK
+        return twin == nf_tables.contents(wanted.family, TABLE, wanted.chains, most)
 
     def _twin(self, wanted: _Wanted) -> _Twin:
         twin = self._twins.get(wanted.digest)
@@ -325,16 +318,16 @@ class NftablesBackend:
         if wanted.family not in there:
             yield f"table {wanted.family} {TABLE} is missing"
             return
-        if not self._differs(wanted, [wanted.family]):
+        if self._equals(wanted, [wanted.family]):
             return
-        found = list(_differing(wanted, self._twin(wanted)))
+        found = list(_differing(wanted))
         yield from found[:_TOLD]
         if len(found) > _TOLD:
             yield f"{len(found) - _TOLD} more differences"
 
 
-def _restless() -> KernelError:
-    return KernelError("the nftables rules change all the time", errno.EAGAIN)
+def _seen(generation: int, found: _Wanted | None) -> _Seen:
+    return _Seen(generation, found.digest, found.resolvers) if found else _Seen(generation, b"")
 
 
 def _tables(seen: _Seen) -> list[str]:
@@ -344,8 +337,12 @@ def _tables(seen: _Seen) -> list[str]:
     return [family for family in FAMILIES if nf_tables.table_flags(family, TABLE) is not None]
 
 
-def _deletion(there: Iterable[str]) -> str:
-    return "".join(f"delete table {family} {TABLE}\n" for family in there)
+def _deletion(there: Iterable[str]) -> tuple[Step, ...]:
+    return tuple(nf_transaction.deletion(family, TABLE) for family in there)
+
+
+def _clearance() -> tuple[Step, ...]:
+    return tuple(step for family in FAMILIES for step in nf_transaction.clearance(family, TABLE))
 
 
 def _translated(there: Iterable[str]) -> list[Family]:
@@ -359,24 +356,23 @@ def _translated(there: Iterable[str]) -> list[Family]:
     return [family for family, header in _HEADER.items() if header in headers]
 
 
-def _forget(families: Iterable[Family]) -> None:
-    """Forget connections that are translated no more.
-
-    Translations outlive the rules, for days. With the next rules they would come to life again, and reset a new
-    connection that has the ports of an old one.
-    """
-    going = [_NUMBERS[family] for family in families]
-    for number in going if len(going) < len(_NUMBERS) else (socket.AF_UNSPEC,):
-        conntrack.flush(number)
+def _zoned(there: Iterable[str]) -> bool:
+    """Whether tables redirect queries that go by UDP."""
+    return any(nf_tables.has_chain(family, TABLE, Hook.DNS_ZONE) for family in there)
 
 
 def _make_twin(wanted: _Wanted) -> _Twin:
     nftables.load(wanted.text)
-    made = nf_tables.contents(wanted.family, TABLE, wanted.chains, 2**24)
-    listing = nftables.list_text(wanted.family, TABLE)
-    if made is None or listing is None:
-        raise KernelError(f"the table {TABLE} is not there after it was loaded", errno.EPROTO)
-    return _Twin(made, listing)
+    made = nf_tables.contents(wanted.family, TABLE, wanted.chains, _TWIN_BYTES)
+    if made is None or not made.complete:
+        problem = f"the table {TABLE} cannot be read back after it was loaded"
+        raise KernelError(problem, errno.EPROTO)
+    return _Twin(made, tuple(nf_transaction.creation(wanted.family, made)))
+
+
+def _list_twin(wanted: _Wanted) -> str:
+    nftables.load(wanted.text)
+    return nftables.list_text(wanted.family, TABLE) or ""
 
 
 def _current() -> tuple[InstalledLine, ...] | None:
@@ -430,6 +426,7 @@ def _rendered(rules: Rules, found: tuple[Cgroup, ...]) -> _Wanted:
         text=text,
         digest=digest,
         translated=frozenset(one for one in rules.families if _translates(rules, one)),
+        resolvers=translations.resolvers(rules),
     )
 
 
@@ -461,7 +458,12 @@ class _Writer:
     def __init__(self, family: str, of_path: dict[str, Cgroup]) -> None:
         self._family = family
         self._cgroups = of_path
-        self.sets: list[str] = []
+        self._made: dict[str, _Words] = {}
+
+    @property
+    def sets(self) -> Iterator[str]:
+        """The sets that the chains so far look into."""
+        return (_set(name, words) for name, words in self._made.items())
 
     def chain(self, hook: Hook, lines: Iterable[Line]) -> str:
         head = f"\tchain {hook} {{\n\t\t{_CHAINS[hook]}; policy accept;\n"
@@ -475,14 +477,22 @@ class _Writer:
         for operator, one in words:
             right = one.values[0]
             if len(one.values) > 1 and one.type:
-                name = f"{hook}-{line.name}" if listed == 1 else f"{hook}-{line.name}-{one.plural}"
-                self.sets.append(_set(name, one))
-                right = f"@{name}"
+                name = line.name if listed == 1 else f"{line.name}-{one.plural}"
+                right = f"@{self._set(hook, name, one)}"
             elif len(one.values) > 1:
                 right = f"{{ {', '.join(one.values)} }}"
             parts.append(f"{one.left} {operator}{right}")
         said = " ".join(part for part in parts if not _goes_without_saying(part, parts))
-        return f'{said} counter {self._action(line.action)} comment "{line.name}"'.lstrip()
+        return f'{said} counter {self._action(line.action, hook)} comment "{line.name}"'.lstrip()
+
+    def _set(self, hook: Hook, name: str, words: _Words) -> str:
+        """The name of a set of these values: one that is there already, if its list has the same line."""
+        theirs = f"{_ASKS_AS.get(hook, hook)}-{name}"
+        if self._made.get(theirs) == words:
+            return theirs
+        own = f"{hook}-{name}"
+        self._made[own] = words
+        return own
 
     def _words(self, match: Match, line: Line, hook: Hook) -> tuple[str, _Words]:
         """A match's operator, with the blank after it, and its words."""
@@ -526,6 +536,8 @@ class _Writer:
                 return _Words("fib daddr type", ("local",))
             case Invalid():
                 return _Words("ct state", ("invalid",))
+            case First():
+                return _Words("ct status & confirmed", ("0",), compared=True)
             case Translated():
                 return _Words("ct status", ("dnat",))
             case _:
@@ -538,12 +550,12 @@ class _Writer:
         left = f"{_HEADER[family]} {field}"
         return _Words(left, values, f"{family}_addr", plural, intervals=True)
 
-    def _action(self, action: Action) -> str:
+    def _action(self, action: Action, hook: Hook) -> str:
         match action:
             case Leave():
                 return "return"
             case Redirect(port):
-                return f"redirect to :{port}"
+                return f"dnat to :{port}" if hook in _ARRIVING else f"redirect to :{port}"
             case Tproxy(port):
                 return f"tproxy to :{port} accept"
             case Translate(address, port):
@@ -612,7 +624,7 @@ def _set(name: str, words: _Words) -> str:
     return f"\tset {name} {{\n\t\ttype {words.type}\n{flags}\t\telements = {{ {elements} }}\n\t}}\n"
 
 
-def _differing(wanted: _Wanted, twin: _Twin) -> Iterator[str]:
+def _differing(wanted: _Wanted) -> Iterator[str]:
     """What is different in a table that is known to differ from its twin."""
     name = f"table {wanted.family} {TABLE}"
     flags = nf_tables.table_flags(wanted.family, TABLE)
@@ -631,7 +643,8 @@ def _differing(wanted: _Wanted, twin: _Twin) -> Iterator[str]:
     if listed is None:
         yield f"{name} is missing"
         return
-    found = list(_compared(_parts(twin.listing), _parts(listed)))
+    should = netns.run_in_new(_list_twin, wanted)
+    found = list(_compared(_parts(should), _parts(listed)))
     yield from found or (f"{name} differs in something that its listing does not show",)
 
 

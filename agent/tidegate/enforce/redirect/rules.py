@@ -7,10 +7,15 @@ is where it is.
 Only the first packet of a connection is decided on. For one that is older than the rules that is some
 segment in its middle, because connection tracking begins with them (nf_conntrack_tcp_loose): redirecting
 that would reset it, so only a SYN is redirected.
+
+The nat lists are asked about the first packet of a connection that connection tracking begins. A SYN that it takes
+for something else goes where it was going: of an older connection with the same addresses and ports, or of one that
+somebody made up with a single segment. Lists of their own drop such a SYN where nat would have redirected it.
 """
 
 import enum
 import ipaddress
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias, assert_never
 
@@ -31,7 +36,11 @@ from tidegate.model import Direction
 LOOPBACK_INTERFACE = "lo"
 DNS_PORT = 53
 DNS_ZONE = 53
-"""Connection tracking zone of redirected queries, so that the proxy may send the same query from the same port."""
+"""Connection tracking zone of redirected queries, so that the proxy may send the same query from the same port.
+
+And so that a socket that goes on asking is answered as the policy says at that time: what is left alone is in another
+zone than what is redirected, so that neither is in the other's way.
+"""
 
 _LOOPBACK = {Family.IPV4: "127.0.0.0/8", Family.IPV6: "::1/128"}
 _OWN_CALL_SOURCES = {Family.IPV4: "127.0.0.6/32", Family.IPV6: "::6/128"}
@@ -122,6 +131,13 @@ class Invalid(msgspec.Struct, frozen=True):
     """Connection tracking cannot place the packet (ct state invalid)."""
 
 
+class First(msgspec.Struct, frozen=True):
+    """The packet with which connection tracking begins a connection, so that nat is asked (ct status not confirmed).
+
+    Packets that are not tracked are neither this nor its opposite.
+    """
+
+
 class Translated(msgspec.Struct, frozen=True):
     """Of a connection whose destination connection tracking translates (ct status dnat)."""
 
@@ -141,6 +157,7 @@ Criterion: TypeAlias = (
     | FromNetwork
     | ToSelf
     | Invalid
+    | First
     | Translated
 )
 
@@ -159,7 +176,11 @@ class Leave(msgspec.Struct, frozen=True):
 
 
 class Redirect(msgspec.Struct, frozen=True):
-    """It goes to a port of this namespace."""
+    """It goes to a port of this namespace.
+
+    Outbound: at a loopback address. Inbound: at the address that it was going to, so that it does not matter which
+    addresses the interface has.
+    """
 
     port: int
 
@@ -215,6 +236,8 @@ class Hook(enum.StrEnum):
     """Packets that a process of the workload sends, before connection tracking: raw, output, priority -300."""
     INVALID = "invalid"
     """Packets that arrive, after connection tracking: filter (mangle), prerouting, priority -151."""
+    INVALID_OUTBOUND = "invalid-outbound"
+    """Packets that a process of the workload sends, after connection tracking: filter (mangle), output, -150."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,6 +257,16 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
         if direction is Direction.OUTBOUND:
             return self.lines(Hook.OUTBOUND)
         return self.lines(Hook.INBOUND) or self.lines(Hook.INBOUND_TPROXY)
+
+
+class Tracked(enum.StrEnum):
+    """For what connection tracking takes a connection that is opened."""
+
+    NEW = "new"
+    KNOWN = "known"
+    """It has an entry of these addresses and ports already, which is not translated."""
+    INVALID = "invalid"
+    """It cannot place the SYN: in the entry that it has, the other end dialled."""
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,6 +289,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     protocol: Protocol | str = Protocol.TCP
     opening: bool = True
     """False for a connection that is older than the rules."""
+    tracked: Tracked = Tracked.NEW
     forwarded: bool = False
     """Inbound: whether the destination is not an address of the workload."""
 
@@ -276,6 +310,7 @@ def rules_for(policy: Policy) -> Rules:
         inbound: _inbound(policy),
         Hook.DNS_ZONE: _dns_zone(policy),
         Hook.INVALID: _invalid(policy),
+        Hook.INVALID_OUTBOUND: _invalid_outbound(policy),
     }
     made = ((hook, _of_families(lists.get(hook, ()), families)) for hook in Hook)
     return Rules(
@@ -289,10 +324,26 @@ def explain(rules: Rules, connection: Connection) -> Decision:
     family = _family(_address(connection.destination))
     if family not in rules.families:
         return Decision(action=LEAVE, line=f"{family}-off" if rules.lists else None)
-    for line in rules.of(connection.direction):
-        if all(_matches(match, connection) for match in line.matches):
-            return Decision(action=line.action, line=line.name)
-    return Decision(action=LEAVE, line=None)
+    decision = Decision(action=LEAVE, line=None)
+    for hook in _asked(connection):
+        lines = (line for line in rules.lines(hook) if _decides(line, connection))
+        if line := next(lines, None):
+            decision = Decision(action=line.action, line=line.name)
+        if decision.action != LEAVE:
+            break
+    return decision
+
+
+def _asked(connection: Connection) -> tuple[Hook, ...]:
+    """The lists that are asked, in turn, until one does not leave the connection alone."""
+    new = connection.tracked is Tracked.NEW
+    if connection.direction is Direction.OUTBOUND:
+        return (Hook.OUTBOUND,) if new else (Hook.INVALID_OUTBOUND,)
+    return (Hook.INBOUND if new else Hook.INVALID, Hook.INBOUND_TPROXY)
+
+
+def _decides(line: Line, connection: Connection) -> bool:
+    return all(_matches(match, connection) for match in line.matches)
 
 
 def lines_of_family(lines: Iterable[Line], family: Family) -> tuple[Line, ...]:
@@ -324,11 +375,16 @@ def _does_something(lines: tuple[Line, ...]) -> bool:
 
 
 def _outbound(policy: Policy) -> Iterator[Line]:
-    outbound = policy.outbound
-    here, elsewhere = _dns(policy)
-    concerned = _TCP_OR_UDP if here or elsewhere else _TCP
+    concerned = _TCP_OR_UDP if any(_redirected_queries(policy)) else _TCP
     yield Line("other-protocol", (Not(concerned),))
     yield Line("older", (_TCP, Not(Opening())))
+    yield from _leaving(policy, concerned)
+
+
+def _leaving(policy: Policy, concerned: OfProtocol) -> Iterator[Line]:
+    """What is decided on connections and queries that leave, of the protocols that are concerned."""
+    outbound = policy.outbound
+    here, elsewhere = _dns(policy, concerned)
     # From a link-local address there is no way to ::1, where redirection leads.
     yield Line("link-local-ipv6", (ToNetwork(Family.IPV6, ("fe80::/10",)),))
     yield from _self_calls(policy)
@@ -417,12 +473,12 @@ def _excluded_outbound(policy: Policy, concerned: OfProtocol) -> Iterator[Line]:
         yield Line("excluded-interface", (OnInterface(_distinct(outbound.exclude_interfaces)),))
 
 
-def _dns(policy: Policy) -> tuple[list[Line], list[Line]]:
+def _dns(policy: Policy, concerned: OfProtocol) -> tuple[list[Line], list[Line]]:
     """The lines for queries, to a resolver on loopback and to one elsewhere."""
     here: list[Line] = []
     elsewhere: list[Line] = []
     for address, queries in _redirected_queries(policy):
-        matches = (_TCP_OR_UDP, *queries)
+        matches = (concerned, *queries)
         line = Line(f"dns-{_family(address)}", matches, Translate(str(address), policy.dns.port))
         (here if address.is_loopback else elsewhere).append(line)
     return here, elsewhere
@@ -433,39 +489,72 @@ def _redirected_queries(policy: Policy) -> Iterator[tuple[_Address, tuple[Match,
     dns = policy.dns
     if not dns.enabled:
         return
-    to_dns = ToPort((PortRange(DNS_PORT, DNS_PORT),))
     for address in sorted(map(_address, dns.addresses), key=lambda address: address.version):
         family = _family(address)
         if family not in policy.families:
             continue
         if not dns.resolvers:
-            yield address, (OfFamily(family), to_dns)
+            yield address, (OfFamily(family), _TO_DNS)
         elif resolvers := _collapsed(family, map(_host_network, dns.resolvers)):
-            yield address, (to_dns, ToNetwork(family, resolvers))
+            yield address, (_TO_DNS, ToNetwork(family, resolvers))
 
 
 def _dns_zone(policy: Policy) -> Iterator[Line]:
-    zoned = [
-        Line(f"dns-{_family(address)}", (_UDP, *queries), Zone(DNS_ZONE))
-        for address, queries in _redirected_queries(policy)
-    ]
-    if zoned:
-        yield Line("not-udp", (Not(_UDP),))
-        yield from _proxy(policy)
-        yield from zoned
+    """What is decided on UDP that leaves, as far as the last line for queries."""
+    yield Line("not-udp", (Not(_UDP),))
+    kept: list[Line] = []
+    for line in _leaving(policy, _UDP):
+        if line.action == LEAVE:
+            kept.append(line)
+        elif isinstance(line.action, Translate):
+            yield from kept
+            kept.clear()
+            yield Line(line.name, line.matches, Zone(DNS_ZONE))
 
 
 def _invalid(policy: Policy) -> Iterator[Line]:
+    # With tproxy it makes no difference for what connection tracking takes a SYN.
+    missed = tuple(_arriving(policy)) if policy.mode is Mode.REDIRECT else ()
+    yield _NOT_TCP
     if policy.drop_invalid and policy.redirects_anything:
-        yield Line("from-within", (OnInterface((LOOPBACK_INTERFACE,)),))
-        yield Line("invalid", (_TCP, Invalid()), Drop())
+        yield Line("invalid", (Invalid(), Not(OnInterface((LOOPBACK_INTERFACE,)))), Drop())
+    if _does_something(missed):
+        yield from _dropped_when_missed(missed)
+
+
+def _invalid_outbound(policy: Policy) -> Iterator[Line]:
+    yield _NOT_TCP
+    yield from _dropped_when_missed(
+        itertools.chain(_queries_that_are_there(policy), _leaving(policy, _TCP))
+    )
+
+
+def _dropped_when_missed(lines: Iterable[Line]) -> Iterator[Line]:
+    """Drops SYNs that nat is not asked about, where these lines of its list would not leave them alone.
+
+    Every packet comes by: those of open connections get no further than the first line.
+    """
+    yield Line("older", (Not(Opening()),))
+    yield Line("first", (First(),))
+    yield Line("translated", (Translated(),))
+    for line in lines:
+        yield line if line.action == LEAVE else Line(line.name, line.matches, Drop())
+
+
+def _queries_that_are_there(policy: Policy) -> Iterator[Line]:
+    """Queries to the very address that they are redirected to: that is no translation (nf_nat_setup_info)."""
+    dns = policy.dns
+    for address, _ in _redirected_queries(policy) if dns.port == DNS_PORT else ():
+        if not dns.resolvers or str(address) in dns.resolvers:
+            family = _family(address)
+            there = ToNetwork(family, (_host_network(str(address)),))
+            yield Line(f"dns-address-{family}", (_TO_DNS, there))
 
 
 def _inbound(policy: Policy) -> Iterator[Line]:
-    inbound, outbound = policy.inbound, policy.outbound
-    if not inbound.enabled and not outbound.enabled:
+    if not policy.inbound.enabled and not policy.outbound.enabled:
         return
-    yield Line("not-tcp", (Not(_TCP),))
+    yield _NOT_TCP
     # With tproxy every packet comes by. One that has a socket already belongs to it; one that has none may be the
     # end of a handshake that the listener keeps no state of (SYN cookies), and only the listener can tell.
     known = () if policy.mode is Mode.REDIRECT else (OfKnownSocket(),)
@@ -474,6 +563,12 @@ def _inbound(policy: Policy) -> Iterator[Line]:
         # Its addresses here are not those of its socket: an answer to a query that was sent elsewhere, or a connection
         # from before the mode changed.
         yield Line("translated", (Translated(),))
+    yield from _arriving(policy)
+
+
+def _arriving(policy: Policy) -> Iterator[Line]:
+    """What is decided on connections that arrive."""
+    inbound, outbound = policy.inbound, policy.outbound
     yield Line("from-within", (OnInterface((LOOPBACK_INTERFACE,)),))
     yield Line("forwarded", (Not(ToSelf()),))
     yield Line("inbound-listener", (ToPort((PortRange(inbound.port, inbound.port),)),))
@@ -516,6 +611,8 @@ def _to_inbound_listener(policy: Policy, name: str, *matches: Match) -> Iterator
 _TCP = OfProtocol((Protocol.TCP,))
 _UDP = OfProtocol((Protocol.UDP,))
 _TCP_OR_UDP = OfProtocol((Protocol.TCP, Protocol.UDP))
+_TO_DNS = ToPort((PortRange(DNS_PORT, DNS_PORT),))
+_NOT_TCP = Line("not-tcp", (Not(_TCP),))
 
 
 def _outside(interfaces: tuple[str, ...]) -> tuple[Match, ...]:
@@ -557,7 +654,11 @@ def _meets(criterion: Criterion, connection: Connection) -> bool:
             return bool(connection.source) and _within(connection.source, networks)
         case ToSelf():
             return not connection.forwarded
-        case Invalid() | Translated():
+        case Invalid():
+            return connection.tracked is Tracked.INVALID
+        case First():
+            return connection.tracked is Tracked.NEW
+        case Translated():
             return False
         case _:
             assert_never(criterion)

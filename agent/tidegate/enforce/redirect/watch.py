@@ -12,7 +12,7 @@ import select
 import socket
 from typing import NamedTuple
 
-from tidegate.kernel import netns, nftables, timers
+from tidegate.kernel import netns, nf_tables, timers
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.netns import Identity
 
@@ -113,7 +113,7 @@ class Watcher:
 
 
 def _listen() -> _Watched:
-    return _Watched(netns.identity(netns.CURRENT), nftables.open_monitor())
+    return _Watched(netns.identity(netns.CURRENT), nf_tables.open_monitor())
 
 
 def _identity(netns_path: str) -> Identity | None:

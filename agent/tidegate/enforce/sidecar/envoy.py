@@ -120,14 +120,19 @@ class EnvoyProcess:
         """Adopt, start or, when its time has come, start again. `now` in seconds of a steady clock.
 
         Its files must have been written before. A `transparent` listener needs a capability that Envoy otherwise does
-        not have: one that runs without it is ended and started again. SidecarError when it cannot be started at all.
+        not have, and Envoy does not turn a listener into a transparent one or back: one that runs with the wrong
+        capabilities is ended and started again, and so is one in another namespace than that at the path.
+        SidecarError when it cannot be started at all.
         """
         if self._process is None:
             self._adopt(now)
-        if transparent and self._process and not has(self._process.pid, CAP_NET_RAW):
-            self.stop(RESTART_DEADLINE_S)
         if self._process is not None and not self._alive(self._process):
             self._note_exit(now)
+        if self._process is not None and (
+            transparent != has(self._process.pid, CAP_NET_RAW)
+            or self._is_elsewhere(self._process.pid)
+        ):
+            self.stop(RESTART_DEADLINE_S)
         if self._process is None:
             if now >= self._start_not_before:
                 self._start(now, transparent=transparent)
@@ -197,6 +202,13 @@ class EnvoyProcess:
                 return False
             return Path(f"/proc/{pid}/cwd").samefile(self._files.working)
         except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    def _is_elsewhere(self, pid: int) -> bool:
+        """Whether a process is in another namespace than the one at the path; not while one of them is gone."""
+        try:
+            return netns.identity(f"/proc/{pid}/ns/net") != netns.identity(self._netns_path)
+        except KernelError:
             return False
 
     def _alive(self, process: _Process) -> bool:
