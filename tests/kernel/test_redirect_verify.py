@@ -31,7 +31,7 @@ from verifying import (
 )
 
 from tidegate.enforce.redirect.block import block
-from tidegate.enforce.redirect.nftables import TABLE
+from tidegate.enforce.redirect.nftables_rules import TABLE
 from tidegate.enforce.redirect.probing.place import INTERFACE
 from tidegate.enforce.redirect.verify import verify
 from tidegate.intent.policy import (

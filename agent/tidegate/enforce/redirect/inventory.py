@@ -11,7 +11,7 @@ from tidegate.enforce.redirect import foreign
 from tidegate.enforce.redirect.backend import BackendName
 from tidegate.enforce.redirect.foreign import Foreign
 from tidegate.enforce.redirect.iptables_rules import OWNED, SET_PREFIX
-from tidegate.enforce.redirect.nftables import FAMILIES, TABLE
+from tidegate.enforce.redirect.nftables_rules import FAMILIES, TABLE
 from tidegate.enforce.redirect.recent import Recent
 from tidegate.enforce.redirect.rules import Hook
 from tidegate.kernel import chains, ipset, netns, nf_tables, nfnetlink

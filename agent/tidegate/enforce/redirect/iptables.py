@@ -29,11 +29,10 @@ from tidegate.enforce.redirect.iptables_rules import (
     SET_SECTION,
     TABLES,
     Place,
-    cgroup_paths,
     chain_names,
     rendered,
 )
-from tidegate.enforce.redirect.rules import Hook, Rules
+from tidegate.enforce.redirect.rules import Hook, Rules, cgroup_paths
 from tidegate.enforce.redirect.text import shown
 from tidegate.intent.policy import Family
 from tidegate.kernel import cgroups, ipset, netns, xtables, xtables_rules

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, assert_never
 
 from tidegate.enforce.redirect.rules import (
+    SENDING,
     Action,
     ByGroup,
     ByUser,
@@ -72,9 +73,6 @@ PLACES = {
 }
 """In the order in which they are asked where one chain jumps to two: packets that are dropped come first."""
 
-_SENDING = (Hook.OUTBOUND, Hook.DNS_ZONE, Hook.INVALID_OUTBOUND)
-"""Where a packet has an interface that it leaves by."""
-
 TABLES = ("raw", "mangle", "nat")
 """In the order in which packets pass them, and in which they are filled: a query's zone before its translation."""
 
@@ -98,8 +96,8 @@ _OPENING = "-m tcp {}--tcp-flags FIN,SYN,RST,ACK SYN"
 def rendered(rules: Rules, with_sets: bool, found: tuple[tuple[str, Cgroup], ...]) -> str:
     """Sections for sets and for each family; "" when nothing is redirected.
 
-    `with_sets` says whether long lists become IP sets; `found` are the cgroups of `cgroup_paths`, by path. KernelError
-    for a line that cannot be written.
+    `with_sets` says whether long lists become IP sets; `found` are the cgroups that are spoken of, by path.
+    KernelError for a line that cannot be written.
     """
     writers = [_Writer(rules, family, with_sets, dict(found)) for family in rules.families]
     sets = {one.name: one for writer in writers for one in writer.sets}
@@ -108,15 +106,6 @@ def rendered(rules: Rules, with_sets: bool, found: tuple[tuple[str, Cgroup], ...
         if writer.tables:
             sections += [SECTIONS[FAMILIES[writer.family]], *writer.text()]
     return "".join(f"{line}\n" for line in sections)
-
-
-def cgroup_paths(rules: Rules) -> Iterator[str]:
-    """The cgroups that are spoken of."""
-    for _, lines in rules.lists:
-        for match in itertools.chain.from_iterable(line.matches for line in lines):
-            criterion = match.criterion if isinstance(match, Not) else match
-            if isinstance(criterion, InCgroup):
-                yield criterion.path
 
 
 def _set_lines(sets: Iterable[ipset.Set]) -> Iterator[str]:
@@ -251,7 +240,7 @@ class _Writer:
                 words = f"-m cgroup {not_}--path {quoted(path)} {made}"
                 return _Condition((_Words(match=words),))
             case OnInterface(interfaces):
-                option = "-o" if hook in _SENDING else "-i"
+                option = "-o" if hook in SENDING else "-i"
                 return _headers(option, tuple(map(_interface, interfaces)), negated)
             case ToPort(ports):
                 return self._ports(line, ports, negated)

@@ -240,6 +240,10 @@ class Hook(enum.StrEnum):
     """Packets that a process of the workload sends, after connection tracking: filter (mangle), output, -150."""
 
 
+SENDING = frozenset({Hook.OUTBOUND, Hook.DNS_ZONE, Hook.INVALID_OUTBOUND})
+"""Lists of what the workload sends: a packet there has the interface that it leaves by."""
+
+
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """The decision lists of a workload. Lists that have no line are not there."""
 
@@ -353,6 +357,15 @@ def lines_of_family(lines: Iterable[Line], family: Family) -> tuple[Line, ...]:
         matches = tuple(match for match in line.matches if not isinstance(match, OfFamily))
         kept.append(Line(line.name, matches, line.action))
     return tuple(kept)
+
+
+def cgroup_paths(rules: Rules) -> Iterator[str]:
+    """The cgroups that are spoken of."""
+    for _, lines in rules.lists:
+        for match in itertools.chain.from_iterable(line.matches for line in lines):
+            criterion = match.criterion if isinstance(match, Not) else match
+            if isinstance(criterion, InCgroup):
+                yield criterion.path
 
 
 _FAMILY_CRITERIA = (OfFamily, ToNetwork, FromNetwork)
