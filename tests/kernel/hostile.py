@@ -4,6 +4,8 @@ import socket
 import struct
 
 from tidegate.kernel import nf_tables, nf_transaction, nfnetlink
+from tidegate.kernel.nf_transaction import Step
+from tidegate.kernel.nfnetlink import Request
 
 # linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 _NETLINK_NETFILTER = 12
@@ -44,17 +46,21 @@ def owned_table(name: str, *chains: str, persistent: bool = False) -> socket.soc
     return owner
 
 
+def table(name: str) -> Step:
+    """Make a table of family inet, if it is not there."""
+    named = _attribute(1, name.encode() + b"\0")
+    return Step(Request(_NEWTABLE & 0xFF, _CREATE, _INET, named), f"create table {name}")
+
+
 def crowd(count: int) -> None:
     """So many tables in the calling thread's namespace."""
-    nf_transaction.run(
-        [nf_transaction.clearance("inet", f"crowd-{number}")[0] for number in range(count)]
-    )
+    nf_transaction.run([table(f"crowd-{number}") for number in range(count)])
 
 
 def chains(table: str, names: list[bytes]) -> None:
     """Chains of these names, which no program would give them, in a table of family inet that is there."""
     requests = [
-        nfnetlink.Request(
+        Request(
             _NEWCHAIN,
             _CREATE,
             _INET,

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from namespaces import DEADLINE_S, namespace, on_the_wire, original_destination
+from namespaces import DEADLINE_S, namespace, on_the_wire, original_destination, set_sysctl
 from pyroute2 import IPRoute
 
 from tidegate.enforce.redirect.rules import (
@@ -736,8 +736,8 @@ def site() -> Iterator[Site]:
         paths = {name: stack.enter_context(namespace()) for name in ("pod", "peer", "guest")}
         for path in paths.values():
             for setting in ("conf/all/rp_filter", "conf/default/rp_filter", "icmp_ratelimit"):
-                links.set_sysctl(path, f"net/ipv4/{setting}", "0")
-            links.set_sysctl(path, "net/ipv6/icmp/ratelimit", "0")
+                set_sysctl(path, f"net/ipv4/{setting}", "0")
+            set_sysctl(path, "net/ipv6/icmp/ratelimit", "0")
 
         def add(at: str, interface: str, found: str | None, width: int) -> None:
             if found and not found.startswith("127."):
@@ -753,7 +753,7 @@ def site() -> Iterator[Site]:
             links.create_veth(paths["pod"], pod_end, paths[other], other_end)
             if pod_end == "bare0":
                 # It has no address at all, and so nothing that a redirection to "here" could mean.
-                links.set_sysctl(paths["pod"], "net/ipv6/conf/bare0/addr_gen_mode", "1")
+                set_sysctl(paths["pod"], "net/ipv6/conf/bare0/addr_gen_mode", "1")
             links.set_up(paths["pod"], pod_end)
             links.set_up(paths[other], other_end)
         for at, interface, names in (
@@ -780,8 +780,8 @@ def site() -> Iterator[Site]:
                 links.add_route(paths[at], network, gateway=address(gateway, version))
         for network, version in (("10.79.0.0/24", 4), ("fd79::/64", 6)):
             links.add_route(paths["peer"], network, gateway=address("pod", version))
-        links.set_sysctl(paths["pod"], "net/ipv4/ip_forward", "1")
-        links.set_sysctl(paths["pod"], "net/ipv6/conf/all/forwarding", "1")
+        set_sysctl(paths["pod"], "net/ipv4/ip_forward", "1")
+        set_sysctl(paths["pod"], "net/ipv6/conf/all/forwarding", "1")
         for at, interface in (("pod", "eth0"), ("peer", "host0")):
             _LINK_INDEX[at] = netns.run_in(paths[at], socket.if_nametoindex, interface)
         stack.enter_context(_cgroups())

@@ -27,13 +27,18 @@ _libc = ctypes.CDLL(None)
 _numbers = itertools.count()
 
 
+def set_sysctl(path: str, name: str, value: str) -> None:
+    """Write a setting of a namespace, such as net/ipv4/ip_forward: its parts are divided by slashes."""
+    netns.run_in(path, Path("/proc/sys", name).write_text, value)
+
+
 @contextmanager
 def namespace() -> Iterator[str]:
     """Path of a new namespace with its loopback up and without duplicate address detection."""
     name = f"tg-test-{os.getpid()}-{next(_numbers)}"
     path = netns.create(name)
     try:
-        links.set_sysctl(path, "net/ipv6/conf/default/accept_dad", "0")
+        set_sysctl(path, "net/ipv6/conf/default/accept_dad", "0")
         links.set_up(path, "lo")
         yield path
     finally:

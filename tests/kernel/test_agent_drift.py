@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from namespaces import pair_of
+from namespaces import pair_of, set_sysctl
 
 from tidegate.catalog.client import CatalogClient
 from tidegate.catalog.server import ServerConfig, running
@@ -50,11 +50,11 @@ class Node:
         self.config.state_dir.mkdir()
         self.config.run_dir.mkdir(mode=0o711)
 
-    def put(self, name, pair, **fields):
+    def put(self, file, pair, **fields):
         workload = Workload(
-            id=f"id-{name}",
-            name=name,
-            service=name,
+            id=f"id-{file}",
+            name=file,
+            service=file,
             node="n1",
             netns=pair.pod,
             addresses=(pair.pod_ipv4, pair.pod_ipv6),
@@ -62,8 +62,8 @@ class Node:
             meshed=True,
         )
         content = msgspec.json.encode(msgspec.structs.replace(workload, **fields))
-        (self.config.workloads / f".{name}").write_bytes(content)
-        (self.config.workloads / f".{name}").rename(self.config.workloads / f"{name}.json")
+        (self.config.workloads / f".{file}").write_bytes(content)
+        (self.config.workloads / f".{file}").rename(self.config.workloads / f"{file}.json")
 
     @contextlib.asynccontextmanager
     async def agent(self):
@@ -120,7 +120,7 @@ def no_look_by_the_clock(monkeypatch):
 def create(name):
     """A namespace in which a sidecar can listen."""
     path = netns.create(name)
-    links.set_sysctl(path, "net/ipv6/conf/default/accept_dad", "0")
+    set_sysctl(path, "net/ipv6/conf/default/accept_dad", "0")
     links.set_up(path, "lo")
 
 
@@ -214,13 +214,14 @@ def test_a_namespace_in_which_work_hangs_holds_up_no_other(
     node, pods, no_look_by_the_clock, monkeypatch
 ):
     slow, other = pods
+    slow_one = netns.identity(slow.pod)
     released = threading.Event()
     stuck = threading.Event()
     check, apply = Engine.check, Engine.apply
 
     def hanging(method):
         def wrapped(engine, netns_path, *args, **kwargs):
-            if netns_path == slow.pod:
+            if netns.identity(netns_path) == slow_one:
                 stuck.set()
                 assert released.wait(2 * DEADLINE_S)
             return method(engine, netns_path, *args, **kwargs)
@@ -334,5 +335,76 @@ def test_a_namespace_that_comes_later_is_taken_up_at_once(
                 daemon, "api", lambda one: one.meshed and one.pid not in (0, before.pid)
             )
             assert has_rules(pod.pod)
+
+    run(scenario())
+
+
+def sidecars(node):
+    return [path.name for path in (node.config.run_dir / "sidecars").iterdir()]
+
+
+def test_a_workload_with_another_name_gets_another_sidecar_once(node, pods):
+    pod, _ = pods
+    node.put("api", pod)
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            before = await status_where(daemon, "api", is_meshed)
+            node.put("api", pod, name="renamed")
+            after = await status_where(daemon, "renamed", is_meshed)
+            assert after.pid != before.pid
+            for _ in range(5):
+                began = daemon._round_at
+                await eventually(lambda at=began: daemon._round_at > at)
+                one = await status_where(daemon, "renamed", lambda _: True)
+                assert (one.pid, one.restarts, one.repairs) == (after.pid, 0, 0)
+            (directory,) = sidecars(node)
+            assert directory.startswith("renamed-")
+            assert after.pid in netns.pids(pod.pod)
+            assert has_rules(pod.pod)
+
+    run(scenario())
+
+
+def test_a_workload_that_moves_to_another_namespace_takes_its_sidecar_and_its_rules_along(
+    node, pods
+):
+    pod, other = pods
+    node.put("api", pod)
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            before = await status_where(daemon, "api", is_meshed)
+            node.put("api", pod, netns=other.pod)
+            after = await status_where(
+                daemon, "api", lambda one: is_meshed(one) and one.netns == other.pod
+            )
+            assert after.pid in netns.pids(other.pod)
+            assert has_rules(other.pod)
+            assert not has_rules(pod.pod)
+            with pytest.raises(ProcessLookupError):
+                os.kill(before.pid, 0)
+            assert after.repairs == 0
+            assert len(sidecars(node)) == 1
+
+    run(scenario())
+
+
+def test_an_agent_that_returns_to_a_workload_with_another_name_replaces_its_sidecar(node, pods):
+    pod, _ = pods
+    node.put("api", pod)
+
+    async def scenario():
+        async with running(node.server):
+            async with node.agent() as daemon:
+                before = await status_where(daemon, "api", is_meshed)
+            node.put("api", pod, name="renamed")
+            async with node.agent() as daemon:
+                after = await status_where(daemon, "renamed", is_meshed)
+                assert after.pid != before.pid
+                assert (after.restarts, after.repairs) == (0, 0)
+                (directory,) = sidecars(node)
+                assert directory.startswith("renamed-")
+                assert has_rules(pod.pod)
 
     run(scenario())

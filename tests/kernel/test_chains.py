@@ -3,9 +3,10 @@
 import consul
 import pytest
 
-from tidegate.kernel import chains, legacy_tables, netns, nfnetlink, xtables
+from tidegate.kernel import chains, legacy_tables, netns, nfnetlink
 from tidegate.kernel.chains import Base, Chain, Store
-from tidegate.kernel.xtables import Family
+from tidegate.kernel.legacy_tables import Family
+from tidegate.kernel.netlink import Disturbed
 
 FLOOD = chains.MOST + 200
 PROGRAMS = {Family.IPV4: "iptables-legacy", Family.IPV6: "ip6tables-legacy"}
@@ -93,7 +94,7 @@ def test_of_tables_that_change_all_the_time_those_that_are_sought_are_found(pod,
     flood(pod, 3)
 
     def disturbed(*_):
-        raise nfnetlink.Disturbed
+        raise Disturbed("cannot list")
 
     monkeypatch.setattr(nfnetlink.Conversation, "dump", disturbed)
     sought = Chain(Store.NF_TABLES, "inet", "many", "c2", is_empty=True)
@@ -130,7 +131,7 @@ def test_legacy_tables_are_read_as_iptables_reads_them(pod, family):
         ("", 1, None, False),
         ("", None, None, False),
     ]
-    assert [rule.target for rule in table.rules("OTHERS")] == ["REDIRECT", "", ""]
+    assert [rule.target for rule in table.rules("OTHERS")] == ["REDIRECT", ""]
     assert list(table.built_in("prerouting")) == []
     raw = netns.run_in(pod, legacy_tables.read, family, "raw", 2**20)
     assert [hook for hook in raw.hooks() if raw.drops(hook)] == ["prerouting"]
@@ -143,7 +144,7 @@ def test_a_legacy_table_that_is_too_large_is_not_read_and_is_told(pod):
     found = listed(pod)
     assert [chain.name for chain in found.chains] == ["THEIRS"]
     (unseen,) = found.unseen
-    assert unseen.startswith("the legacy table raw (ip) has ")
+    assert unseen.startswith("the legacy table raw of ip is too large: ")
     whole = netns.run_in(pod, chains.of_legacy_tables, 2**24)
     assert {chain.name for chain in whole.chains} == {"MINE", "THEIRS"}
     assert whole.unseen == ()
@@ -151,4 +152,4 @@ def test_a_legacy_table_that_is_too_large_is_not_read_and_is_told(pod):
 
 def test_looking_wakes_no_legacy_table(pod):
     listed(pod)
-    assert netns.run_in(pod, xtables.existing, Family.IPV4) == frozenset()
+    assert netns.run_in(pod, legacy_tables.existing, Family.IPV4) == frozenset()

@@ -3,15 +3,15 @@
 import socket
 
 import pytest
-from namespaces import DEADLINE_S, dial, serving
+from namespaces import DEADLINE_S, dial, serving, set_sysctl
 
 from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import rules_for
 from tidegate.intent.policy import DEFAULT
-from tidegate.kernel import conntrack, links, netns
+from tidegate.kernel import conntrack, netns
 from tidegate.kernel.conntrack import Endpoint, Original
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.netlink import Netlink, Unfinished
+from tidegate.kernel.netlink import Enough, Netlink
 
 APP, OUTBOUND, PROXY = 8080, 15001, 5995
 
@@ -106,7 +106,7 @@ def test_more_connections_than_can_be_heard_are_known_to_be_lost(redirected):
 
 
 def test_a_kernel_that_tells_nothing_is_known(redirected):
-    links.set_sysctl(redirected.pod, "net/netfilter/nf_conntrack_events", "0")
+    set_sysctl(redirected.pod, "net/netfilter/nf_conntrack_events", "0")
     assert heard_after(redirected, 1) == (None, False)
 
 
@@ -159,20 +159,10 @@ def test_a_listing_ends_in_time(redirected):
 
     with serving(redirected.pod, "pod", [OUTBOUND]):
         connection, _ = dial(redirected.pod, redirected.peer_ipv4, APP)
-        with connection, pytest.raises(Unfinished):
+        with connection, pytest.raises(Enough):
             netns.run_in(redirected.pod, in_no_time)
 
 
 def test_a_namespace_without_connections_is_not_listed(pair, monkeypatch):
     monkeypatch.delattr(Netlink, "dump")
     assert translated(pair.pod) == []
-
-
-def test_a_kernel_that_lists_all_connections_is_told_apart_by_entry(redirected, monkeypatch):
-    """Linux before 5.15 knows no filter, and takes no notice of attributes that it does not know."""
-    for name in ("_CTA_STATUS", "_CTA_STATUS_MASK"):
-        monkeypatch.setattr(conntrack, name, 1000 + getattr(conntrack, name))
-    with serving(redirected.peer, "peer", [APP]):
-        straight, _ = dial(redirected.pod, redirected.peer_ipv4, APP, uid=PROXY)
-        with straight:
-            assert translated(redirected.pod) == []

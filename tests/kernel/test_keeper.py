@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from namespaces import Pair, landing, serving
+from namespaces import Pair, landing, serving, set_sysctl
 
 from tidegate.catalog.client import LeafMaterial
 from tidegate.enforce.redirect import foreign
@@ -21,14 +21,14 @@ from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.envoy import Phase, binary
 from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.identity.ca import MeshCA
-from tidegate.kernel import netns
+from tidegate.kernel import links, netns
 from tidegate.kernel import nftables as kernel_nftables
 from tidegate.kernel.capabilities import CAP_NET_RAW, has
 from tidegate.kernel.errors import KernelError
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
 from tidegate.node import redirection
 from tidegate.node.config import OnFailure, RedirectConfig
-from tidegate.node.keeper import Keeper, Wanted, abandoned, identity
+from tidegate.node.keeper import Keeper, Wanted, abandoned, spiffe_id_of
 from tidegate.node.redirection import Redirection
 
 DEADLINE_S = 20
@@ -77,10 +77,10 @@ class Site:
         return keeper
 
     def leaf(self, spec: SidecarSpec = SPEC) -> LeafMaterial:
-        leaf = self.ca.issue(identity(spec), 3600)
+        leaf = self.ca.issue(spiffe_id_of(spec), 3600)
         return LeafMaterial(
             service=spec.service,
-            spiffe_uri=identity(spec),
+            spiffe_uri=spiffe_id_of(spec),
             certificate_pem=leaf.certificate_pem,
             key_pem=leaf.key_pem,
             not_before=leaf.not_before,
@@ -205,23 +205,32 @@ def test_out_of_the_mesh_nothing_stays(site: Site, meshed: Keeper) -> None:
 def test_while_its_rules_cannot_be_removed_the_sidecar_stays(
     site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tried = []
+
     def refuse(_netns: str) -> None:
-        raise OSError(16, "Device or resource busy")
+        tried.append(1)
+        raise KernelError("not now", 16)
 
     with monkeypatch.context() as patched:
         patched.setattr(site.engine, "remove", refuse)
-        meshed.reconcile(None)
+        for _ in range(3):
+            meshed.reconcile(None)
+    assert tried == [1], "and the namespace is left alone for a while"
     assert site.envoys() == [meshed.sidecar.pid]
-    assert meshed.problems != ()
-    meshed.reconcile(None)
+    assert meshed.problems == ("not now",)
+    assert not meshed.in_mesh
+    deadline = time.monotonic() + DEADLINE_S
+    while meshed.problems:
+        assert time.monotonic() < deadline
+        meshed.reconcile(None)
     assert site.envoys() == []
-    assert meshed.problems == ()
+    assert not site.rules()
 
 
 def test_a_returning_keeper_adopts_envoy_rules_and_leaf(site: Site, meshed: Keeper) -> None:
     returned = site.keeper()
     assert returned.spec == SPEC
-    assert not returned.needs_leaf(time.time(), identity(SPEC))
+    assert not returned.needs_leaf(time.time(), spiffe_id_of(SPEC))
     returned.reconcile(site.wanted())
     assert returned.in_mesh
     assert (returned.applied_index, returned.mode) == (1, MutualTLSMode.PERMISSIVE)
@@ -267,7 +276,7 @@ def test_a_returning_keeper_with_a_damaged_memory_asks_for_a_leaf_and_adopts(
 ) -> None:
     (site.directory / "memory.json").write_bytes(content)
     returned = site.keeper()
-    assert returned.needs_leaf(time.time(), identity(SPEC))
+    assert returned.needs_leaf(time.time(), spiffe_id_of(SPEC))
     site.until_meshed(returned, site.wanted(leaf=site.leaf()))
     assert returned.sidecar.pid == meshed.sidecar.pid
     (site.directory / "memory.json").write_bytes(content)
@@ -494,15 +503,17 @@ def test_a_leaf_is_renewed_in_time_and_whenever_the_identity_changes(
 ) -> None:
     memory = meshed._memory
     life = memory.leaf_until - memory.leaf_from
-    assert not meshed.needs_leaf(memory.leaf_from + 0.6 * life, identity(SPEC))
-    assert meshed.needs_leaf(memory.leaf_from + 0.7 * life, identity(SPEC))
+    assert not meshed.needs_leaf(memory.leaf_from + 0.6 * life, spiffe_id_of(SPEC))
+    assert meshed.needs_leaf(memory.leaf_from + 0.7 * life, spiffe_id_of(SPEC))
     renamed = msgspec.structs.replace(SPEC, service="billing")
-    assert meshed.needs_leaf(time.time(), identity(renamed))
+    assert meshed.needs_leaf(time.time(), spiffe_id_of(renamed))
     meshed.reconcile(site.wanted(renamed, index=2))
     assert meshed.spec == renamed
-    assert meshed.needs_leaf(time.time(), identity(renamed)), "it still has the other one's leaf"
+    assert meshed.needs_leaf(time.time(), spiffe_id_of(renamed)), (
+        "it still has the other one's leaf"
+    )
     meshed.reconcile(site.wanted(renamed, index=2, leaf=site.leaf(renamed)))
-    assert not meshed.needs_leaf(time.time(), identity(renamed))
+    assert not meshed.needs_leaf(time.time(), spiffe_id_of(renamed))
 
 
 def test_of_a_workload_that_is_gone_nothing_stays(site: Site, meshed: Keeper) -> None:
@@ -526,6 +537,92 @@ def test_a_workload_that_is_gone_with_its_namespace_leaves_no_envoy(
             os.kill(pid, 0)
     finally:
         netns.create(Path(site.pair.pod).name)
+
+
+def test_of_a_workload_that_is_gone_the_sidecar_stays_until_its_rules_can_be_removed(
+    site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def refuse(_netns: str) -> None:
+        tried.append(1)
+        raise KernelError("not now", 16)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(site.engine, "remove", refuse)
+        for _ in range(3):
+            meshed.remove()
+    assert tried == [1], "and the namespace is left alone for a while"
+    assert not meshed.is_removed
+    assert meshed.problems == ("not now",)
+    assert site.rules()
+    assert site.envoys() == [meshed.sidecar.pid]
+    assert site.reaches_application(), "through the sidecar"
+    deadline = time.monotonic() + DEADLINE_S
+    while not meshed.is_removed:
+        assert time.monotonic() < deadline
+        meshed.remove()
+    assert not site.rules()
+    assert site.envoys() == []
+    assert not site.directory.exists()
+    assert meshed.problems == ()
+
+
+def is_at_work(pid: int) -> bool:
+    """Not of one that has ended and that nobody has asked how (proc_pid_cmdline(5))."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def replaced(path: str) -> None:
+    """Another namespace lies at the path; the one of before lives on as long as something is in it."""
+    name = Path(path).name
+    netns.delete(name)
+    netns.create(name)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_of_a_workload_that_is_gone_nothing_is_removed_from_another_namespace_at_its_path(
+    site: Site, meshed: Keeper, returned: bool
+) -> None:
+    replaced(site.pair.pod)
+    site.engine.apply(site.pair.pod, meshed.policy)
+    keeper = abandoned(site.directory, binary(), site.engine) if returned else meshed
+    keeper.remove()
+    assert keeper.is_removed
+    assert site.rules()
+    assert not site.directory.exists()
+    assert not is_at_work(meshed.sidecar.pid)
+
+
+@pytest.mark.parametrize("when", ["before the look", "after the look has begun"])
+def test_another_namespace_at_the_path_gets_no_rules_before_it_has_a_sidecar(
+    site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    if when == "before the look":
+        replaced(site.pair.pod)
+    else:
+        run_in = netns.run_in
+
+        def late(path: str, *args: object) -> object:
+            monkeypatch.setattr(netns, "run_in", run_in)
+            replaced(path)
+            return run_in(path, *args)
+
+        monkeypatch.setattr(netns, "run_in", late)
+    meshed.look()
+    assert not site.rules()
+    assert meshed.redirection.repairs(0.0) == 0
+    if when == "before the look":
+        assert meshed.problems == ()
+    set_sysctl(site.pair.pod, "net/ipv6/conf/default/accept_dad", "0")
+    links.set_up(site.pair.pod, "lo")
+    site.until_meshed(meshed, site.wanted())
+    assert site.envoys() == [meshed.sidecar.pid]
+    assert meshed.redirection.repairs(0.0) == 0
+    assert meshed.problems == ()
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -1,4 +1,4 @@
-"""Interfaces, addresses, routes and settings in namespaces."""
+"""Interfaces, addresses and routes in namespaces."""
 
 import socket
 from pathlib import Path
@@ -8,10 +8,6 @@ from namespaces import DEADLINE_S, open_descriptors
 
 from tidegate.kernel import links, netns
 from tidegate.kernel.errors import KernelError
-
-
-def setting(netns_path, name):
-    return netns.run_in(netns_path, Path("/proc/sys", name).read_text).strip()
 
 
 def index_of(netns_path, interface):
@@ -57,24 +53,6 @@ def test_a_deleted_interface_is_gone_at_both_ends_and_may_be_deleted_again(pair)
     links.delete_link(pair.pod, "eth0")
 
 
-def test_settings_are_those_of_the_namespace_only(pair):
-    name = "net/ipv4/ip_forward"
-    machine = Path("/proc/sys", name).read_text()
-    for value in ("1", "0", "1"):
-        links.set_sysctl(pair.peer, name, value)
-        assert setting(pair.peer, name) == value
-    assert setting(pair.pod, name) == "0"
-    assert Path("/proc/sys", name).read_text() == machine
-
-
-@pytest.mark.parametrize(
-    "name", ["kernel/hostname", "net/../kernel/hostname", "net", "net/", "/net/x", "net//x"]
-)
-def test_only_settings_of_a_namespace_can_be_written(pair, name):
-    with pytest.raises(KernelError, match="is not a setting"):
-        links.set_sysctl(pair.pod, name, "x")
-
-
 @pytest.mark.parametrize(
     ("attempt", "reason"),
     [
@@ -83,7 +61,6 @@ def test_only_settings_of_a_namespace_can_be_written(pair, name):
         (lambda pair: links.add_route(pair.pod, "10.3.0.0/16", gateway="10.99.0.1"), "unreachable"),
         (lambda pair: links.create_veth(pair.pod, "eth0", pair.peer, "x0"), "File exists"),
         (lambda pair: links.create_veth(pair.pod, "x0", "/run/netns/none", "x0"), "netns/none"),
-        (lambda pair: links.set_sysctl(pair.pod, "net/ipv4/nothing", "1"), "No such file"),
     ],
 )
 def test_a_refusal_says_what_was_tried_and_why_not(pair, attempt, reason):

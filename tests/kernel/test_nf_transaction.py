@@ -10,8 +10,8 @@ from namespaces import open_descriptors
 
 from tidegate.kernel import netns, nf_tables, nf_transaction, nftables
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.netlink import text_attribute
 from tidegate.kernel.nf_transaction import creation, run
-from tidegate.kernel.nfnetlink import text_attribute
 
 NAME = "tg-nft"
 PLENTY = 2**24
@@ -173,7 +173,7 @@ def test_with_a_generation_nothing_is_taken_after_somebody_elses_change(inside):
 
 def test_a_clearance_is_right_whether_or_not_there_is_a_table(inside):
     for _ in range(2):
-        inside(run, nf_transaction.clearance("inet", NAME))
+        inside(run, [nf_transaction.clearance("inet", NAME)])
         assert inside(contents) is None
         inside(make, TEXTS["sets"])
         inside(nftables.load, f"add table inet {NAME} {{ flags dormant; }}\n")

@@ -95,8 +95,12 @@ def test_a_round_of_all_commands(pod, policy_file, backend):
     where = ("--netns", pod)
     what = ("--policy", policy_file)
     assert run("show", *where, code=1)[0] == f"{pod}: no rules of tidegate\n"
-    differences, _ = run("check", *where, *what, code=1)
-    assert differences.strip()
+    load = f"tidegate redirect apply --netns {pod} --policy {policy_file}"
+    lacking = f"{pod}: no rules of tidegate; load them with: {load}\n"
+    assert run("check", *where, *what, code=1) == (lacking, "")
+    out, err = run("verify", *where, *what, code=1)
+    assert "FAILED" in out
+    assert err == f"NOTE: {lacking}"
 
     out, err = run("apply", *where, *what, "--backend", backend)
     assert out.startswith(f"{pod}: created\n  backend: {backend} (it was asked for")
@@ -119,6 +123,7 @@ def test_a_round_of_all_commands(pod, policy_file, backend):
     outcomes = {line.split()[0] for line in probes.splitlines()}
     assert "PASSED" in outcomes
     assert "FAILED" not in outcomes
+    assert re.fullmatch(r"\d+ passed(, \d+ skipped)?", probes.splitlines()[-1])
     run("check", *where, *what)
 
     assert run("remove", *where)[0] == f"{pod}: removed the rules of {backend}\n"
@@ -154,13 +159,14 @@ def test_for_programs_every_command_answers_in_json(pod, backend):
     checked = said("check", *where)
     assert checked == {
         "netns": pod,
+        "policy": "built-in",
         "equal": True,
         "backend": backend,
         "differences": [],
         "notes": [],
     }
     verified = said("verify", *where)
-    assert verified["passed"]
+    assert (verified["policy"], verified["passed"], verified["notes"]) == ("built-in", True, [])
     assert {"passed"} <= {probe["outcome"] for probe in verified["probes"]} <= {"passed", "skipped"}
     removed = said("remove", *where)
     assert (removed["change"], removed["backend"]) == ("removed", backend)
@@ -292,7 +298,24 @@ def test_a_namespace_is_found_by_name_path_and_process(pod):
 def test_a_policy_comes_from_standard_input(pod):
     run("apply", "--netns", pod, "--policy", "-", stdin=POLICY)
     run("check", "--netns", pod, "--policy", "-", stdin=POLICY)
-    run("check", "--netns", pod, code=1)
+
+
+def test_whoever_forgets_the_policy_is_told_with_what_the_rules_were_compared(pod):
+    run("apply", "--netns", pod, "--policy", "-", stdin="outbound: {enabled: false}\n")
+    note = (
+        "compared with the built-in policy; say --policy, --annotations or --consul-config "
+        "if the rules follow another"
+    )
+    for command in ("check", "verify"):
+        out, err = run(command, "--netns", pod, code=1)
+        assert err.endswith(f"NOTE: {note}\n")
+        answer = said(command, "--netns", pod, code=1)
+        assert (answer["policy"], answer["notes"][-1]) == ("built-in", note)
+    assert re.fullmatch(r"\d+ failed, \d+ passed(, \d+ skipped)?", out.splitlines()[-1])
+    inbound_off = "inbound: {enabled: false}\n"
+    answer = said("check", "--netns", pod, "--policy", "-", stdin=inbound_off, code=1)
+    assert answer["policy"] == "options"
+    assert note not in answer["notes"]
 
 
 def test_a_faulty_policy_changes_nothing(pod, policy_file):
@@ -371,8 +394,25 @@ def test_explain_asks_the_routes_of_a_namespace(pair):
     assert explained(f"[{pair.pod_ipv6}]:80", *here)["connection"]["interface"] == "lo"
     assert explained(elsewhere, *here)["connection"]["interface"] == "eth0"
     inside(pair.pod, "ip", "route", "del", "default")
-    _, err = run("explain", "outbound", "192.0.2.1:80", *here)
-    assert "has no route to 192.0.2.1; eth0 is assumed" in err
+    note = f"{pair.pod} has no route to 192.0.2.1; eth0 is assumed"
+    assert run("explain", "outbound", "192.0.2.1:80", *here)[1] == f"NOTE: {note}\n"
+    assert explained("192.0.2.1:80", *here)["notes"] == [note]
+
+
+def test_explain_finds_the_interface_that_has_an_inbound_address(pair):
+    inside(pair.pod, "ip", "link", "add", "v0", "type", "bridge")
+    inside(pair.pod, "ip", "address", "add", "192.0.2.7/24", "dev", "v0")
+    inside(pair.pod, "ip", "route", "add", "local", "192.0.2.8", "dev", "v0")
+
+    def answer(address):
+        return said("explain", "inbound", f"{address}:80", "--netns", pair.pod)
+
+    assert answer(pair.pod_ipv4)["connection"]["interface"] == "eth0"
+    assert answer("192.0.2.7")["connection"]["interface"] == "v0"
+    assert answer("127.0.0.9")["connection"]["interface"] == "lo"
+    assert answer("192.0.2.7")["notes"] == []
+    note = f"no interface of {pair.pod} has the global address 192.0.2.8; eth0 is assumed"
+    assert answer("192.0.2.8")["notes"] == [note]
 
 
 def test_explain_knows_by_the_namespace_what_is_forwarded(pair):

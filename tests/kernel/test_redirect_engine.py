@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 import consul
 import pytest
 from callers import calling_both_ways
-from hostile import owned_table
+from hostile import owned_table, table
 from namespaces import dial, echoes, landing, pair_of, serving
 from rulesets import legacy_tables, ruleset
 
 from tidegate.enforce.redirect import block, engine, foreign
 from tidegate.enforce.redirect.backend import BackendName, Change
 from tidegate.enforce.redirect.engine import Engine
-from tidegate.enforce.redirect.foreign import Mesh
+from tidegate.enforce.redirect.foreign import Left, Mesh
 from tidegate.errors import InputError
 from tidegate.intent.policy import (
     DEFAULT,
@@ -398,8 +398,8 @@ class TestForeign:
     def test_exactly_consuls_chains_and_the_jumps_to_them_are_removed(self, pod, left_by):
         for program in ("iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"):
             others_rules(pod, program)
-        for table in ("nat", "mine"):
-            consul.run(pod, "nft", OTHERS_TABLE.format(table))
+        for named in ("nat", "mine"):
+            consul.run(pod, "nft", OTHERS_TABLE.format(named))
         before = ruleset(pod)
         if left_by == "inet nat":
             # The draft's own script begins with the removal of the whole table.
@@ -504,10 +504,10 @@ class TestFloods:
     @pytest.mark.parametrize("left_by", consul.LEFT_BY)
     def test_consuls_rules_are_found_and_adopted(self, redirecting, flooded, left_by):
         consul.LEFT_BY[left_by](flooded)
-        left = set(map(str, foreign.find(flooded)))
+        left = set(foreign.find(flooded))
         assert left
         applied = redirecting.apply(flooded, DEFAULT, adopt=True)
-        assert (set(applied.adopted), applied.refused) == (left, ())
+        assert (set(applied.adopted), applied.foreign) == (left, ())
         assert foreign.find(flooded) == ()
 
     def test_everything_is_removed(self, redirecting, flooded):
@@ -559,7 +559,7 @@ class TestAdoption:
         self, redirecting, own_lab, left_by
     ):
         consul.LEFT_BY[left_by](own_lab.pod)
-        left = tuple(map(str, foreign.find(own_lab.pod)))
+        left = foreign.find(own_lab.pod)
         with continuously_redirected(own_lab):
             adopted = redirecting.apply(own_lab.pod, DEFAULT, adopt=True)
         assert (adopted.foreign, adopted.adopted) == ((), left)
@@ -569,10 +569,11 @@ class TestAdoption:
     @pytest.mark.parametrize("left_by", consul.LEFT_BY)
     def test_what_is_not_adopted_is_told_until_it_is(self, redirecting, pod, left_by):
         consul.LEFT_BY[left_by](pod)
-        left = tuple(map(str, foreign.find(pod)))
+        left = foreign.find(pod)
         told = redirecting.apply(pod, DEFAULT)
-        assert (told.change, told.foreign, told.adopted) == (Change.CREATED, left, ())
-        assert redirecting.check(pod, DEFAULT) == left
+        assert (told.change, told.adopted) == (Change.CREATED, ())
+        assert told.foreign == tuple(map(Left, left))
+        assert redirecting.check(pod, DEFAULT) == tuple(map(str, left))
         adopted = redirecting.apply(pod, DEFAULT, adopt=True)
         assert (adopted.change, adopted.foreign, adopted.adopted) == (Change.UNCHANGED, (), left)
         assert redirecting.check(pod, DEFAULT) == ()
@@ -596,24 +597,27 @@ class TestAdoption:
         self, redirecting, pod
     ):
         consul.with_nft(pod)
-        (left,) = map(str, foreign.find(pod))
+        (left,) = foreign.find(pod)
         hold = "add map inet consul_tproxy held { type inet_service : verdict; elements = { 1 : jump {0} }; }"
         consul.run(pod, "nft", hold.replace("{0}", consul.CHAINS[0]))
         applied = redirecting.apply(pod, DEFAULT, adopt=True)
-        assert (applied.change, applied.adopted, applied.foreign) == (Change.CREATED, (), (left,))
-        (refused,) = applied.refused
-        assert refused.startswith(f"{left}; it cannot be taken away: nftables: cannot delete chain")
-        assert redirecting.check(pod, DEFAULT) == (left,)
+        assert (applied.change, applied.adopted) == (Change.CREATED, ())
+        (refused,) = applied.foreign
+        assert refused.found == left
+        assert str(refused).startswith(
+            f"{left}; it cannot be taken away: nftables: cannot delete chain"
+        )
+        assert redirecting.check(pod, DEFAULT) == (str(left),)
         consul.run(pod, "nft", "delete map inet consul_tproxy held")
         applied = redirecting.apply(pod, DEFAULT, adopt=True)
-        assert (applied.adopted, applied.foreign, applied.refused) == ((left,), (), ())
+        assert (applied.adopted, applied.foreign) == ((left,), ())
 
     def test_a_table_that_a_process_of_the_pod_owns_is_told_and_stays(self, redirecting, pod):
         with netns.run_in(pod, owned_table, "consul_tproxy", "CONSUL_PROXY_OUTPUT"):
             applied = redirecting.apply(pod, DEFAULT, adopt=True)
             assert applied.change is Change.CREATED
-            (refused,) = applied.refused
-            assert "Operation not permitted" in refused
+            (refused,) = applied.foreign
+            assert "Operation not permitted" in refused.reason
 
     def test_of_too_many_jumps_to_consuls_chains_none_is_touched(self, pod):
         consul.with_iptables_nft(pod)
@@ -625,7 +629,8 @@ class TestAdoption:
             foreign.remove(pod, found["ip"])
         assert ruleset(pod) == before
         applied = Engine("nftables").apply(pod, DEFAULT, adopt=True)
-        assert (applied.adopted, applied.foreign) == ((str(found["ip6"]),), (str(found["ip"]),))
+        assert applied.adopted == (found["ip6"],)
+        assert [left.found for left in applied.foreign] == [found["ip"]]
 
     def test_somebody_who_changes_other_tables_all_the_time_is_no_obstacle(self, pod):
         consul.with_nft(pod)
@@ -633,14 +638,15 @@ class TestAdoption:
             for _ in range(5):
                 consul.with_nft(pod)
                 applied = Engine("iptables").apply(pod, DEFAULT, adopt=True)
-                assert (len(applied.adopted), applied.refused) == (1, ())
+                assert (len(applied.adopted), applied.foreign) == (1, ())
         assert foreign.find(pod) == ()
 
     def test_what_cannot_be_adopted_is_still_told(self, redirecting, pod):
         consul.run(pod, "nft", "add table ip nat { chain ISTIO_OUTPUT { }; }")
         applied = redirecting.apply(pod, DEFAULT, adopt=True)
         assert applied.adopted == ()
-        assert applied.foreign == ("Istio redirects in the nftables table ip nat: ISTIO_OUTPUT",)
+        (left,) = applied.foreign
+        assert str(left) == "Istio redirects in the nftables table ip nat: ISTIO_OUTPUT"
 
 
 class TestGaps:
@@ -678,10 +684,15 @@ class TestGaps:
         asked = Policy(dns=Dns(enabled=True, addresses=("127.0.0.1",), resolvers=resolvers))
         assert redirecting.gaps(pod, asked) == (gap,)
 
-    def test_rules_of_another_mesh_are_a_gap(self, redirecting, pod):
+    def test_rules_of_another_mesh_are_a_difference_and_told_as_nothing_else(
+        self, redirecting, pod
+    ):
+        redirecting.apply(pod, DEFAULT)
         consul.with_nft(pod)
-        (gap,) = redirecting.gaps(pod, DEFAULT)
-        assert gap.startswith("Consul redirects in the nftables table inet consul_tproxy: CONSUL_")
+        (difference,) = redirecting.check(pod, DEFAULT)
+        redirects = "Consul redirects in the nftables table inet consul_tproxy: CONSUL_"
+        assert difference.startswith(redirects)
+        assert redirecting.gaps(pod, DEFAULT) == ()
 
 
 @contextmanager
@@ -691,7 +702,8 @@ def changing_all_the_time(netns_path):
 
     def change():
         while not stop.is_set():
-            nf_transaction.run(nf_transaction.clearance("inet", "restless"))
+            made, gone = table("restless"), nf_transaction.deletion("inet", "restless")
+            nf_transaction.run([made, gone])
 
     changing = threading.Thread(target=netns.run_in, args=(netns_path, change))
     changing.start()

@@ -32,9 +32,10 @@ from tidegate.intent.policy import (
     PortRange,
     Proxy,
 )
-from tidegate.kernel import nf_tables, nf_transaction, xtables
+from tidegate.kernel import legacy_tables, nf_tables, nf_transaction, xtables
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.nfnetlink import NLM_F_CREATE, Request, attribute, text_attribute
+from tidegate.kernel.netlink import NLM_F_CREATE, attribute, text_attribute
+from tidegate.kernel.nfnetlink import Request
 
 CYCLES = 2000 if os.environ.get("TIDEGATE_SOAK") else 200
 KILLS = 30
@@ -104,7 +105,7 @@ def refuse_the_last_table(patched):
     replace = xtables.replace
 
     def refused(family, table, owned, wanted, indexes):
-        if (family, table) == (xtables.Family.IPV6, "nat"):
+        if (family, table) == (legacy_tables.Family.IPV6, "nat"):
             redirecting = next(
                 counted.entry
                 for rules in wanted.chains.values()
@@ -127,7 +128,7 @@ REFUSALS = {
 
 REFUSED = {
     BackendName.NFTABLES: "cannot make an impossible chain: Operation not supported",
-    BackendName.IPTABLES: "cannot change table nat of ip6: Invalid argument",
+    BackendName.IPTABLES: "cannot change the legacy table nat of ip6: Invalid argument",
 }
 
 

@@ -1,10 +1,11 @@
 """What is told of rules, settings and listeners that leave a way around the sidecar; and what is not told."""
 
+import functools
 import socket
 
 import consul
 import pytest
-from namespaces import landing, pair_of, serving
+from namespaces import landing, pair_of, serving, set_sysctl
 
 from tidegate.enforce.redirect import block, gaps
 from tidegate.enforce.redirect.backend import BackendName
@@ -20,7 +21,8 @@ from tidegate.intent.policy import (
     Policy,
     Proxy,
 )
-from tidegate.kernel import chains, effects, links, netns
+from tidegate.kernel import chains, effects, netns, sockets
+from tidegate.kernel.netlink import Netlink
 
 INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 9000
 PORTS = (INBOUND, OUTBOUND, APP, OTHER)
@@ -338,12 +340,13 @@ def test_legacy_rules_behind_tidegates_jump_take_nothing_away(pod):
 
 
 @pytest.mark.parametrize("left_by", consul.LEFT_BY)
-def test_a_known_mesh_is_told_once(redirecting, pod, left_by):
+def test_a_known_mesh_is_a_difference_and_no_gap(redirecting, pod, left_by):
     consul.LEFT_BY[left_by](pod)
     redirecting.apply(pod, WITH_DNS)
-    found = told(redirecting, pod, WITH_DNS)
+    found = redirecting.check(pod, WITH_DNS)
     assert found
-    assert all(gap.startswith("Consul redirects in ") for gap in found), found
+    assert all(difference.startswith("Consul redirects in ") for difference in found), found
+    assert told(redirecting, pod, WITH_DNS) == []
 
 
 def test_rules_of_a_mesh_do_not_hide_those_of_others_next_to_them(pod):
@@ -404,7 +407,7 @@ class TestBounds:
         redirecting.apply(pod, DEFAULT)
         assert redirecting.check(pod, DEFAULT) == ()
         (gap,) = told(redirecting, pod)
-        assert "nobody sees: the legacy table raw (ip) has " in gap
+        assert "nobody sees: the legacy table raw of ip is too large: " in gap
 
     def test_a_chain_of_many_rules_is_looked_at_in_part_and_that_is_told(self, redirecting, pod):
         counters = "counter; " * (effects.MOST_RULES - 1)
@@ -450,7 +453,7 @@ class TestSettings:
         policy = Policy(drop_invalid=True)
         redirecting.apply(pod, policy)
         assert told(redirecting, pod, policy) == []
-        links.set_sysctl(pod, "net/netfilter/nf_conntrack_tcp_loose", "0")
+        set_sysctl(pod, "net/netfilter/nf_conntrack_tcp_loose", "0")
         (gap,) = told(redirecting, pod, policy)
         assert gap.startswith("connections that are older than the rules end: ")
         assert told(redirecting, pod, DEFAULT) == []
@@ -472,6 +475,12 @@ class TestSettings:
             found = told(Engine("nftables"), pod, policy)
         assert [one[: len(gap or "")] for one in found] == ([gap] if gap else [])
         assert told(Engine("nftables"), pod, policy) == []
+
+    def test_more_listeners_than_are_looked_at_are_told_and_no_error(self, pod, monkeypatch):
+        monkeypatch.setattr(sockets, "Netlink", functools.partial(Netlink, most=1))
+        with netns.run_in(pod, listener, socket.AF_INET, True):
+            (found,) = told(Engine("nftables"), pod, DEFAULT)
+        assert found.startswith("more sockets listen than are looked at: who listens on port ")
 
 
 def listener(family, transparent):

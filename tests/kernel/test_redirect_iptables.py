@@ -59,7 +59,7 @@ from tidegate.intent.policy import (
     Proxy,
     UserPorts,
 )
-from tidegate.kernel import cgroups, ipset, netns, xtables
+from tidegate.kernel import cgroups, ipset, legacy_tables, netns, xtables
 from tidegate.kernel.errors import KernelError
 
 INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 5432
@@ -120,8 +120,8 @@ def ruleset(netns_path):
 def tables(netns_path):
     """The legacy tables that exist."""
     return {
-        family.value: netns.run_in(netns_path, xtables.existing, family)
-        for family in xtables.Family
+        family.value: netns.run_in(netns_path, legacy_tables.existing, family)
+        for family in legacy_tables.Family
     }
 
 
@@ -369,7 +369,8 @@ def test_open_connections_live_through_a_change_of_the_policy(redirected):
 OUR_SET = "$(ipset list -n | grep excluded-port)"
 DRIFTS = {
     "iptables-legacy -t nat -A TIDEGATE_OUTBOUND -p tcp --dport 1 -j ACCEPT":
-        "line without a name of chain TIDEGATE_OUTBOUND in table nat of ip is there and should not be",
+        "rule '-p tcp -m tcp --dport 1 -j ACCEPT' of chain TIDEGATE_OUTBOUND in table nat of ip is "
+        "there and should not be",
     "ip6tables-legacy -t nat -I TIDEGATE_INBOUND -p tcp -m comment --comment not-tcp -j ACCEPT":
         "line not-tcp of chain TIDEGATE_INBOUND in table nat of ip6 is "
         "'-p tcp -m comment --comment not-tcp -j ACCEPT', "
@@ -416,6 +417,15 @@ def test_drift_is_named_and_repaired(pod, command):
     ours = [[row for row in rows if "TIDEGATE" in row] for rows in before[:2]]
     assert [[row for row in rows if "TIDEGATE" in row] for rows in ruleset(pod)[:2]] == ours
     assert set_names(pod) == before[2]
+
+
+def test_a_chain_that_is_missing_stands_for_its_lines_and_the_jump_to_it(pod):
+    apply(pod, IPV4_ONLY)
+    sh(pod, "iptables-legacy -t nat -F; iptables-legacy -t nat -X")
+    assert check(pod, IPV4_ONLY) == (
+        "chain TIDEGATE_OUTBOUND in table nat of ip is missing",
+        "chain TIDEGATE_INBOUND in table nat of ip is missing",
+    )
 
 
 def test_drift_of_a_set_is_told_by_its_entries(pod):
@@ -588,14 +598,16 @@ class TestSets:
     def test_a_set_that_the_kernel_refuses_leaves_none_of_the_others(self, pod, monkeypatch):
         apply(pod, WITH_ALL_TABLES)
         before = ruleset(pod)
-        add = ipset._add
+        create = ipset.create
 
-        def refuse_networks(sets, one, entries):
-            if one.kind is ipset.Kind.IPV6_NETWORKS:
-                raise KernelError("too many")
-            add(sets, one, entries)
+        def refuse_networks(wanted):
+            for one in wanted:
+                refused = one.kind is ipset.Kind.IPV6_NETWORKS
+                create([msgspec.structs.replace(one, entries=()) if refused else one])
+                if refused:
+                    raise KernelError("too many")
 
-        monkeypatch.setattr(ipset, "_add", refuse_networks)
+        monkeypatch.setattr(ipset, "create", refuse_networks)
         with pytest.raises(KernelError, match="too many"):
             apply(pod, MANY)
         assert ruleset(pod) == before
@@ -728,7 +740,7 @@ class TestTablesOfOthers:
         run(pod, "iptables-legacy-restore", "--noflush", text=f"*nat\n{rows}COMMIT\n")
         before = ruleset(pod)
         backend = IptablesBackend()
-        problem = "table nat of ip is too large to be worked on"
+        problem = "table nat of ip is too large"
         for attempt in (
             lambda: apply(pod, DEFAULT),
             lambda: check(pod, DEFAULT),
@@ -783,6 +795,25 @@ class TestWhatConnectionTrackingForgets:
         assert remove(pod) is Change.UNCHANGED
         assert calls == []
 
+    def test_a_list_comes_before_the_one_that_it_takes_the_place_of_goes(self, pod, monkeypatch):
+        tables = []
+        replace = xtables.replace
+
+        def recording(family, table, *arguments):
+            tables.append(table)
+            replace(family, table, *arguments)
+
+        monkeypatch.setattr(xtables, "replace", recording)
+        tproxy = msgspec.structs.replace(IPV4_ONLY, mode=Mode.TPROXY)
+        for policy, order in (
+            (IPV4_ONLY, ["mangle", "nat"]),
+            (tproxy, ["mangle", "nat"]),
+            (IPV4_ONLY, ["nat", "mangle"]),
+        ):
+            tables.clear()
+            apply(pod, policy)
+            assert tables == order
+
     def test_nothing_is_forgotten_when_another_backend_has_taken_over(self, pod, calls):
         apply(pod, DEFAULT)
         IptablesBackend().withdraw(pod)
@@ -821,7 +852,9 @@ def test_a_table_that_the_kernel_refuses_leaves_the_old_rules_everywhere(pod, po
     for family in ("ip", "ip6"):
         sh(pod, f"for table in raw mangle nat; do {family}tables-legacy -t $table -S; done")
     before = ruleset(pod)
-    with pytest.raises(KernelError, match="cannot change table nat of ip: Invalid argument"):
+    with pytest.raises(
+        KernelError, match="cannot change the legacy table nat of ip: Invalid argument"
+    ):
         IptablesBackend().apply(pod, REFUSED_LATE)
     assert ruleset(pod) == before
     assert check(pod, policy) == ()

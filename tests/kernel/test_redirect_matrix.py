@@ -40,7 +40,7 @@ from matrix import (
     send_unanswered,
     site,
 )
-from namespaces import tell
+from namespaces import set_sysctl, tell
 
 from tidegate.enforce.redirect.iptables import IptablesBackend
 from tidegate.enforce.redirect.nftables import NftablesBackend
@@ -60,7 +60,7 @@ from tidegate.intent.policy import (
     Proxy,
     UserPorts,
 )
-from tidegate.kernel import conntrack, links, netns, nftables, rawtcp
+from tidegate.kernel import conntrack, netns, nftables, rawtcp
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
 
@@ -684,11 +684,11 @@ def test_with_tproxy_a_handshake_that_the_listener_keeps_no_state_of_is_complete
     rules = rules_for(Policy(mode=Mode.TPROXY))
     lab.prepare(Mode.TPROXY)
     backend.apply(lab.pod, rules)
-    links.set_sysctl(lab.pod, "net/ipv4/tcp_syncookies", "2")
+    set_sysctl(lab.pod, "net/ipv4/tcp_syncookies", "2")
     try:
         attempts = lab.open(dials_of([d for d in inbound_dials() if d.protocol is TCP]))
     finally:
-        links.set_sysctl(lab.pod, "net/ipv4/tcp_syncookies", "1")
+        set_sysctl(lab.pod, "net/ipv4/tcp_syncookies", "1")
     for attempt in attempts:
         want = expected(rules, attempt.dial, attempt.version, attempt.client)
         assert attempt.outcome == want, attempt.dial.name

@@ -361,7 +361,7 @@ def test_a_family_that_comes_back_knows_nothing_of_connections_from_before(lab, 
 
 DRIFTS = {
     "add rule inet tidegate outbound tcp dport 1 accept":
-        "line without a name of chain outbound is there and should not be",
+        "rule 'tcp dport 1 accept' of chain outbound is there and should not be",
     'insert rule inet tidegate outbound tcp dport 1 accept comment "proxy"':
         "line proxy of chain outbound is tcp dport 1 accept, should be meta skuid 5995 counter return",
     "flush chain inet tidegate inbound": "line to-inbound-listener of chain inbound is missing",
@@ -399,6 +399,16 @@ def test_drift_is_named_and_repaired(pod, backend, command):
     assert apply(pod, EXCLUDING, backend) in (Change.REPLACED, Change.CREATED)
     assert check(pod, EXCLUDING) == ()
     assert {item["table"]["family"] for item in tables(pod) if "table" in item} == {"inet"}
+
+
+def test_an_object_that_is_missing_or_too_much_stands_for_what_is_in_it(pod, backend):
+    apply(pod, DEFAULT, backend)
+    nft(pod, "add chain inet tidegate extra; add rule inet tidegate extra tcp dport 1 accept")
+    nft(pod, "delete chain inet tidegate inbound")
+    assert backend.check(pod, rules_for(DEFAULT)) == (
+        "chain inbound is missing",
+        "chain extra is there and should not be",
+    )
 
 
 def test_lines_in_another_order_are_drift(pod, backend):

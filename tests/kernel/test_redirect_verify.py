@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from namespaces import DEADLINE_S, dial, echoes, open_descriptors, serving
+from namespaces import DEADLINE_S, dial, echoes, open_descriptors, serving, set_sysctl
 from verifying import (
     APP,
     BACKENDS,
@@ -31,6 +31,7 @@ from verifying import (
 )
 
 from tidegate.enforce.redirect.block import block
+from tidegate.enforce.redirect.families import LABEL
 from tidegate.enforce.redirect.nftables_rules import TABLE
 from tidegate.enforce.redirect.probing.place import INTERFACE
 from tidegate.enforce.redirect.verify import verify
@@ -130,8 +131,8 @@ class TestRulesThatAreRight:
                 "sidecar": "left alone as user 5995",
                 "inbound": "redirected to port 20000; nobody listens there yet",
                 "outbound-port": "redirected to port 20000; nobody listens there yet",
-                "dns-tcp": "it went to LOOPBACK port 8600 instead of FAR port 53; nobody listens there yet",
-                "dns-udp": "it went to LOOPBACK port 8600 instead of FAR port 53; nobody listens there yet",
+                "dns-tcp": "redirected to LOOPBACK port 8600; nobody listens there yet",
+                "dns-udp": "redirected to LOOPBACK port 8600; nobody listens there yet",
             }.items()
         }
 
@@ -213,20 +214,20 @@ class TestWhoAnswersAQuery:
             for answering in answered:
                 answering.result()
         for family in Family:
-            assert passed[f"dns-udp-{family}"].endswith("of FAR port 53; a listener answered")
+            assert passed[f"dns-udp-{family}"].endswith("port 8600; a listener answered")
 
     def test_nobody_although_the_port_is_open(self, pair):
         with applied(pair.pod, DNS), self.resolvers(pair.pod):
             passed = details(verify(pair.pod, DNS), PASSED)
         for family in Family:
-            assert passed[f"dns-udp-{family}"].endswith("of FAR port 53; nobody answered")
+            assert passed[f"dns-udp-{family}"].endswith("port 8600; nobody answered")
 
     @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
     def test_nobody_because_the_port_is_closed(self, pair, backend):
         with applied(pair.pod, DNS, backend):
             passed = details(verify(pair.pod, DNS), PASSED)
         for family in Family:
-            assert passed[f"dns-udp-{family}"].endswith("53; nobody listens there yet")
+            assert passed[f"dns-udp-{family}"].endswith("port 8600; nobody listens there yet")
 
 
 class TestPortsThatAreServed:
@@ -485,7 +486,7 @@ class TestWhatCannotBeTried:
 
     def test_a_probe_that_takes_the_real_way_crosses_no_router(self, pair):
         """Forwarded packets would pass the peer's hook of this name."""
-        links.set_sysctl(pair.peer, "net/ipv4/ip_forward", "1")
+        set_sysctl(pair.peer, "net/ipv4/ip_forward", "1")
         links.add_route(pair.peer, "10.90.0.0/16", gateway=pair.pod_ipv4)
         nft(pair.peer, ROUTER)
         policy = Policy(outbound=Outbound(include_cidrs=("10.90.0.0/16",)))
@@ -513,11 +514,11 @@ class TestWhatCannotBeTried:
         with applied(path, DEFAULT):
             skipped = details(verify(path, DEFAULT), SKIPPED)
         assert skipped == {
-            f"inbound-{family}": f"the workload has no {family} address" for family in Family
+            f"inbound-{family}": f"the workload has no {LABEL[family]} address" for family in Family
         }
 
     def test_ipv6_is_switched_off_in_the_namespace(self, pair):
-        links.set_sysctl(pair.pod, "net/ipv6/conf/all/disable_ipv6", "1")
+        set_sysctl(pair.pod, "net/ipv6/conf/all/disable_ipv6", "1")
         with applied(pair.pod, DEFAULT):
             probes = verify(pair.pod, DEFAULT)
         assert details(probes, FAILED) == {}
@@ -535,7 +536,7 @@ class TestWhatCannotBeTried:
 
     def test_connection_tracking_tells_no_beginnings(self, pair):
         with applied(pair.pod, DEFAULT):
-            links.set_sysctl(pair.pod, "net/netfilter/nf_conntrack_events", "0")
+            set_sysctl(pair.pod, "net/netfilter/nf_conntrack_events", "0")
             probes = verify(pair.pod, DEFAULT)
             assert "does not tell where it went" in details(probes, SKIPPED)["outbound-ipv4"]
             assert details(probes, FAILED) == {}

@@ -1,5 +1,6 @@
 """The legacy tables: rules from words to what the kernel takes and back, tables that others fill, and their lock."""
 
+import errno
 import fcntl
 import re
 import stat
@@ -11,10 +12,10 @@ import pytest
 from legacy import lock_of_its_own, run, saved, sh
 from namespaces import DEADLINE_S
 
-from tidegate.kernel import libxtables, netns, xtables, xtables_rules
+from tidegate.kernel import legacy_tables, libxtables, netns, xtables, xtables_rules
 from tidegate.kernel.errors import KernelError
 
-IPV4, IPV6 = xtables.Family.IPV4, xtables.Family.IPV6
+IPV4, IPV6 = legacy_tables.Family.IPV4, legacy_tables.Family.IPV6
 TEXT = """*nat
 :OURS - [0:0]
 -I OUTPUT 1 -j OURS
@@ -111,7 +112,7 @@ class TestTablesOfOthers:
         restore(pod, *["-A POSTROUTING -j RETURN"] * 60)
         monkeypatch.setattr(xtables, bound, value)
         monkeypatch.setattr(libxtables.loaded().ip4tc, "iptc_init", None)
-        problem = r"table nat of ip is too large to be worked on: \d{5} bytes, 6\d rules"
+        problem = r"table nat of ip is too large: \d{5} bytes, 6\d rules"
         for attempt in (content, lambda pod: replace(pod, xtables.EMPTY)):
             with pytest.raises(KernelError, match=problem):
                 attempt(pod)
@@ -120,7 +121,7 @@ class TestTablesOfOthers:
         twenty = compiled(TEXT.replace("-A OURS -j RETURN", "\n".join(["-A OURS -j RETURN"] * 20)))
         restore(pod, *["-A POSTROUTING -j RETURN"] * 20)
         monkeypatch.setattr(xtables, "MOST_RULES", 40)
-        with pytest.raises(KernelError, match=r"too large to be worked on: .* 48 rules"):
+        with pytest.raises(KernelError, match=r"too large: .* 48 rules"):
             replace(pod, twenty)
         assert content(pod) == xtables.EMPTY
         monkeypatch.setattr(xtables, "MOST_RULES", 48)
@@ -137,7 +138,7 @@ class TestTablesOfOthers:
             )
 
         monkeypatch.setattr(xtables, "MOST_OWNED", 20)
-        problem = "table nat of ip is too large to be worked on: 20 rules or more in the chains"
+        problem = "table nat of ip is too large: 20 rules or more in the chains"
         replace(pod, of(19))
         assert content(pod).equals(of(19))
         with pytest.raises(KernelError, match=problem):
@@ -184,6 +185,57 @@ class TestTablesOfOthers:
         replace(pod, xtables.EMPTY)
         replace(pod, before)
         assert "-A OURS -m set --match-set b src -j RETURN" in saved(pod)
+
+    def test_one_that_grows_while_it_is_read_is_read_up_to_the_bound(self, pod, monkeypatch):
+        replace(pod, compiled(TEXT))
+        ask = legacy_tables._ask
+        asked = []
+
+        def grow_in_between(door, family, table, option, buffer):
+            if option == legacy_tables._SO_GET_ENTRIES and not asked:
+                asked.append(len(buffer))
+                restore(pod, *["-A POSTROUTING -j RETURN"] * 60)
+            ask(door, family, table, option, buffer)
+
+        monkeypatch.setattr(legacy_tables, "_ask", grow_in_between)
+        assert content(pod).equals(compiled(TEXT))
+        asked.clear()
+        monkeypatch.setattr(xtables, "MOST_RULES", 100)
+        with pytest.raises(KernelError, match="the legacy table nat of ip is too large: ") as told:
+            content(pod)
+        assert told.value.errno == errno.E2BIG
+
+    def test_one_that_changes_all_the_time_is_not_read_for_ever(self, pod, monkeypatch):
+        def always(door, family, table, option, buffer):
+            if option == legacy_tables._SO_GET_ENTRIES:
+                raise KernelError("changed", errno.EAGAIN)
+            ask(door, family, table, option, buffer)
+
+        ask = legacy_tables._ask
+        monkeypatch.setattr(legacy_tables, "_ask", always)
+        with pytest.raises(KernelError, match="nat of ip changes faster than it can be read"):
+            content(pod)
+
+    def test_only_one_of_two_chains_of_the_same_name_is_the_one_that_is_asked_for(self, pod):
+        replace(pod, compiled(TEXT.replace("-j RETURN", "-j ACCEPT")))
+        sh(pod, "iptables-legacy -t nat -N OURT")
+        raw = netns.run_in(pod, legacy_tables.read, IPV4, "nat", 2**20)
+        twins = legacy_tables.Table(
+            IPV4, raw._entries.replace(b"OURT\0", b"OURS\0"), dict(raw._hooks)
+        )
+        first, second = twins.chains()
+        assert first == "OURS"
+        assert second.startswith("OURS#")
+
+    def test_long_rules_of_others_are_not_remembered(self, pod):
+        replace(pod, compiled(TEXT))
+        match = "-m comment --comment " + "x" * 250
+        sh(pod, f"iptables-legacy -t nat -A OURS {' '.join([match] * 5)} -j RETURN")
+        before = xtables._remembered.cache_info().currsize
+        assert len(content(pod).chains["OURS"]) == 2
+        assert xtables._remembered.cache_info().currsize <= before + 2
+        largest = max(len(rule.entry.data) for rule in content(pod).chains["OURS"])
+        assert largest > xtables._REMEMBERED_BYTES
 
 
 class TestChangesOfOthersMeanwhile:

@@ -85,7 +85,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 @pytest.mark.parametrize("argv", [["nonsense"], [], ["flow"], ["--nonsense"]])
 def test_an_unknown_command_is_bad_usage(capsys, argv):
-    assert "tidegate: error:" in usage_error(capsys, *argv)
+    assert usage_error(capsys, *argv).startswith("tidegate: ")
 
 
 def test_an_unknown_command_is_answered_with_those_that_there_are(capsys):
@@ -107,7 +107,10 @@ def test_an_unknown_command_is_answered_with_those_that_there_are(capsys):
     ],
 )
 def test_bad_arguments_are_bad_usage(capsys, argv):
-    assert "error:" in usage_error(capsys, *argv)
+    text = usage_error(capsys, *argv)
+    assert text.startswith("tidegate: ")
+    assert text.endswith(" --help`\n")
+    assert text.count("\n") == 1
 
 
 def test_one_command_does_not_import_the_others():

@@ -23,7 +23,7 @@ from tidegate.cli.main import COMMANDS as MAIN_COMMANDS
 from tidegate.cli.main import main, make_parser
 from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
 from tidegate.enforce.redirect.engine import Applied, Choice
-from tidegate.enforce.redirect.foreign import Foreign, Mesh
+from tidegate.enforce.redirect.foreign import Foreign, Left, Mesh
 from tidegate.enforce.redirect.rules import Hook, rules_for
 from tidegate.intent.policy import (
     Dns,
@@ -159,24 +159,64 @@ def test_a_command_on_a_namespace_needs_one_and_only_one(capsys, command):
     [
         (["explain"], "required"),
         (["explain", "sideways", "10.0.0.1:1"], "invalid choice"),
-        (["explain", "outbound", "10.0.0.1"], "is not ADDRESS:PORT"),
-        (["explain", "outbound", "10.0.0.1:0"], "there is no port 0"),
-        (["explain", "outbound", "10.0.0.1:99999"], "there is no port 99999; 1 to 65535"),
-        (["explain", "outbound", "10.0.0.1:80", "--protocol", "tpc"], "is no protocol"),
-        (["explain", "outbound", "10.0.0.1:80", "--protocol", "256"], "is no protocol"),
-        (["explain", "outbound", "10.0.0.1:80", "--uid", "4294967295"], "is no user id"),
-        (["explain", "outbound", "fd00::1:443"], "IPv6: [fd00::1]:443"),
-        (["explain", "outbound", "[fe80::1%eth0]:443"], "names an interface"),
-        (["explain", "outbound", "example.org:443"], "is not an IP address"),
-        (["explain", "outbound", "10.0.0.1:1", "--uid", "nobody-of-this-name"], "no user"),
-        (["explain", "outbound", "10.0.0.1:1", "--gid", "nobody-of-this-name"], "no group"),
-        (["explain", "outbound", "10.0.0.1:1", "--mark", "0x100000000"], "is not a packet mark"),
         (["apply", "--netns", "a", "--backend", "ebtables"], "invalid choice"),
         (["show", "--pid", "self"], "invalid int"),
     ],
 )
-def test_bad_arguments_are_bad_usage(capsys, argv, problem):
-    assert problem in usage_error(capsys, *argv)
+def test_bad_usage_is_told_in_one_line(capsys, argv, problem):
+    text = usage_error(capsys, *argv)
+    assert text.startswith("tidegate: ")
+    assert problem in text
+    assert text.endswith(f"; see `tidegate redirect {argv[0]} --help`\n")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("10.0.0.1", "10.0.0.1: is not ADDRESS:PORT; expected such as 10.1.2.3:443"),
+        ("10.0.0.1:0", "10.0.0.1:0: there is no port 0; expected 1 to 65535"),
+        ("10.0.0.1:99999", "10.0.0.1:99999: there is no port 99999; expected 1 to 65535"),
+        ("10.0.0:80", "10.0.0: is not an IP address; expected such as 10.1.2.3 or fd00::1"),
+        ("fd00::1:443", "fd00::1:443: is not ADDRESS:PORT; expected IPv6 as in [fd00::1]:443"),
+        ("[1.2.3.4]:80", "[1.2.3.4]:80: brackets are for IPv6; expected 1.2.3.4:80"),
+        (
+            "[fe80::1%eth0]:443",
+            "fe80::1%eth0: names an interface; expected fe80::1, and --interface eth0",
+        ),
+        ("localhost:80", "localhost: names are not looked up; expected an address"),
+        ("10.0.0.1:1 --from web", "--from: web: names are not looked up; expected an address"),
+        (
+            "10.0.0.1:1 --protocol tpc",
+            "--protocol: 'tpc' is no protocol; expected one of icmp, igmp, ipip, tcp, udp, dccp, ipv6, gre, esp, ah, "
+            "icmpv6, ospf, pim, vrrp, l2tp, sctp, udplite, or a number to 255",
+        ),
+        (
+            "10.0.0.1:1 --uid 4294967295",
+            "--uid: 4294967295 is no user id; expected 0 to 4294967294",
+        ),
+        (
+            "10.0.0.1:1 --uid nobody-of-this-name",
+            "--uid: there is no user 'nobody-of-this-name' here; expected a number or the name of a user",
+        ),
+        (
+            "10.0.0.1:1 --gid nobody-of-this-name",
+            "--gid: there is no group 'nobody-of-this-name' here; expected a number or the name of a group",
+        ),
+        (
+            "10.0.0.1:1 --mark 0x100000000",
+            "--mark: '0x100000000' is not a packet mark; expected such as 0x1 or 17",
+        ),
+        (
+            "10.0.0.1:1 --interface eth0123456789abcdef",
+            "--interface: 'eth0123456789abcdef' is not the name of an interface; "
+            "expected 1 to 15 ASCII characters without white space, quotes, / : * +",
+        ),
+    ],
+)
+def test_what_is_no_connection_is_told_as_every_bad_input_is(capsys, argv, told):
+    _, err = run(capsys, "explain", "outbound", *argv.split(), code=BAD_INPUT)
+    assert err == f"tidegate: {told}\n"
 
 
 # Explain
@@ -279,6 +319,20 @@ def test_explain_of_an_ipv4_mapped_address_says_that_ipv4_lines_decide(capsys):
 
 
 @pytest.mark.parametrize(
+    ("dialled", "loopback", "line"),
+    [("[::]", "::1", "own-address"), ("0.0.0.0", "127.0.0.1", "own-address")],
+)
+def test_explain_of_the_unspecified_address_is_that_of_loopback(capsys, dialled, loopback, line):
+    said = explained(capsys, "outbound", f"{dialled}:80")
+    assert said["line"] == line
+    assert said["connection"]["destination"] == loopback
+    assert said["connection"]["interface"] == "lo"
+    assert said["notes"] == [
+        f"{dialled.strip('[]')} is {loopback} on the wire: loopback is what dialling it means"
+    ]
+
+
+@pytest.mark.parametrize(
     ("direction", "option"),
     [
         ("outbound", ["--forwarded"]),
@@ -295,7 +349,7 @@ def test_what_only_the_other_direction_has_is_refused(capsys, direction, option)
     assert f"only of an {other} connection" in err
 
 
-@pytest.mark.parametrize("option", ["--all", "-v"])
+@pytest.mark.parametrize("option", ["--all", "-a"])
 def test_explain_shows_the_whole_list_with_a_mark_at_the_line_that_decides(capsys, option):
     out, _ = run(capsys, "explain", "outbound", "10.0.0.1:80", "--uid", "5995", option)
     marked = [line.split() for line in out.splitlines() if line.startswith("=>")]
@@ -392,6 +446,8 @@ def test_a_printed_policy_tells_which_source_said_a_setting_last(capsys, stdin, 
 def test_a_policy_that_is_printed_reads_back_as_it_was(capsys, stdin, policy, option):
     stdin(policies.as_yaml(policy))
     printed, _ = run(capsys, "policy", "--policy", "-", *option)
+    if option:
+        printed = json.dumps(json.loads(printed)["policy"])
     assert policy_from_document(printed, "printed") == policy
 
 
@@ -457,6 +513,10 @@ def test_a_manifest_without_annotations_has_the_built_in_policy_and_a_warning(
             "standard input: tidegate.io/mode: 'true' is not a mode; expected redirect or tproxy",
         ),
         ("kind: Pod\nmetadata: {annotations: [a]}\n", "metadata.annotations: is not a mapping"),
+        (
+            "spec: {template: {}}\n",
+            "spec: is a mapping; expected annotations only, or a whole manifest with its kind\n",
+        ),
         (
             "kind: Pod\nmetadata: {name: a}\n---\nkind: Deployment\nmetadata: {name: b}\n",
             "holds 2 documents (Pod a, Deployment b); expected one of them, in a file of its own",
@@ -620,7 +680,7 @@ def test_an_unknown_namespace_is_answered_with_those_near_it(machine, capsys):
     _, err = run(capsys, "remove", "--netns", "til", code=BAD_INPUT)
     assert err.endswith("expected one of till (and 12 others)\n")
     _, err = run(capsys, "remove", "--netns", "zzz", code=BAD_INPUT)
-    assert err.endswith("agent-9 (and 3 others)\n")
+    assert err.endswith("expected one of agent-0, agent-1, agent-2 (and 10 others)\n")
     _, err = run(capsys, "show", "--netns", "no name", code=BAD_INPUT)
     assert "'no name' is not a name" in err
 
@@ -737,7 +797,7 @@ def entered(monkeypatch):
     """Namespaces that are entered without being there."""
     monkeypatch.setattr("tidegate.cli.namespaces._entered", lambda path, _option: path)
     monkeypatch.setattr(
-        "tidegate.cli.redirect.routes.outgoing_interface", lambda _path, _address: "eth0"
+        "tidegate.cli.connections.routes.outgoing_interface", lambda _path, _address: "eth0"
     )
     monkeypatch.setattr("tidegate.cli.redirect.block.is_blocked", lambda _path: False)
     heard = (Listener("::", 15001), Listener("0.0.0.0", 20000))
@@ -805,8 +865,13 @@ def test_the_policy_of_a_workload_is_printed_with_who_said_what(machine, capsys,
         # Nobody knows which annotations the policy in force came from.
         out, _ = run(capsys, "policy", "--workload", "faulty")
         assert "exclude_ports: [7]  # default: []\n" in out
-        out, _ = run(capsys, "policy", "--workload", "web", "--json")
-        assert policy_from_document(out, "printed") == policy
+        said = json.loads(run(capsys, "policy", "--workload", "web", "--json")[0])
+        assert policy_from_document(json.dumps(said["policy"]), "printed") == policy
+        assert said["said_by"] == {
+            "inbound.exclude_ports": "its namespace",
+            "outbound.exclude_ports": "its annotations",
+            "outbound.exclude_cidrs": "the node",
+        }
 
 
 def test_a_workload_that_is_to_have_no_sidecar_is_told_of(machine, capsys, entered):
@@ -912,6 +977,7 @@ class Engine:
 
 
 OWN = "/proc/self/ns/net"
+CONSUL_RULES = Foreign(Mesh.CONSUL, Store.LEGACY, "ip", "nat", ("CONSUL_PROXY_OUTPUT",))
 
 
 def test_whoever_changes_the_namespace_of_an_agents_workload_is_warned(
@@ -948,6 +1014,7 @@ def test_the_doctor_names_the_ways_around_the_sidecars_of_an_agents_workloads(
     monkeypatch.setattr(f"{doctor}.Engine", Engine)
     monkeypatch.setattr(f"{doctor}.probe_all", lambda: ())
     monkeypatch.setattr(f"{doctor}.choose", lambda _wanted: Engine.choice)
+    monkeypatch.setattr(f"{doctor}.foreign.find", lambda _path: (CONSUL_RULES,))
     known = (
         said_of("web", netns=OWN),
         said_of("gone"),
@@ -969,7 +1036,7 @@ def test_the_doctor_names_the_ways_around_the_sidecars_of_an_agents_workloads(
             ]
         }
         assert said["ways_around"] == {
-            "web on n1": ["IPv6 goes around the sidecar"],
+            "web on n1": [str(CONSUL_RULES), "IPv6 goes around the sidecar"],
             "gone on n1": ["not known: no network namespace at /run/netns/gone"],
         }
         main(["doctor"])
@@ -1019,21 +1086,18 @@ def test_a_rule_without_a_name_is_shown_as_such(machine, monkeypatch, capsys, en
 
 
 def test_taking_over_is_offered_only_where_it_would_help(machine, monkeypatch, capsys, entered):
-    consul = Foreign(Mesh.CONSUL, Store.LEGACY, "ip", "nat", ("CONSUL_PROXY_OUTPUT",))
     istio = Foreign(Mesh.ISTIO, Store.LEGACY, "ip", "nat", ("ISTIO_OUTPUT",))
 
     def apply(_self, _path, _policy, *, adopt):
-        left = (istio,) if adopt else (consul, istio)
-        foreign = tuple(map(str, left))
-        return Applied(change=Change.CREATED, backend=BackendName.NFTABLES, foreign=foreign)
+        left = (istio,) if adopt else (CONSUL_RULES, istio)
+        return Applied(
+            change=Change.CREATED, backend=BackendName.NFTABLES, foreign=tuple(map(Left, left))
+        )
 
     monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
     monkeypatch.setattr(Engine, "apply", apply)
-    gaps = lambda _self, _path, _policy: (str(consul), str(istio))  # noqa: E731
-    monkeypatch.setattr(Engine, "gaps", gaps)
-    monkeypatch.setattr("tidegate.cli.redirect.foreign.find", lambda _path: (consul, istio))
     _, err = run(capsys, "apply", "--netns", OWN)
-    assert f"WARNING: {consul}; --adopt replaces it\n" in err
+    assert f"WARNING: {CONSUL_RULES}; --adopt replaces it\n" in err
     assert f"WARNING: {istio}\n" in err
     _, err = run(capsys, "apply", "--netns", OWN, "--adopt")
     assert "--adopt" not in err
@@ -1042,20 +1106,14 @@ def test_taking_over_is_offered_only_where_it_would_help(machine, monkeypatch, c
 def test_what_cannot_be_taken_over_is_told_once_with_the_reason(
     machine, monkeypatch, capsys, entered
 ):
-    consul = str(Foreign(Mesh.CONSUL, Store.LEGACY, "ip", "nat", ("CONSUL_PROXY_OUTPUT",)))
-    refused = f"{consul}; it cannot be taken away: busy"
-    applied = Applied(
-        change=Change.CREATED,
-        backend=BackendName.NFTABLES,
-        foreign=(consul,),
-        refused=(refused,),
-    )
+    left = Left(CONSUL_RULES, "busy")
+    applied = Applied(change=Change.CREATED, backend=BackendName.NFTABLES, foreign=(left,))
     monkeypatch.setattr("tidegate.cli.redirect.Engine", Engine)
     monkeypatch.setattr(Engine, "apply", lambda *_, **__: applied)
-    monkeypatch.setattr(Engine, "gaps", lambda *_: (consul, "IPv6 is off"))
+    monkeypatch.setattr(Engine, "gaps", lambda *_: ("IPv6 is off",))
     out, err = run(capsys, "apply", "--netns", OWN, "--adopt", "--json")
-    assert json.loads(out)["warnings"][-2:] == [refused, "IPv6 is off"]
-    assert err.endswith(f"WARNING: {refused}\nWARNING: IPv6 is off\n")
+    assert json.loads(out)["warnings"][-2:] == [str(left), "IPv6 is off"]
+    assert err.endswith(f"WARNING: {left}\nWARNING: IPv6 is off\n")
 
 
 def test_the_version_is_told_without_importing_any_command():

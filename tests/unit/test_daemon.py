@@ -3,6 +3,10 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
+import subprocess
+import sys
+import threading
 import time
 
 import msgspec
@@ -10,16 +14,22 @@ import pytest
 
 from tidegate.catalog.client import CatalogClient
 from tidegate.catalog.server import ServerConfig, running
+from tidegate.enforce.redirect.backend import Change
+from tidegate.enforce.redirect.engine import Engine
+from tidegate.enforce.sidecar.files import SidecarFiles
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
 from tidegate.model import Instance, Workload
 from tidegate.node import daemon as daemon_module
+from tidegate.node import intent as intent_module
+from tidegate.node import keeper as keeper_module
 from tidegate.node.config import AgentConfig
-from tidegate.node.daemon import Daemon, run_agent
+from tidegate.node.daemon import Daemon, held_alone, run_agent
 from tidegate.node.mesh import NodeEvidence, NodeFlows
 from tidegate.observe.labels import Labels
 
 DEADLINE_S = 20.0
+NEVER_S = 3600.0
 
 
 class Observation:
@@ -302,6 +312,148 @@ def test_a_round_that_fails_is_told_and_tried_again(node, error, told):
     run(scenario())
 
 
+def defect(*_args, **_kwargs):
+    raise ZeroDivisionError("a bad place")
+
+
+@pytest.mark.parametrize(
+    ("target", "attribute"), [(keeper_module.Keeper, "reconcile"), (keeper_module, "policy_for")]
+)
+def test_a_defect_in_the_work_for_one_workload_is_its_own_problem(
+    node, monkeypatch, target, attribute
+):
+    node.put("bad")
+    node.put("good")
+    whole = getattr(target, attribute)
+
+    def sometimes(*args):
+        workload = getattr(args[0], "workload", args[0])
+        return defect() if workload.name == "bad" else whole(*args)
+
+    async def scenario():
+        with monkeypatch.context() as patched:
+            patched.setattr(target, attribute, sometimes)
+            async with running(node.server), node.agent() as daemon:
+                status = await status_where(
+                    daemon, lambda one: any("by a defect" in problem for problem in one.problems)
+                )
+                (problem,) = status.problems
+                assert problem.startswith("bad is not worked on, by a defect of the agent")
+                assert "a bad place" in problem
+                began = status.round_at
+                await status_where(daemon, lambda status: status.round_at > began)
+                async with CatalogClient(node.config.server) as catalog:
+
+                    async def published():
+                        return "good" in [one.name for one in await catalog.instances()]
+
+                    await eventually(published)
+                patched.undo()
+                await status_where(daemon, lambda status: not status.problems)
+
+    run(scenario())
+
+
+def left_behind(node, name):
+    """What an agent leaves of a workload whose file goes while no agent runs."""
+    directory = node.config.run_dir / "sidecars" / name
+    directory.mkdir(parents=True)
+    return directory
+
+
+def test_what_was_left_behind_is_removed_beside_the_rounds(node, monkeypatch):
+    left = left_behind(node, "old-0")
+    node.put("api")
+    released, removing = threading.Event(), threading.Event()
+    remove = keeper_module.Keeper.remove
+
+    def slowly(keeper):
+        removing.set()
+        assert released.wait(DEADLINE_S)
+        remove(keeper)
+
+    monkeypatch.setattr(keeper_module.Keeper, "remove", slowly)
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            try:
+                await eventually(lambda: _equal(_is_set(removing), True))
+                await status_where(daemon, lambda status: status.round_at)
+                assert left.exists()
+            finally:
+                released.set()
+            await eventually(lambda: _equal(_exists(left), False))
+
+    run(scenario())
+
+
+async def _is_set(event):
+    return event.is_set()
+
+
+def test_what_was_left_behind_and_cannot_be_removed_is_told_and_tried_again(node, monkeypatch):
+    left = left_behind(node, "old-0")
+
+    def refuse(_files):
+        raise OSError(errno.EBUSY, "busy", str(left))
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            with monkeypatch.context() as patched:
+                patched.setattr(SidecarFiles, "remove", refuse)
+                told = "what was left of old-0 cannot be removed: [Errno 16] busy"
+                await status_where(
+                    daemon, lambda one: any(problem.startswith(told) for problem in one.problems)
+                )
+            await eventually(lambda: _equal(_exists(left), False))
+            await status_where(daemon, lambda status: not status.problems)
+
+    run(scenario())
+
+
+def test_a_workload_that_returns_waits_until_what_was_left_of_it_is_removed(node, monkeypatch):
+    node.put("api")
+    released, removing, made = threading.Event(), threading.Event(), []
+    remove, update = keeper_module.Keeper.remove, keeper_module.Keeper.update
+
+    def slowly(keeper):
+        removing.set()
+        assert released.wait(DEADLINE_S)
+        remove(keeper)
+
+    def note(keeper, workload):
+        made.append(released.is_set())
+        update(keeper, workload)
+
+    monkeypatch.setattr(keeper_module.Keeper, "remove", slowly)
+    monkeypatch.setattr(keeper_module.Keeper, "update", note)
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            (directory,) = (
+                daemon._directory(workload) for workload in await daemon._work(daemon._source.list)
+            )
+            await status_where(daemon, lambda status: status.workloads)
+        made.clear()
+        node.file("api").rename(node.config.state_dir / "api.json")
+        directory.mkdir(parents=True, exist_ok=True)
+        async with running(node.server), node.agent() as daemon:
+            try:
+                await eventually(lambda: _equal(_is_set(removing), True))
+                (node.config.state_dir / "api.json").rename(node.file("api"))
+                # The first of them may have begun before.
+                for _ in range(2):
+                    began = daemon._round_at
+                    await status_where(daemon, lambda status, last=began: status.round_at > last)
+            finally:
+                released.set()
+            await status_where(daemon, lambda status: status.workloads)
+        assert made
+        assert all(made)
+
+    run(scenario())
+
+
 def test_an_instance_in_the_catalog_that_cannot_be_called_is_told(node):
     node.put("api")
     bad = Instance(
@@ -325,3 +477,172 @@ def test_a_directory_that_cannot_be_made_is_an_error_for_a_person(node, tmp_path
     config = msgspec.structs.replace(node.config, **{field: tmp_path / "file" / "x"})
     with pytest.raises(TidegateError, match="cannot be used"):
         asyncio.run(run_agent(config))
+
+
+def test_an_agent_that_waits_for_its_server_stops_at_once(node, monkeypatch):
+    node.put("api")
+    never = asyncio.Event()
+
+    async def scenario():
+        for method in ("snapshot", "register"):
+            asked = asyncio.Event()
+
+            async def hang(*_args, asked=asked):
+                asked.set()
+                await never.wait()
+
+            with monkeypatch.context() as patched:
+                patched.setattr(CatalogClient, method, hang)
+                patched.setattr(intent_module, "ANSWER_S", NEVER_S)
+                async with running(node.server), node.agent():
+                    await asyncio.wait_for(asked.wait(), DEADLINE_S)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("field", ["run_dir", "state_dir"])
+def test_a_second_agent_with_a_directory_of_the_first_is_refused_and_named_the_first(
+    node, tmp_path, field
+):
+    held = getattr(node.config, field)
+    held.mkdir(exist_ok=True)
+    others = {"run_dir": tmp_path / "run-2", "state_dir": tmp_path / "state-2"}
+    del others[field]
+    second = msgspec.structs.replace(node.config, socket=tmp_path / "agent-2.sock", **others)
+    code = (
+        "import sys; from pathlib import Path; from tidegate.node.daemon import held_alone\n"
+        "with held_alone(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", code, str(held / "agent.lock")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"\n"
+        with pytest.raises(TidegateError) as refused:
+            asyncio.run(run_agent(second))
+        first.stdin.close()
+    assert str(refused.value) == f"another agent (process {first.pid}) uses {held}"
+    with held_alone(held / "agent.lock"):
+        pass
+
+
+@pytest.mark.parametrize("changed", [{"name": "renamed"}, {"netns": "/nowhere/else"}])
+def test_a_workload_with_another_name_or_path_is_removed_before_it_is_kept_anew(
+    node, monkeypatch, changed
+):
+    node.put("api")
+    released, removing, removed, made = threading.Event(), threading.Event(), [], []
+    remove, init = keeper_module.Keeper.remove, keeper_module.Keeper.__init__
+
+    def slowly(keeper):
+        removing.set()
+        assert released.wait(DEADLINE_S)
+        removed.append((keeper.workload.name, keeper.workload.netns))
+        remove(keeper)
+
+    def note(keeper, workload, *args):
+        made.append((workload.name, workload.netns, released.is_set()))
+        init(keeper, workload, *args)
+
+    monkeypatch.setattr(keeper_module.Keeper, "remove", slowly)
+    monkeypatch.setattr(keeper_module.Keeper, "__init__", note)
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            await status_where(daemon, lambda status: status.workloads)
+            node.put("api", **changed)
+            try:
+                await eventually(lambda: _equal(_is_set(removing), True))
+                for _ in range(3):
+                    began = daemon._round_at
+                    await status_where(daemon, lambda status, at=began: status.round_at > at)
+                (kept,) = (await daemon._status()).workloads
+                assert (kept.name, kept.netns) == ("api", "/nowhere/api")
+            finally:
+                released.set()
+            await status_where(
+                daemon,
+                lambda status: (
+                    all(
+                        getattr(one, field) == value
+                        for one in status.workloads
+                        for field, value in changed.items()
+                    )
+                    and status.workloads
+                ),
+            )
+            began = daemon._round_at
+            await status_where(daemon, lambda status: status.round_at > began)
+        assert removed == [("api", "/nowhere/api")], "once, and by the description of before"
+        whole = {"name": "api", "netns": "/nowhere/api", **changed}
+        assert made == [
+            ("api", "/nowhere/api", False),
+            (whole["name"], whole["netns"], True),
+        ]
+        assert node.observation.detached == []
+
+    run(scenario())
+
+
+def test_two_workloads_of_one_namespace_follow_each_other(node, monkeypatch):
+    """A pod that is made anew has another id, and may have the path of the former one."""
+    node.put("old", netns="/nowhere/same")
+    released, removing = threading.Event(), threading.Event()
+    remove = keeper_module.Keeper.remove
+
+    def slowly(keeper):
+        removing.set()
+        assert released.wait(DEADLINE_S)
+        remove(keeper)
+
+    monkeypatch.setattr(keeper_module.Keeper, "remove", slowly)
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            await status_where(daemon, lambda status: status.workloads)
+            node.file("old").unlink()
+            node.put("new", netns="/nowhere/same")
+            try:
+                await eventually(lambda: _equal(_is_set(removing), True))
+                for _ in range(3):
+                    began = daemon._round_at
+                    status = await status_where(
+                        daemon, lambda status, at=began: status.round_at > at
+                    )
+                    assert [one.name for one in status.workloads] == ["old"]
+            finally:
+                released.set()
+            await status_where(
+                daemon, lambda status: [one.name for one in status.workloads] == ["new"]
+            )
+
+    run(scenario())
+
+
+def test_a_gone_workload_that_cannot_be_removed_is_told_not_published_and_tried_again(
+    node, monkeypatch
+):
+    node.put("api", netns="/proc/self/ns/net")
+
+    def refuse(*_args):
+        raise KernelError("not now", errno.EBUSY)
+
+    monkeypatch.setattr(Engine, "remove", refuse)
+
+    async def scenario():
+        async with (
+            running(node.server),
+            node.agent() as daemon,
+            CatalogClient(node.config.server) as catalog,
+        ):
+
+            async def living():
+                return [one.name for one in await catalog.instances() if not one.seen_until]
+
+            await eventually(lambda: _equal(living(), ["api"]))
+            node.file("api").unlink()
+            await eventually(lambda: _equal(living(), []))
+            (left,) = (await daemon._status()).workloads
+            assert "not now" in left.problem
+            monkeypatch.setattr(Engine, "remove", lambda *_: Change.REMOVED)
+            await status_where(daemon, lambda status: not status.workloads)
+
+    run(scenario())

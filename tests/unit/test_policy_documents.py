@@ -144,13 +144,30 @@ def test_json_is_read_as_well():
     assert policy.inbound == Inbound(port=21000, exclude_ports=ports((80, 90), (7, 7)))
 
 
-@pytest.mark.parametrize("text", ["", "\n# nothing\n", "{}", "---\n", "inbound:\n", "inbound: {}"])
+@pytest.mark.parametrize("text", ["{}", "---\n{}", "inbound:\n", "inbound: {}"])
 def test_what_a_document_does_not_say_stays_as_in_the_base(text):
     base = Policy(inbound=Inbound(port=21000), mode=Mode.TPROXY)
     assert policy_from_document(text, "policy.yaml", base) == base
     changed = policy_from_document("inbound: {exclude_ports: [9]}", "policy.yaml", base)
     assert changed.inbound == Inbound(port=21000, exclude_ports=ports((9, 9)))
     assert changed.mode is Mode.TPROXY
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "holds nothing; expected a policy, {} for the built-in one"),
+        ("\n# nothing\n", "holds nothing; expected a policy, {} for the built-in one"),
+        ("---\n", "holds nothing; expected a policy, {} for the built-in one"),
+        ("null\n", "is null; expected one policy, fields in { }"),
+        ("[]", "is an empty list; expected one policy, fields in { }"),
+        ('{"inbound', "line 1, column 2: unterminated string; expected JSON"),
+    ],
+)
+def test_a_document_that_says_no_policy_is_refused(text, told):
+    with pytest.raises(InputError) as caught:
+        policy_from_document(text, "policy.yaml")
+    assert str(caught.value) == f"policy.yaml: {told}"
 
 
 @pytest.mark.parametrize(

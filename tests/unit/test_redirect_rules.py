@@ -16,6 +16,7 @@ from tidegate.enforce.redirect.rules import (
     Connection,
     Decision,
     Drop,
+    HandedOver,
     Hook,
     Invalid,
     Not,
@@ -401,11 +402,11 @@ def test_the_guards_leave_segments_of_open_connections_alone_also_when_they_cann
     assert explain(rules_for(Policy(drop_invalid=True)), segment).action == Drop()
 
 
-def test_with_tproxy_only_a_segment_whose_socket_is_known_is_older():
+def test_with_tproxy_only_a_segment_of_a_known_socket_that_was_not_handed_over_is_older():
     older = next(
         line for line in rules_for(TPROXY).lines(Hook.INBOUND_TPROXY) if "older" in line.name
     )
-    assert older.matches == (Not(Opening()), OfKnownSocket())
+    assert older.matches == (Not(Opening()), OfKnownSocket(), Not(HandedOver()))
     assert rules_for(TPROXY).lines(Hook.INBOUND) == ()
     assert rules_for(TPROXY).lines(Hook.OUTBOUND) == rules_for(DEFAULT).lines(Hook.OUTBOUND)
 

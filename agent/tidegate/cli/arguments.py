@@ -17,6 +17,15 @@ def duration(text: str) -> float:
     return seconds
 
 
+def add_json(parser: argparse.ArgumentParser, shape: str = "one JSON object") -> None:
+    """Adds --json; `shape` is what it prints."""
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help=f"print {shape} on standard output; warnings stay on standard error",
+    )
+
+
 def source_of(file: str) -> str:
     """What a person calls a file that is read: "-" is standard input."""
     return "standard input" if file == "-" else file

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from tidegate.cli import policies, target, workloads
+from tidegate.cli.arguments import add_json
 from tidegate.cli.target import require_root
 from tidegate.cli.workloads import Node
+from tidegate.enforce.redirect import foreign
 from tidegate.enforce.redirect.backend import BackendName
 from tidegate.enforce.redirect.engine import AUTO, Choice, Engine, choose
 from tidegate.enforce.sidecar import envoy
@@ -52,7 +54,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "and leaves nothing behind. Names the ways around a sidecar that workloads have, if agents answer here. "
         "Exits 1 when something is missing that nothing else can stand in for.",
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -125,7 +127,9 @@ def _ways_around(engine: Engine, nodes: Iterable[Node]) -> dict[str, tuple[str, 
             if not one.wanted_in_mesh:
                 continue
             try:
-                gaps = engine.gaps(one.netns, one.policy or policies.of_workload(one))
+                policy = one.policy or policies.of_workload(one)
+                others = map(str, foreign.find(one.netns))
+                gaps = (*others, *engine.gaps(one.netns, policy))
             except (KernelError, TidegateError) as error:
                 gaps = (f"not known: {error}",)
             if gaps:

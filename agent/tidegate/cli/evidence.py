@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidegate.cli import tables
-from tidegate.cli.arguments import duration
+from tidegate.cli.arguments import add_json, duration
 from tidegate.cli.target import add_options, agent_address, require_root
 from tidegate.errors import TidegateError
 from tidegate.node.client import AgentClient, AgentUnreachable
@@ -36,7 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     flows.add_argument(
         "--for", dest="follow_for", type=duration, metavar="TIME", help="follow this long"
     )
-    flows.add_argument("--json", action="store_true", help="for programs")
+    add_json(flows)
     flows.set_defaults(run=run_flows)
 
     ready = subparsers.add_parser(
@@ -60,11 +60,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="TIME",
         help="wait up to this long for the verdict READY",
     )
-    ready.add_argument(
-        "--json",
-        action="store_true",
-        help='for programs: {"verdicts": [...]}, one for each service',
-    )
+    add_json(ready, '{"verdicts": [...]}, one for each service,')
     ready.set_defaults(run=run_ready)
 
     strict = subparsers.add_parser(
@@ -83,7 +79,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="watch this long after the flip (default 10m)",
     )
     strict.add_argument("--force", action="store_true", help="flip even if it is not READY")
-    strict.add_argument("--json", action="store_true", help="one JSON event per line")
+    add_json(strict, "one JSON event a line")
     strict.set_defaults(run=run_strict)
 
 

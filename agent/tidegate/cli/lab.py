@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli import tables
+from tidegate.cli.arguments import add_json
 from tidegate.cli.target import require_root, the_lab
 from tidegate.errors import InputError
 from tidegate.lab import runtime, state
@@ -48,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     status = commands.add_parser("status", help="nodes, pods, sidecars and traffic")
     _add_lab_option(status)
-    status.add_argument("--json", action="store_true", help="for programs")
+    add_json(status)
     status.set_defaults(run=run_status)
 
     execute = commands.add_parser(

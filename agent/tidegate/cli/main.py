@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
@@ -28,7 +29,7 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     For --version no command is imported.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tidegate",
         description="Moves service-mesh workloads from plaintext to strict mTLS, on evidence.",
         epilog="Start with: sudo tidegate doctor; sudo tidegate lab up; sudo tidegate flows",
@@ -44,6 +45,13 @@ def _groups(command: str | None) -> Iterable[str]:
     if command == "--version":
         return ()
     return (COMMANDS[command],) if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, as all errors are told; parsers of commands are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"tidegate: {message}; see `{self.prog} --help`\n")
 
 
 class _Version(argparse.Action):

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -38,6 +39,13 @@ def add_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     agent.add_argument("--lab", metavar="NAME", help="the lab of that name (TIDEGATE_LAB)")
     agent.add_argument("--socket", metavar="PATH", help="unix socket of an agent (TIDEGATE_SOCKET)")
+
+
+def options_given(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The options that choose a namespace, as they were given."""
+    names = ("netns", "pid", "workload", "lab", "socket")
+    values = [(f"--{name}", getattr(args, name)) for name in names]
+    return [(option, value) for option, value in values if value is not None]
 
 
 def chosen(args: argparse.Namespace) -> Target | None:
@@ -81,9 +89,9 @@ def _named(name: str) -> Target:
 
 
 def _near(name: str) -> str:
-    """The names that were probably meant, else the first ones, and how many others there are."""
+    """The names that were probably meant, else a few, and how many others there are."""
     names = netns.names()
-    shown = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
+    shown = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:3]
     left = len(names) - len(shown)
     more = f" (and {left} {'other' if left == 1 else 'others'})" if left else ""
     return f"one of {', '.join(shown)}{more}" if shown else "a path; none has a name here"

@@ -54,6 +54,12 @@ class Layer(NamedTuple):
     policy: Policy
 
 
+def options_given(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The options that give a policy, as they were given."""
+    values = [(_option(source), getattr(args, source)) for source in _CHANGES]
+    return [(option, value) for option, value in values if value is not None]
+
+
 def given(args: argparse.Namespace) -> tuple[Layer, ...]:
     """The policy that the options give is that of the last layer; the built-in defaults are below the first.
 
@@ -100,30 +106,44 @@ def as_yaml(policy: Policy, layers: Iterable[Layer] = (), others: str = "") -> s
 
     Comments say what is not the built-in default, and which layer said so last; `others` did where none of them did.
     """
-    settings = policy_to_document(policy)
-    before = defaults = policy_to_document(DEFAULT)
-    said_by: dict[tuple[str, ...], str] = {}
-    for layer in layers:
-        after = policy_to_document(layer.policy)
-        said_by |= {
-            place: layer.name
-            for place, value in _settings(after)
-            if value != _at(before, [*place]) and value == _at(settings, [*place])
-        }
-        before = after
+    defaults = policy_to_document(DEFAULT)
+    authors = said_by(policy, layers, others)
     lines = []
-    for section, fields in settings.items():
+    for section, fields in policy_to_document(policy).items():
         in_section = isinstance(fields, dict)
         if in_section:
             lines.append(f"{section}:")
         for place, value in _settings({section: fields}):
             default = _at(defaults, [*place])
-            who = said_by.get(place, others)
+            who = authors.get(place)
             remark = f"  # default: {json.dumps(default)}" + (f"; by {who}" if who else "")
             # A value of JSON is one of YAML.
             line = f"{place[-1]}: {json.dumps(value)}{'' if value == default else remark}"
             lines.append(f"  {line}" if in_section else line)
     return "".join(f"{line}\n" for line in lines)
+
+
+def said_by(
+    policy: Policy, layers: Iterable[Layer], others: str = ""
+) -> dict[tuple[str, ...], str]:
+    """Which layer said each setting last that is not the built-in default; `others` did where none of them did.
+
+    By place, such as ("outbound", "port"); a setting of which that is not known is not among them.
+    """
+    settings = policy_to_document(policy)
+    before = defaults = policy_to_document(DEFAULT)
+    authors: dict[tuple[str, ...], str] = {}
+    for layer in layers:
+        after = policy_to_document(layer.policy)
+        authors |= {
+            place: layer.name
+            for place, value in _settings(after)
+            if value != _at(before, [*place]) and value == _at(settings, [*place])
+        }
+        before = after
+    changed = [place for place, value in _settings(settings) if value != _at(defaults, [*place])]
+    named = {place: authors.get(place, others) for place in changed}
+    return {place: who for place, who in named.items() if who}
 
 
 def _settings(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -185,6 +205,7 @@ _CHANGES: Final[Mapping[str, Callable[[str, Policy], Policy]]] = {
     "consul_config": _by_consul_config,
 }
 """The options that give a policy, in the order in which they are applied."""
+OPTIONS: Final = tuple(map(_option, _CHANGES))
 
 
 def _annotations(text: str, source: str) -> Mapping[str, object]:
@@ -195,8 +216,13 @@ def _annotations(text: str, source: str) -> Mapping[str, object]:
         problem = f"holds {len(documents)} documents ({_named(documents)})"
         raise InputError(problem, source=source, expected="one of them, in a file of its own")
     document: Mapping[str, Any] = documents[0]
-    is_manifest = "metadata" in document or "kind" in document
-    return _annotations_of_manifest(document, source) if is_manifest else document
+    if "metadata" in document or "kind" in document:
+        return _annotations_of_manifest(document, source)
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            expected = "annotations only, or a whole manifest with its kind"
+            raise InputError("is a mapping", source=source, field=name, expected=expected)
+    return document
 
 
 def _annotations_of_manifest(manifest: Mapping[str, Any], source: str) -> Mapping[str, object]:

@@ -6,16 +6,27 @@ and for commands that ask a question also: it cannot be told.
 
 import argparse
 import contextlib
-import ipaddress
+import enum
 import json
+import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 from rich.text import Text
 
-from tidegate.cli import namespaces, policies, redirect_text, tables, target, workloads
+from tidegate.cli import (
+    connections,
+    namespaces,
+    policies,
+    redirect_text,
+    tables,
+    target,
+    workloads,
+)
+from tidegate.cli.arguments import add_json
 from tidegate.cli.namespaces import Target
 from tidegate.cli.redirect_text import warn
 from tidegate.cli.target import is_root, require_root
@@ -25,21 +36,13 @@ from tidegate.enforce.redirect.engine import AUTO, Applied, BackendChoice, Engin
 from tidegate.enforce.redirect.iptables import IptablesBackend
 from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.probing.judgement import Outcome
-from tidegate.enforce.redirect.rules import (
-    LOOPBACK_INTERFACE,
-    Action,
-    Connection,
-    explain,
-    rules_for,
-)
+from tidegate.enforce.redirect.rules import Action, explain, rules_for
 from tidegate.enforce.redirect.verify import verify
-from tidegate.errors import InputError, InputErrors, TidegateError
+from tidegate.errors import TidegateError
 from tidegate.intent.policy import DEFAULT, Policy
 from tidegate.intent.policy_documents import policy_to_document
-from tidegate.kernel import netns, routes, sockets
+from tidegate.kernel import netns, sockets
 from tidegate.kernel.errors import KernelError
-from tidegate.model import Direction
-from tidegate.node.users import group_id, user_id
 
 BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {
     BackendName.NFTABLES: NftablesBackend,
@@ -47,33 +50,24 @@ BACKENDS: Mapping[BackendName, Callable[[], Backend]] = {
 }
 CANNOT_TELL = 2
 READS = "it reads the rules of a network namespace"
-DEFAULT_INTERFACE = "eth0"
-ONLY_OF = {Direction.INBOUND: ("forwarded",), Direction.OUTBOUND: ("uid", "gid", "mark", "cgroup")}
-"""What explain is told of connections of one direction alone: only they have it, or are asked for it."""
-PROTOCOLS = {
-    "icmp": 1,
-    "igmp": 2,
-    "ipip": 4,
-    "tcp": 6,
-    "udp": 17,
-    "dccp": 33,
-    "ipv6": 41,
-    "gre": 47,
-    "esp": 50,
-    "ah": 51,
-    "icmpv6": 58,
-    "ospf": 89,
-    "pim": 103,
-    "vrrp": 112,
-    "l2tp": 115,
-    "sctp": 132,
-    "udplite": 136,
-}
-"""IANA's numbers of protocols over IP."""
-ID_MAX = 2**32 - 2
-"""The greatest user or group id; the one after it stands for none (chown(2))."""
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 OUTCOME_STYLES = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.SKIPPED: "yellow"}
+
+
+class Source(enum.StrEnum):
+    """Where a policy comes from."""
+
+    BUILT_IN = "built-in"
+    OPTIONS = "options"
+    WORKLOAD = "workload"
+
+
+class Chosen(msgspec.Struct, frozen=True):
+    """The policy that a command works by."""
+
+    policy: Policy
+    source: Source
+    warnings: tuple[str, ...] = ()
+    """What a person should know of it; told on standard error already."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -197,17 +191,19 @@ def run_apply(args: argparse.Namespace) -> int:
         return _dry_run(args)
     require_root("it loads rules into the kernel")
     where = namespaces.of_command(args)
-    policy = _policy(args, where)
-    warnings = [*_own_namespace(where), *_managed(where, policy)]
-    for warning in warnings:
+    chosen = _policy(args, where)
+    policy = chosen.policy
+    before = [*_own_namespace(where), *_managed(where, policy)]
+    for warning in before:
         warn(warning)
     engine = Engine(args.backend)
     applied = engine.apply(where.path, policy, adopt=args.adopt)
-    gaps = (gap for gap in engine.gaps(where.path, policy) if not _is_told(gap, applied.refused))
-    after = (*applied.refused, *gaps, *_unheard(where, policy))
-    adoptable = _adoptable(where) if applied.foreign and not args.adopt else ()
+    after = (*engine.gaps(where.path, policy), *_unheard(where, policy))
+    for left in applied.foreign:
+        adoptable = left.found.removable and not args.adopt
+        warn(f"{left}; --adopt replaces it" if adoptable else str(left))
     for warning in after:
-        warn(f"{warning}; --adopt replaces it" if warning in adoptable else warning)
+        warn(warning)
     if args.json:
         _print_json(
             {
@@ -216,8 +212,8 @@ def run_apply(args: argparse.Namespace) -> int:
                 "backend": applied.backend,
                 "why": engine.choice.why,
                 "replaced_backend": applied.replaced_backend,
-                "adopted": applied.adopted,
-                "warnings": (*warnings, *after),
+                "adopted": [*map(str, applied.adopted)],
+                "warnings": [*chosen.warnings, *before, *map(str, applied.foreign), *after],
             }
         )
     else:
@@ -264,16 +260,22 @@ def run_check(args: argparse.Namespace) -> int:
     with _cannot_tell():
         require_root(READS)
         where = namespaces.of_command(args)
-        policy = _policy(args, where)
+        chosen = _policy(args, where)
         engine = _engine_of(args.backend, where)
-        differences = engine.check(where.path, policy)
-        gaps = engine.gaps(where.path, policy)
-        notes = tuple(gap for gap in gaps if gap not in differences)
+        differences = engine.check(where.path, chosen.policy)
+        gaps = engine.gaps(where.path, chosen.policy)
         backend = engine.backend_of(where.path)
+        lacking = bool(differences) and backend is None
+        told, notes = differences, gaps
+        if lacking:
+            told = (_no_rules(args, where), *map(str, foreign.find(where.path)))
+        elif differences:
+            notes = (*gaps, *_compared_with(chosen))
     if args.json:
         _print_json(
             {
                 "netns": where.path,
+                "policy": chosen.source,
                 "equal": not differences,
                 "backend": backend,
                 "differences": differences,
@@ -281,7 +283,7 @@ def run_check(args: argparse.Namespace) -> int:
             }
         )
     else:
-        for difference in differences:
+        for difference in told:
             print(difference)
         if not differences:
             print(f"{where.name}: the kernel equals the policy ({backend or 'no rules'})")
@@ -291,53 +293,25 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Prints where a connection goes under a policy, without asking the kernel's rules."""
-    _refuse_other_direction(args)
-    dialled, port = args.destination
-    address, source = _on_the_wire(dialled), args.source and _on_the_wire(args.source)
-    if source and source.version != address.version:
-        problem = f"{args.source} and {dialled} are of two families"
-        raise InputError(problem, field="--from", expected="an address of the destination's family")
     where = namespaces.chosen(args)
-    policy = _policy(args, where)
-    direction = Direction(args.direction)
-    notes = []
-    if str(address) != dialled:
-        notes.append(f"{dialled} is {address} on the wire: the IPv4 lines decide")
-    forwarded = bool(args.forwarded)
-    if direction is Direction.INBOUND and where is not None and not forwarded:
-        # What the kernel's rules ask, too: whether its routes deliver the address here.
-        routed = routes.outgoing_interface(where.path, str(address))
-        forwarded = routed != LOOPBACK_INTERFACE
-        if forwarded:
-            notes.append(f"{address} is no address of {where.name}: such connections are forwarded")
-    asked = Connection(
-        direction=direction,
-        destination=str(address),
-        port=port,
-        source=str(source or ""),
-        interface=args.interface or _interface(direction, address, where),
-        uid=args.uid,
-        gid=args.gid,
-        mark=args.mark or 0,
-        cgroup=(args.cgroup or "").strip("/"),
-        protocol=args.protocol,
-        opening=not args.older,
-        forwarded=forwarded,
-    )
+    asked, notes = connections.asked(args, where)
+    chosen = _policy(args, where)
+    policy = chosen.policy
     rules = rules_for(policy)
     decision = explain(rules, asked)
-    goes = redirect_text.goes(policy, decision.action)
+    outcome = redirect_text.goes(policy, decision.action)
     because = redirect_text.decided_by(rules, asked, decision)
-    lines = rules.of(direction)
+    lines = rules.of(asked.direction)
     if args.json:
         _print_json(
             {
                 "connection": msgspec.to_builtins(asked),
-                "goes": goes,
+                "policy": chosen.source,
+                "outcome": outcome,
                 "action": _action(decision.action),
                 "line": decision.line,
                 "because": because,
-                "notes": notes,
+                "notes": [*chosen.warnings, *notes],
                 "list": [
                     {
                         "line": line.name,
@@ -349,7 +323,7 @@ def run_explain(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(f"{redirect_text.connection(asked)} {goes}")
+    print(f"{redirect_text.connection(asked)} {outcome}")
     print(because)
     _note(notes)
     if args.all and lines:
@@ -367,15 +341,16 @@ def run_policy(args: argparse.Namespace) -> int:
         layers = policies.given(args)
         policy = layers[-1].policy
     else:
-        policy = _policy(args, where)
+        policy = _policy(args, where).policy
         layers = policies.layers_of_workload(workload) if workload else ()
+    # What neither default nor annotations say, the agent of the node does.
+    others = "the node" if layers and workload else ""
     if args.json:
-        _print_json(policy_to_document(policy))
+        said_by = policies.said_by(policy, layers, others)
+        authors = {".".join(place): who for place, who in said_by.items()}
+        _print_json({"policy": policy_to_document(policy), "said_by": authors})
     else:
-        # What neither default nor annotations say, the agent of the node does.
-        sys.stdout.write(
-            policies.as_yaml(policy, layers, "the node" if layers and workload else "")
-        )
+        sys.stdout.write(policies.as_yaml(policy, layers, others))
     return 0
 
 
@@ -384,17 +359,32 @@ def run_verify(args: argparse.Namespace) -> int:
     with _cannot_tell():
         require_root("it sends probes inside a network namespace")
         where = namespaces.of_command(args)
-        policy = _policy(args, where)
-        probes = verify(where.path, policy)
-    failed = any(probe.outcome is Outcome.FAILED for probe in probes)
+        chosen = _policy(args, where)
+        probes = verify(where.path, chosen.policy)
+        outcomes = Counter(probe.outcome for probe in probes)
+        failed = outcomes[Outcome.FAILED] > 0
+        lacking = failed and Engine(AUTO).backend_of(where.path) is None
+    notes: tuple[str, ...] = ()
+    if failed:
+        notes = (_no_rules(args, where),) if lacking else _compared_with(chosen)
     if args.json:
-        passed = not failed
-        _print_json({"netns": where.path, "passed": passed, "probes": msgspec.to_builtins(probes)})
+        _print_json(
+            {
+                "netns": where.path,
+                "policy": chosen.source,
+                "passed": not failed,
+                "probes": msgspec.to_builtins(probes),
+                "notes": notes,
+            }
+        )
     else:
         out = tables.console()
         for probe in probes:
             outcome = Text(f"{probe.outcome.value.upper():<7}", OUTCOME_STYLES[probe.outcome])
             out.print(Text.assemble(outcome, f"  {probe.name}: {probe.detail}"), soft_wrap=True)
+        counted = (Outcome.FAILED, Outcome.PASSED, Outcome.SKIPPED)
+        print(", ".join(f"{outcomes[one]} {one}" for one in counted if outcomes[one]))
+        _note(notes)
     return 1 if failed else 0
 
 
@@ -423,7 +413,7 @@ def run_remove(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     where = namespaces.chosen(args) if args.workload is not None else None
-    policy = _policy(args, where)
+    policy = _policy(args, where).policy
     backend = _renderer(args.backend)
     ruleset = backend.render(rules_for(policy))
     if args.json:
@@ -465,7 +455,7 @@ def _command(
         epilog=f"examples:{examples}",
         formatter_class=_Formatter,
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    add_json(parser)
     parser.set_defaults(run=_told(run))
     return parser
 
@@ -491,134 +481,39 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "where a connection goes under a policy, and which line decides",
         "Says what becomes of a connection that somebody opens, by the policy alone: no rules are looked at or loaded. "
         "With a namespace its routes say which interface an outbound connection leaves by, and whether the address of "
-        "an inbound one is its own.",
+        "an inbound one is its own; it then arrives at the interface that has it.",
         """
   tidegate redirect explain outbound 10.1.2.3:443 --uid 1000
   tidegate redirect explain inbound '[fd77::2]:8080' --from fd77::1 --annotations pod.yaml --all
   tidegate redirect explain outbound 10.96.0.10:53 --protocol udp --policy shop.yaml""",
     )
-    parser.add_argument("direction", choices=[direction.value for direction in Direction])
-    parser.add_argument(
-        "destination", type=_endpoint, metavar="ADDRESS:PORT", help="what the client dials"
-    )
-    client = parser.add_argument_group("the connection")
-    client.add_argument(
-        "--from", dest="source", type=_address, metavar="ADDRESS", help="of the client"
-    )
-    client.add_argument(
-        "--protocol",
-        type=_protocol,
-        default="tcp",
-        metavar="NAME",
-        help="tcp (default), udp or another, such as sctp or 132",
-    )
-    client.add_argument(
-        "--interface",
-        metavar="NAME",
-        help="outbound: where the routes send it; inbound: where it arrives (default: eth0, "
-        "and lo for loopback addresses)",
-    )
-    client.add_argument(
-        "--uid", type=_id_of("user", user_id), metavar="USER", help="outbound: who opens it"
-    )
-    client.add_argument(
-        "--gid",
-        type=_id_of("group", group_id),
-        metavar="GROUP",
-        help="outbound: the same, by group",
-    )
-    client.add_argument("--mark", type=_mark, metavar="MARK", help="outbound: such as 0x1")
-    client.add_argument(
-        "--cgroup", metavar="PATH", help="outbound: of the process, below the root of cgroup v2"
-    )
-    client.add_argument(
-        "--older", action="store_true", help="it was open before the rules were loaded"
-    )
-    client.add_argument(
-        "--forwarded",
-        action="store_true",
-        default=None,
-        help="inbound: to an address that is not the workload's (default: as a namespace, if one is given, has it)",
-    )
-    parser.add_argument("-v", "--all", action="store_true", help="show the whole decision list")
+    connections.add_options(parser)
+    parser.add_argument("-a", "--all", action="store_true", help="show the whole decision list")
     namespaces.add_options(parser, required=False)
     policies.add_options(parser)
-
-
-def _endpoint(text: str) -> tuple[str, int]:
-    address, _, port = text.rpartition(":")
-    if ":" in address:
-        if not (address.startswith("[") and address.endswith("]")):
-            raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT; IPv6: [fd00::1]:443")
-        address = address[1:-1]
-    if not address or not port.isascii() or not port.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, such as 10.1.2.3:443")
-    if not 0 < int(port) <= 65535:
-        raise argparse.ArgumentTypeError(f"there is no port {port}; 1 to 65535")
-    return _address(address), int(port)
-
-
-def _address(text: str) -> str:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from error
-    if "%" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} names an interface; say it by --interface")
-    mapped = getattr(address, "ipv4_mapped", None)
-    return f"::ffff:{mapped}" if mapped else str(address)
-
-
-def _id_of(kind: str, number_of: Callable[[str], int | None]) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        number = int(text) if text.isascii() and text.isdecimal() else number_of(text)
-        if number is None:
-            raise argparse.ArgumentTypeError(f"this machine has no {kind} {text!r}")
-        if number > ID_MAX:
-            raise argparse.ArgumentTypeError(f"{text} is no {kind} id; 0 to {ID_MAX}")
-        return number
-
-    return parse
-
-
-def _protocol(text: str) -> str:
-    """The name of a protocol, as policies write it; its number when none is known."""
-    name = text.lower()
-    if name in PROTOCOLS:
-        return name
-    if not (name.isascii() and name.isdecimal() and int(name) <= 255):
-        known = ", ".join(PROTOCOLS)
-        raise argparse.ArgumentTypeError(f"{text!r} is no protocol: {known}, or a number to 255")
-    names = (known for known, number in PROTOCOLS.items() if number == int(name))
-    return next(names, str(int(name)))
-
-
-def _mark(text: str) -> int:
-    try:
-        mark = int(text, 0)
-    except ValueError:
-        mark = -1
-    if not 0 <= mark < 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a packet mark, such as 0x1 or 17")
-    return mark
 
 
 # What the options mean
 
 
-def _policy(args: argparse.Namespace, where: Target | None) -> Policy:
-    if policies.is_given(args):
-        return policies.given(args)[-1].policy
+def _policy(args: argparse.Namespace, where: Target | None) -> Chosen:
+    """The policy of the options, else the workload's, else the built-in one; its warnings are told."""
     workload = where.workload if where else None
+    if policies.is_given(args):
+        return Chosen(policies.given(args)[-1].policy, Source.OPTIONS)
     if workload is None:
-        return DEFAULT
+        return Chosen(DEFAULT, Source.BUILT_IN)
+    warnings = []
     if not workload.wanted_in_mesh:
-        warn(f"{workload.name} is to have no sidecar; this is the policy that it would have")
+        warnings.append(
+            f"{workload.name} is to have no sidecar; this is the policy that it would have"
+        )
     if workload.problem:
-        warn(f"the agent says of {workload.name}: {workload.problem}")
-    if workload.policy is not None:
-        return workload.policy
-    return policies.of_workload(workload)
+        warnings.append(f"the agent says of {workload.name}: {workload.problem}")
+    for warning in warnings:
+        warn(warning)
+    policy = workload.policy or policies.of_workload(workload)
+    return Chosen(policy, Source.WORKLOAD, tuple(warnings))
 
 
 def _engine_of(wanted: str, where: Target) -> Engine:
@@ -628,48 +523,28 @@ def _engine_of(wanted: str, where: Target) -> Engine:
     return engine if wanted != AUTO or used in (None, engine.choice.backend) else Engine(used)
 
 
-def _refuse_other_direction(args: argparse.Namespace) -> None:
-    """InputErrors for what is never asked of connections of the direction."""
-    other = next(one for one in Direction if one != args.direction)
-    faults = tuple(
-        InputError(
-            f"is told only of an {other} connection",
-            field=f"--{option}",
-            expected=f"{other}, or nothing",
-        )
-        for option in ONLY_OF[other]
-        if getattr(args, option) is not None
-    )
-    if faults:
-        raise InputErrors(faults)
+def _compared_with(chosen: Chosen) -> tuple[str, ...]:
+    """A note for whoever forgot to say by which policy the rules were loaded."""
+    if chosen.source is not Source.BUILT_IN:
+        return ()
+    options = ", ".join(policies.OPTIONS[:-1]) + f" or {policies.OPTIONS[-1]}"
+    return (f"compared with the built-in policy; say {options} if the rules follow another",)
 
 
-def _interface(direction: Direction, address: Address, where: Target | None) -> str:
-    if direction is Direction.OUTBOUND and where is not None:
-        interface = routes.outgoing_interface(where.path, str(address))
-        if interface is None:
-            warn(f"{where.name} has no route to {address}; {DEFAULT_INTERFACE} is assumed")
-        return interface or DEFAULT_INTERFACE
-    return LOOPBACK_INTERFACE if address.is_loopback else DEFAULT_INTERFACE
-
-
-def _on_the_wire(text: str) -> Address:
-    address = ipaddress.ip_address(text)
-    return getattr(address, "ipv4_mapped", None) or address
+def _no_rules(args: argparse.Namespace, where: Target) -> str:
+    """That there are none, and the command that loads those that were asked about."""
+    words = [
+        word
+        for option, value in (*namespaces.options_given(args), *policies.options_given(args))
+        for word in (option, str(value))
+    ]
+    command = shlex.join(["tidegate", "redirect", "apply", *words])
+    return f"{where.name}: no rules of tidegate; load them with: {command}"
 
 
 def _own_namespace(where: Target) -> Iterator[str]:
     if namespaces.is_own(where.path):
         yield f"{where.name} is the network namespace of this shell: everything that runs in it is redirected"
-
-
-def _is_told(gap: str, refused: Iterable[str]) -> bool:
-    """Whether one of the refusals names the gap, and says why it is still there."""
-    return any(one.startswith(gap) for one in refused)
-
-
-def _adoptable(where: Target) -> tuple[str, ...]:
-    return tuple(str(found) for found in foreign.find(where.path) if found.removable)
 
 
 def _unheard(where: Target, policy: Policy) -> Iterator[str]:

@@ -18,6 +18,7 @@ from tidegate.enforce.redirect.rules import (
     Drop,
     First,
     FromNetwork,
+    HandedOver,
     InCgroup,
     Invalid,
     Leave,
@@ -28,6 +29,7 @@ from tidegate.enforce.redirect.rules import (
     OfFamily,
     OfKnownSocket,
     OfProtocol,
+    OfTransparentSocket,
     OnInterface,
     Opening,
     Redirect,
@@ -38,6 +40,7 @@ from tidegate.enforce.redirect.rules import (
     Tproxy,
     Translate,
     Translated,
+    Untracked,
     Zone,
 )
 from tidegate.intent.policy import Policy
@@ -183,6 +186,12 @@ def _criterion(criterion: Criterion, shown: int | None) -> str:
             return "opening a connection"
         case OfKnownSocket():
             return "of a socket that is there"
+        case OfTransparentSocket():
+            return "of a transparent socket"
+        case HandedOver():
+            return "handed over before"
+        case Untracked():
+            return "of no connection that is tracked"
         case OfFamily(family):
             return family.value
         case ByUser(uids):

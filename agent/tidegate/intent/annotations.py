@@ -194,6 +194,9 @@ def _families(draft: Draft, text: str, place: Place, layer: Annotations) -> None
         draft.spoil("families")
 
 
+_DNS_CHOICES = "off, all, or addresses of resolvers"
+
+
 def _dns(draft: Draft, text: str, place: Place, layer: Annotations) -> None:
     match text:
         case "off":
@@ -201,11 +204,14 @@ def _dns(draft: Draft, text: str, place: Place, layer: Annotations) -> None:
         case "all":
             draft.put("dns.enabled", True, place)
             draft.put("dns.resolvers", (), place)
+        case _ if text.isalpha():
+            place.fault(f"{shown(text)} is not an address", _DNS_CHOICES)
+            draft.spoil("dns.enabled", "dns.resolvers")
         case _ if text.strip(", "):
             if draft.read(text, place, "dns.resolvers") is not None:
                 draft.put("dns.enabled", True, place)
         case _:
-            place.fault("says nothing", "off, all or the addresses of resolvers")
+            place.fault("says nothing", _DNS_CHOICES)
             draft.spoil("dns.enabled", "dns.resolvers")
 
 

@@ -16,6 +16,8 @@ from tidegate.intent import hcl
 from tidegate.intent.hcl import MAX_DEPTH, MAX_TEXT, Block
 
 _COMMENT_OR_BLANK = re.compile(r"\s*(?:#.*)?$")
+_AT = re.compile(r"( starting)? at$")
+"""The end of some of json's messages, which go on with a place."""
 _YAML_START = re.compile(r"""---|%YAML|["']?[A-Za-z_][\w./-]*["']?\s*:(?:\s|$)""")
 _YAML_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")
 _YAML_FLOAT = re.compile(r"[-+]?(?:\d{1,18}\.\d{0,18}|\d{0,18}\.\d{1,18})(?:[eE][-+]?\d{1,3})?")
@@ -84,7 +86,7 @@ def _read_json(text: str, source: str) -> tuple[Block, ...]:
         )
     except json.JSONDecodeError as error:
         raise InputError(
-            error.msg[:1].lower() + error.msg[1:],
+            _AT.sub("", error.msg[:1].lower() + error.msg[1:]),
             source=source,
             field=f"line {error.lineno}, column {error.colno}",
             expected="JSON",

@@ -18,6 +18,8 @@ from tidegate.intent.policy_settings import SETTINGS, Draft, value_of
 from tidegate.model import DEFAULT_OUTBOUND_PORT
 
 _DNS_PORT = 53
+_BLANK: Final = "\ufeff \t\r\n"
+_A_POLICY: Final = "one policy, fields in { }"
 _SWITCHES: Final = {
     **dict.fromkeys(("true", "yes", "on", "y", "enabled"), "true"),
     **dict.fromkeys(("false", "no", "off", "n", "disabled"), "false"),
@@ -40,14 +42,20 @@ def policy_from_document(
     `source` is its file. `users` and `groups` find the number of a name. InputError for what is no document;
     InputErrors with all faults of one, each with its line if it is YAML.
     """
+    if text.strip(_BLANK) == "null":
+        raise InputError("is null", source=source, expected=_A_POLICY)
     documents = read_documents(text, source)
     if len(documents) > 1:
         problem = f"holds {len(documents)} documents"
         raise InputError(problem, source=source, expected="one policy")
-    if not documents and text.lstrip("\ufeff \t\r\n").startswith("["):
-        raise InputError("is an empty list", source=source, expected="one policy, fields in { }")
-    document = documents[0] if documents else {}
-    return policy_from_fields(document, source, base=base, users=users, groups=groups)
+    if not documents and text.lstrip(_BLANK).startswith("["):
+        raise InputError("is an empty list", source=source, expected=_A_POLICY)
+    if not documents:
+        # A file that was cut off would else drop every exclusion.
+        raise InputError(
+            "holds nothing", source=source, expected="a policy, {} for the built-in one"
+        )
+    return policy_from_fields(documents[0], source, base=base, users=users, groups=groups)
 
 
 def policy_from_fields(
@@ -166,7 +174,7 @@ def _read_consul_dns(draft: Draft, fields: Mapping[str, Any], place: Place) -> N
 def _consul_fields(json_text: str, place: Place) -> Mapping[str, Any] | None:
     """The object of a JSON text, None when there is none (and `place` knows why)."""
     expected = "Consul's redirect configuration, a JSON object"
-    if not json_text.lstrip("\ufeff \t\r\n").startswith("{"):
+    if not json_text.lstrip(_BLANK).startswith("{"):
         place.fault(f"{described(clipped(json_text))} is not a JSON object", expected)
         return None
     try:

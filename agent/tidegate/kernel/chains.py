@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from tidegate.kernel import legacy_tables, nf_tables, nfnetlink, xtables
+from tidegate.kernel import legacy_tables, nf_tables, nfnetlink
+from tidegate.kernel import nf_tables_h as h
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.nfnetlink import Conversation, attributes_in, text_attribute, text_of
+from tidegate.kernel.netlink import Disturbed, Enough, attributes_in, number_of, text_of
+from tidegate.kernel.nfnetlink import Conversation
 
 MOST = 1000
 """How many chains of nf_tables are looked at."""
@@ -90,25 +92,13 @@ def joined(listings: Iterable[Listing]) -> Listing:
     )
 
 
-# linux/netfilter/nf_tables.h
-_NFT_MSG_GETTABLE = 1
-_NFT_MSG_GETCHAIN = 4
-_NFTA_TABLE_NAME = 1
-_NFTA_CHAIN_TABLE = 1
-_NFTA_CHAIN_NAME = 3
-_NFTA_CHAIN_HOOK = 4
-_NFTA_CHAIN_POLICY = 5
-_NFTA_CHAIN_USE = 6
-_NFTA_CHAIN_TYPE = 7
-_NFTA_HOOK_HOOKNUM = 1
-_NFTA_HOOK_PRIORITY = 2
 _FAMILIES = {number: name for name, number in nf_tables.FAMILIES.items()}
 # linux/netfilter.h
 _NF_DROP = 0
 _IP_HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress")
 _HOOKS = {"netdev": ("ingress", "egress"), "arp": ("input", "output", "forward")}
 """NF_INET_*, NF_NETDEV_* and NF_ARP_*, by family where they are not those of IP."""
-_WHAT = "the chains of nf_tables"
+_WHAT = "read the chains of nf_tables"
 _MOST_BYTES = 2**20
 _TRIES = 4
 """How often a listing is begun again into which a change came."""
@@ -128,14 +118,14 @@ def _of_nf_tables(sought: tuple[Chain, ...]) -> Listing:
     for _ in range(_TRIES):
         try:
             found, is_all = _dumped()
-        except nfnetlink.Disturbed:
+        except Disturbed:
             continue
         if is_all:
             return Listing(tuple(found), ())
         unseen = f"there are more than {MOST} chains in nf_tables, and not all were looked at"
         break
     else:
-        found, unseen = [], f"{_WHAT} change faster than they can be listed"
+        found, unseen = [], "the chains of nf_tables change faster than they can be listed"
     return Listing(tuple(dict.fromkeys((*found, *_asked_for(sought)))), (unseen,))
 
 
@@ -144,11 +134,11 @@ def _dumped() -> tuple[list[Chain], bool]:
     found: list[Chain] = []
     with Conversation(nfnetlink.SUBSYSTEM_NFTABLES, 0, _WHAT, _MOST_BYTES) as kernel:
         try:
-            for answer in kernel.dump(_NFT_MSG_GETCHAIN):
+            for answer in kernel.dump(h.NFT_MSG_GETCHAIN):
                 if len(found) == MOST:
                     return found, False
                 found.append(_chain(answer.family, answer.attributes))
-        except nfnetlink.Enough:
+        except Enough:
             return found, False
     return found, True
 
@@ -161,12 +151,11 @@ def _asked_for(sought: Iterable[Chain]) -> Iterator[Chain]:
     for (family, table), names in of_table.items():
         number = nf_tables.FAMILIES[family]
         with Conversation(nfnetlink.SUBSYSTEM_NFTABLES, number, _WHAT) as kernel:
-            if not kernel.ask(_NFT_MSG_GETTABLE, text_attribute(_NFTA_TABLE_NAME, table)):
+            if nf_tables.asked_table(kernel, table) is None:
                 continue
             for name in names:
-                asked = text_attribute(_NFTA_CHAIN_TABLE, table)
-                asked += text_attribute(_NFTA_CHAIN_NAME, name)
-                for answer in kernel.ask(_NFT_MSG_GETCHAIN, asked):
+                answer = nf_tables.asked_chain(kernel, table, name)
+                if answer is not None:
                     yield _chain(number, answer)
 
 
@@ -176,37 +165,33 @@ def _chain(family: int, attributes: bytes) -> Chain:
     return Chain(
         Store.NF_TABLES,
         family_name,
-        text_of(parts[_NFTA_CHAIN_TABLE]),
-        text_of(parts[_NFTA_CHAIN_NAME]),
+        text_of(parts[h.NFTA_CHAIN_TABLE]),
+        text_of(parts[h.NFTA_CHAIN_NAME]),
         _base(family_name, parts),
-        is_empty=_number(parts[_NFTA_CHAIN_USE]) == 0,
+        is_empty=number_of(parts[h.NFTA_CHAIN_USE]) == 0,
     )
 
 
 def _base(family: str, chain: dict[int, bytes]) -> Base | None:
-    if _NFTA_CHAIN_HOOK not in chain:
+    if h.NFTA_CHAIN_HOOK not in chain:
         return None
-    hook = dict(attributes_in(chain[_NFTA_CHAIN_HOOK]))
+    hook = dict(attributes_in(chain[h.NFTA_CHAIN_HOOK]))
     names = _HOOKS.get(family, _IP_HOOKS)
-    number = _number(hook[_NFTA_HOOK_HOOKNUM])
+    number = number_of(hook[h.NFTA_HOOK_HOOKNUM])
     return Base(
-        text_of(chain[_NFTA_CHAIN_TYPE]),
+        text_of(chain[h.NFTA_CHAIN_TYPE]),
         names[number] if number < len(names) else str(number),
-        int.from_bytes(hook[_NFTA_HOOK_PRIORITY], "big", signed=True),
-        drops=_number(chain[_NFTA_CHAIN_POLICY]) == _NF_DROP,
+        int.from_bytes(hook[h.NFTA_HOOK_PRIORITY], "big", signed=True),
+        drops=number_of(chain[h.NFTA_CHAIN_POLICY]) == _NF_DROP,
     )
-
-
-def _number(value: bytes) -> int:
-    return int.from_bytes(value, "big")
 
 
 def of_legacy_tables(most: int = MOST_LEGACY_BYTES) -> Listing:
     """Those that iptables-legacy and ip6tables-legacy would list, of all tables with at most so many bytes of rules."""
     found: list[Chain] = []
     unseen: list[str] = []
-    for family in xtables.Family:
-        for table in sorted(xtables.existing(family)):
+    for family in legacy_tables.Family:
+        for table in sorted(legacy_tables.existing(family)):
             read = legacy_tables.read(family, table, most)
             if isinstance(read, legacy_tables.Unread):
                 unseen.append(f"{read.why}; it was not looked at")

@@ -13,10 +13,19 @@ from typing import NamedTuple
 
 import msgspec
 
-from tidegate.kernel import legacy_tables, nf_tables, nfnetlink, xtables
+from tidegate.kernel import legacy_tables, nf_tables, nfnetlink
+from tidegate.kernel import nf_tables_h as h
 from tidegate.kernel.chains import MOST_LEGACY_BYTES, Base, Chain, Store
-from tidegate.kernel.nfnetlink import Conversation, attributes_in, text_attribute, text_of
-from tidegate.kernel.xtables import Family
+from tidegate.kernel.legacy_tables import Family
+from tidegate.kernel.netlink import (
+    Disturbed,
+    Enough,
+    attributes_in,
+    number_of,
+    text_attribute,
+    text_of,
+)
+from tidegate.kernel.nfnetlink import Conversation
 
 MOST_RULES = 200
 """How many rules are looked at of a chain that the kernel asks and of those that it leads to, together."""
@@ -128,7 +137,7 @@ class _Walk:
                     name, to_loopback = ways.pop()
                     for following in self._read(name):
                         ways += self._taken(following, to_loopback=to_loopback)
-        except (_TooMany, nfnetlink.Disturbed, nfnetlink.Enough):
+        except (_TooMany, Disturbed, Enough):
             is_whole = False
         return Found(self._effects, before or self._effects, is_whole)
 
@@ -158,25 +167,8 @@ class _Walk:
         return ways
 
 
-# nf_tables: linux/netfilter/nf_tables.h, nf_tables_compat.h
+# nf_tables.
 
-_NFT_MSG_GETRULE = 7
-_NFTA_RULE_TABLE, _NFTA_RULE_CHAIN, _NFTA_RULE_EXPRESSIONS = 1, 2, 4
-_NFTA_EXPR_NAME, _NFTA_EXPR_DATA = 1, 2
-_NFTA_IMMEDIATE_DREG, _NFTA_IMMEDIATE_DATA = 1, 2
-_NFTA_DATA_VALUE, _NFTA_DATA_VERDICT = 1, 2
-_NFTA_VERDICT_CODE, _NFTA_VERDICT_CHAIN = 1, 2
-_NFTA_LOOKUP_DREG = 3
-_NFTA_NAT_TYPE = 1
-_NFTA_META_KEY, _NFTA_META_SREG = 2, 3
-_NFTA_PAYLOAD_BASE, _NFTA_PAYLOAD_OFFSET, _NFTA_PAYLOAD_LEN, _NFTA_PAYLOAD_SREG = 2, 3, 4, 5
-_NFTA_CMP_OP, _NFTA_CMP_DATA = 2, 3
-_NFTA_TARGET_NAME, _NFTA_TARGET_INFO = 1, 3
-_NFT_REG_VERDICT = 0
-_NFT_NAT_DNAT = 1
-_NFT_META_MARK = 3
-_NFT_PAYLOAD_NETWORK_HEADER, _NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
-_NFT_CMP_EQ = 0
 # linux/netfilter.h
 _VERDICTS = {0: Effect.DROP, 3: Effect.HAND_OVER}
 """NF_DROP, NF_QUEUE"""
@@ -198,7 +190,7 @@ _DESTINATIONS = ((16, 127), (24, 0))
 _LOOPBACK_IPV6 = bytes(15) + b"\1"
 _SHORTEST_ADDRESS = 4
 """Bytes; less is written into an IP header for its other fields."""
-_WHAT = "the nftables rules"
+_WHAT = "read the nftables rules"
 _MOST_BYTES = 2**20
 
 
@@ -227,12 +219,12 @@ def _walked(
 
 
 def _nft_rules(family: str, table: str, chain: str, led_to: tuple[str, ...]) -> Iterator[_Rule]:
-    asked = text_attribute(_NFTA_RULE_TABLE, table) + text_attribute(_NFTA_RULE_CHAIN, chain)
+    asked = text_attribute(h.NFTA_RULE_TABLE, table) + text_attribute(h.NFTA_RULE_CHAIN, chain)
     number = nf_tables.FAMILIES[family]
     with Conversation(nfnetlink.SUBSYSTEM_NFTABLES, number, _WHAT, _MOST_BYTES) as kernel:
-        for answer in kernel.dump(_NFT_MSG_GETRULE, asked):
+        for answer in kernel.dump(h.NFT_MSG_GETRULE, asked):
             parts = dict(attributes_in(answer.attributes))
-            yield _nft_rule(parts.get(_NFTA_RULE_EXPRESSIONS, b""), led_to)
+            yield _nft_rule(parts.get(h.NFTA_RULE_EXPRESSIONS, b""), led_to)
 
 
 def _nft_rule(expressions: bytes, led_to: tuple[str, ...]) -> _Rule:
@@ -240,14 +232,16 @@ def _nft_rule(expressions: bytes, led_to: tuple[str, ...]) -> _Rule:
     loopback_byte: int | None = None
     for _, expression in attributes_in(expressions):
         named = dict(attributes_in(expression))
-        name = text_of(named[_NFTA_EXPR_NAME])
-        data = dict(attributes_in(named.get(_NFTA_EXPR_DATA, b"")))
+        name = text_of(named[h.NFTA_EXPR_NAME])
+        data = dict(attributes_in(named.get(h.NFTA_EXPR_DATA, b"")))
         effect |= _nft_effect(name, data)
         if name == "immediate":
-            goes_to |= _jumps(data)
-        elif name == "lookup" and _NFTA_LOOKUP_DREG in data:
+            verdict = nf_tables.verdict_in(data)
+            if verdict is not None and verdict.chain is not None:
+                goes_to.add(verdict.chain)
+        elif name == "lookup" and h.NFTA_LOOKUP_DREG in data:
             # A verdict map. Where its elements lead is not looked at: it can be any chain of the table.
-            is_verdict = _number(data[_NFTA_LOOKUP_DREG]) == _NFT_REG_VERDICT
+            is_verdict = number_of(data[h.NFTA_LOOKUP_DREG]) == h.NFT_REG_VERDICT
             goes_to |= set(led_to) if is_verdict else set()
         elif name == "cmp":
             to_loopback = to_loopback or _is_loopback(data, loopback_byte)
@@ -259,65 +253,53 @@ def _nft_rule(expressions: bytes, led_to: tuple[str, ...]) -> _Rule:
 def _nft_effect(name: str, data: dict[int, bytes]) -> Effect:
     match name:
         case "nat":
-            is_destination = _number(data.get(_NFTA_NAT_TYPE, b"")) == _NFT_NAT_DNAT
+            is_destination = number_of(data.get(h.NFTA_NAT_TYPE, b"")) == h.NFT_NAT_DNAT
             return Effect.TRANSLATE if is_destination else Effect.NONE
         case "meta":
-            sets_mark = _NFTA_META_SREG in data and _number(data[_NFTA_META_KEY]) == _NFT_META_MARK
+            sets_mark = (
+                h.NFTA_META_SREG in data and number_of(data[h.NFTA_META_KEY]) == h.NFT_META_MARK
+            )
             return Effect.MARK if sets_mark else Effect.NONE
         case "payload":
             return Effect.REWRITE if _rewrites(data) else Effect.NONE
         case "immediate":
-            code = dict(attributes_in(_verdict(data))).get(_NFTA_VERDICT_CODE)
-            number = -1 if code is None else int.from_bytes(code, "big", signed=True)
-            return (
-                _VERDICTS.get(number & _VERDICT_MASK, Effect.NONE) if number >= 0 else Effect.NONE
-            )
+            return _verdict_effect(nf_tables.verdict_in(data))
         case "target":
-            target = text_of(data.get(_NFTA_TARGET_NAME, b""))
-            return _target_effect(target, data.get(_NFTA_TARGET_INFO, b""))
+            target = text_of(data.get(h.NFTA_TARGET_NAME, b""))
+            return _target_effect(target, data.get(h.NFTA_TARGET_INFO, b""))
     return _EXPRESSIONS.get(name, Effect.NONE)
 
 
 def _rewrites(payload: dict[int, bytes]) -> bool:
-    if _NFTA_PAYLOAD_SREG not in payload:
+    if h.NFTA_PAYLOAD_SREG not in payload:
         return False
-    header = _number(payload[_NFTA_PAYLOAD_BASE])
-    is_address = _number(payload[_NFTA_PAYLOAD_LEN]) >= _SHORTEST_ADDRESS
-    return header == _NFT_PAYLOAD_TRANSPORT_HEADER or (
-        header == _NFT_PAYLOAD_NETWORK_HEADER and is_address
+    header = number_of(payload[h.NFTA_PAYLOAD_BASE])
+    is_address = number_of(payload[h.NFTA_PAYLOAD_LEN]) >= _SHORTEST_ADDRESS
+    return header == h.NFT_PAYLOAD_TRANSPORT_HEADER or (
+        header == h.NFT_PAYLOAD_NETWORK_HEADER and is_address
     )
 
 
-def _jumps(immediate: dict[int, bytes]) -> set[str]:
-    name = dict(attributes_in(_verdict(immediate))).get(_NFTA_VERDICT_CHAIN)
-    return set() if name is None else {text_of(name)}
-
-
-def _verdict(immediate: dict[int, bytes]) -> bytes:
-    if _number(immediate.get(_NFTA_IMMEDIATE_DREG, b"\1")) != _NFT_REG_VERDICT:
-        return b""
-    value = dict(attributes_in(immediate.get(_NFTA_IMMEDIATE_DATA, b"")))
-    return value.get(_NFTA_DATA_VERDICT, b"")
+def _verdict_effect(verdict: nf_tables.Verdict | None) -> Effect:
+    if verdict is None or verdict.code < 0:
+        return Effect.NONE
+    return _VERDICTS.get(verdict.code & _VERDICT_MASK, Effect.NONE)
 
 
 def _destination(payload: dict[int, bytes]) -> int | None:
     """If it loads a destination address or its beginning, what that begins with for loopback."""
-    if _NFTA_PAYLOAD_SREG in payload:
+    if h.NFTA_PAYLOAD_SREG in payload:
         return None
-    if _number(payload.get(_NFTA_PAYLOAD_BASE, b"")) != _NFT_PAYLOAD_NETWORK_HEADER:
+    if number_of(payload.get(h.NFTA_PAYLOAD_BASE, b"")) != h.NFT_PAYLOAD_NETWORK_HEADER:
         return None
-    return dict(_DESTINATIONS).get(_number(payload.get(_NFTA_PAYLOAD_OFFSET, b"")))
+    return dict(_DESTINATIONS).get(number_of(payload.get(h.NFTA_PAYLOAD_OFFSET, b"")))
 
 
 def _is_loopback(cmp: dict[int, bytes], begins: int | None) -> bool:
-    if begins is None or _number(cmp.get(_NFTA_CMP_OP, b"\1")) != _NFT_CMP_EQ:
+    if begins is None or number_of(cmp.get(h.NFTA_CMP_OP, b"\1")) != h.NFT_CMP_EQ:
         return False
-    value = dict(attributes_in(cmp.get(_NFTA_CMP_DATA, b""))).get(_NFTA_DATA_VALUE, b"")
+    value = dict(attributes_in(cmp.get(h.NFTA_CMP_DATA, b""))).get(h.NFTA_DATA_VALUE, b"")
     return value == _LOOPBACK_IPV6 if begins == 0 else value[:1] == bytes([begins])
-
-
-def _number(value: bytes) -> int:
-    return int.from_bytes(value, "big")
 
 
 # The targets of iptables, in both stores.
@@ -353,7 +335,7 @@ _NAT_PRIORITIES = {"prerouting": -100, "output": -100, "input": 100, "postroutin
 
 def _of_legacy_tables(familiar: _Familiar) -> Iterator[Asked]:
     for family in Family:
-        for name in sorted(xtables.existing(family)):
+        for name in sorted(legacy_tables.existing(family)):
             table = legacy_tables.read(family, name, MOST_LEGACY_BYTES)
             if not isinstance(table, legacy_tables.Unread):
                 yield from (

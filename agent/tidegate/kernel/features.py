@@ -20,6 +20,7 @@ import msgspec
 
 from tidegate.kernel import cgroups, ipset, links, netns, nftables, tun, xtables, xtables_rules
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.legacy_tables import Family
 from tidegate.kernel.nftables import Object
 
 
@@ -127,13 +128,13 @@ def _cgroup_matching() -> str:
         _rules(f"table inet probe {{\nchain output {{ {chain} }}\n}}")()
         tables = "*filter\n:PROBE - [0:0]\n-I OUTPUT 1 -j PROBE\n"
         rule = f"-A PROBE -m cgroup --path {place.name} -j RETURN\n"
-        _legacy(xtables.Family.IPV4, f"{tables}{rule}COMMIT")()
+        _legacy(Family.IPV4, f"{tables}{rule}COMMIT")()
     finally:
         place.rmdir()
     return "rules for a new cgroup were loaded, with both backends"
 
 
-def _legacy(family: xtables.Family, text: str) -> Callable[[], str]:
+def _legacy(family: Family, text: str) -> Callable[[], str]:
     def load() -> str:
         ((table, content),) = xtables_rules.compiled(family, xtables_rules.parse(text)).items()
         # Nobody else knows the namespace, so nobody needs the lock.
@@ -315,17 +316,17 @@ _PROBES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("nftables redirection, IPv6", "redirection of IPv6 traffic", _redirection("ip6")),
     ("nftables transparent proxy", "mode tproxy with nftables", _rules(_TPROXY)),
     ("nftables conntrack zones", "redirection of DNS with nftables", _rules(_ZONES)),
-    ("legacy tables, IPv4", _WITHOUT_LEGACY, _legacy(xtables.Family.IPV4, _LEGACY_REDIRECTION)),
-    ("legacy tables, IPv6", _WITHOUT_LEGACY, _legacy(xtables.Family.IPV6, _LEGACY_REDIRECTION)),
+    ("legacy tables, IPv4", _WITHOUT_LEGACY, _legacy(Family.IPV4, _LEGACY_REDIRECTION)),
+    ("legacy tables, IPv6", _WITHOUT_LEGACY, _legacy(Family.IPV6, _LEGACY_REDIRECTION)),
     (
         "legacy transparent proxy",
         "mode tproxy with iptables",
-        _legacy(xtables.Family.IPV4, _LEGACY_TPROXY),
+        _legacy(Family.IPV4, _LEGACY_TPROXY),
     ),
     (
         "legacy conntrack zones",
         "redirection of DNS with iptables",
-        _legacy(xtables.Family.IPV4, _LEGACY_ZONES),
+        _legacy(Family.IPV4, _LEGACY_ZONES),
     ),
     ("IP sets", "exclusions that cost one look-up, with iptables", _sets),
     ("matching of cgroups v2", "sidecars that are told by their cgroup", _cgroup_matching),

@@ -1,4 +1,4 @@
-"""Interfaces, addresses, routes and settings of network namespaces, over rtnetlink.
+"""Interfaces, addresses and routes of network namespaces, over rtnetlink.
 
 Each function names the namespace that it works in and enters it for one short netlink conversation.
 A veth pair is made where its ends belong: no third namespace ever sees it. Addresses are canonical
@@ -7,17 +7,12 @@ text.
 
 import errno
 import ipaddress
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from socket import AF_INET, AF_INET6
 from typing import Any, NamedTuple
 
-from pyroute2 import IPRoute, NetlinkError
+from pyroute2 import NetlinkError
 
-from tidegate.kernel import netns
+from tidegate.kernel import netns, rtnetlink
 from tidegate.kernel.errors import KernelError
 
 # linux/rtnetlink.h, linux/if_addr.h
@@ -27,8 +22,6 @@ _IFA_F_NODAD = 0x02
 _IFA_F_DADFAILED = 0x08
 
 _IP_VERSIONS = {int(AF_INET): 4, int(AF_INET6): 6}
-
-_SYSCTL = re.compile(r"net(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])+")
 
 
 def host_ifindex(netns_path: str, interface: str) -> int | None:
@@ -92,30 +85,6 @@ def add_route(
     netns.run_in(netns_path, _add_route, network, gateway, interface)
 
 
-def set_sysctl(netns_path: str, name: str, value: str) -> None:
-    """Write a setting of the namespace, such as net/ipv4/ip_forward.
-
-    Parts are divided by slashes, because an interface's name may contain dots.
-    """
-    if not _SYSCTL.fullmatch(name):
-        raise KernelError(f"{name!r} is not a setting of a network namespace", errno.EINVAL)
-    try:
-        netns.run_in(netns_path, Path("/proc/sys", name).write_text, value)
-    except OSError as error:
-        raise KernelError(
-            f"cannot set {name} to {value} in {netns_path}: {error.strerror}", error.errno or 0
-        ) from error
-
-
-@contextmanager
-def _rtnetlink(what: str) -> Iterator[Any]:
-    try:
-        with IPRoute() as socket:
-            yield socket
-    except NetlinkError as error:
-        raise KernelError(f"cannot {what}: {os.strerror(error.code)}", error.code) from error
-
-
 def _index(socket: Any, interface: str) -> int:
     found = socket.link_lookup(ifname=interface)
     if not found:
@@ -124,7 +93,7 @@ def _index(socket: Any, interface: str) -> int:
 
 
 def _peer_index(interface: str, caller_netns: int) -> int | None:
-    with _rtnetlink(f"read interface {interface}") as socket:
+    with rtnetlink.opened(f"read interface {interface}") as socket:
         for index in socket.link_lookup(ifname=interface):
             (link,) = socket.get_links(index)
             if link.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") != "veth":
@@ -136,7 +105,7 @@ def _peer_index(interface: str, caller_netns: int) -> int | None:
 
 
 def _addresses(interface: str) -> tuple[str, ...]:
-    with _rtnetlink(f"read the addresses of {interface}") as socket:
+    with rtnetlink.opened(f"read the addresses of {interface}") as socket:
         found = {
             ipaddress.ip_address(message.get("IFA_ADDRESS"))
             for index in socket.link_lookup(ifname=interface)
@@ -147,7 +116,7 @@ def _addresses(interface: str) -> tuple[str, ...]:
 
 
 def _reach() -> Reach:
-    with _rtnetlink("read the addresses and routes of the namespace") as socket:
+    with rtnetlink.opened("read the addresses and routes of the namespace") as socket:
         found = {
             ipaddress.ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS"))
             for message in socket.get_addr()
@@ -170,13 +139,13 @@ def _is_global(address: Any) -> bool:
 
 
 def _create_veth(name: str, peer_name: str, peer_netns: int) -> None:
-    with _rtnetlink(f"make the veth pair {name} and {peer_name}") as socket:
+    with rtnetlink.opened(f"make the veth pair {name} and {peer_name}") as socket:
         peer = {"ifname": peer_name, "net_ns_fd": peer_netns}
         socket.link("add", ifname=name, kind="veth", peer=peer)
 
 
 def _delete_link(interface: str) -> None:
-    with _rtnetlink(f"delete interface {interface}") as socket:
+    with rtnetlink.opened(f"delete interface {interface}") as socket:
         for index in socket.link_lookup(ifname=interface):
             try:
                 socket.link("del", index=index)
@@ -187,14 +156,14 @@ def _delete_link(interface: str) -> None:
 
 
 def _set_up(interface: str) -> None:
-    with _rtnetlink(f"bring interface {interface} up") as socket:
+    with rtnetlink.opened(f"bring interface {interface} up") as socket:
         socket.link("set", index=_index(socket, interface), state="up")
 
 
 def _add_address(
     interface: str, address: ipaddress.IPv4Interface | ipaddress.IPv6Interface
 ) -> None:
-    with _rtnetlink(f"give {interface} the address {address}") as socket:
+    with rtnetlink.opened(f"give {interface} the address {address}") as socket:
         flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
         socket.addr(
             "add",
@@ -210,7 +179,7 @@ def _add_route(
     gateway: str | None,
     interface: str | None,
 ) -> None:
-    with _rtnetlink(f"route {network} to {gateway or interface}") as socket:
+    with rtnetlink.opened(f"route {network} to {gateway or interface}") as socket:
         via: dict[str, str | int] = {}
         if gateway is not None:
             via["gateway"] = gateway

@@ -1,47 +1,109 @@
-"""Netlink by hand, in the calling thread's namespace: for messages that no library makes, or that have to be many.
+"""Netlink by hand, in the calling thread's namespace: one client for every part of the kernel that speaks it.
 
-Knows the head of a message (struct nlmsghdr of linux/netlink.h) and its errors; what is in it is its callers' to know.
+Whoever may change a namespace's network can also send messages to the sockets that somebody has open there. Only what
+the kernel says is taken, and only as the answer to what was asked; every listing has a bound in bytes and in time.
+Knows messages, errors and attributes as such (linux/netlink.h); what is in them is its callers' to know.
 """
 
+import errno
 import os
+import random
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from typing import Self
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, ParamSpec, Self, TypeVar
 
 from tidegate.kernel.errors import KernelError
 
-# linux/netlink.h
 NETLINK_SOCK_DIAG = 4
 NETLINK_NETFILTER = 12
-_NLM_F_REQUEST = 0x001
-_NLM_F_ACK = 0x004
-_NLM_F_DUMP = 0x300
-_NLMSG_ERROR = 2
-_NLMSG_DONE = 3
-_HEADER = struct.Struct("=IHHII")
+
+NLM_F_REQUEST = 0x001
+NLM_F_ACK = 0x004
+NLM_F_CAPPED = 0x100
+NLM_F_ACK_TLVS = 0x200
+NLM_F_EXCL = 0x200
+NLM_F_CREATE = 0x400
+NLM_F_APPEND = 0x800
+NLMSG_ERROR = 2
+NLMSGERR_ATTR_MSG = 1
+SOL_NETLINK = 270
+NETLINK_CAP_ACK = 10
+NETLINK_EXT_ACK = 11
+NLA_F_NESTED = 1 << 15
+NLA_F_NET_BYTEORDER = 1 << 14
+
+MOST_BYTES = 2**24
+"""What listings may have where nothing else is said."""
+MOST_S = 10.0
+"""How long they may take where nothing else is said."""
+MOST_VALUE_BYTES = 2**16 - 5
+"""How long the value of one attribute may be: its length, head included, has 16 bits."""
+HEAD = struct.Struct("=IHHII")
 """struct nlmsghdr"""
+
+_NLM_F_DUMP_INTR = 0x010
+_NLM_F_DUMP = 0x300
+_NLMSG_DONE = 3
+_NETLINK_ADD_MEMBERSHIP = 1
+_NLA_TYPE_MASK = 0x3FFF
+_NLATTR = struct.Struct("=HH")
 _ERROR = struct.Struct("=i")
-
+# asm-generic/socket.h
+_SO_RCVBUFFORCE = 33
+_THE_KERNEL = 0
+"""Its port, which no other socket can have."""
 _BUFFER = 2**18
-"""More than the kernel puts into one datagram."""
+"""More than the kernel puts into one datagram: 32 KiB for a part of a dump, or a whole request with an error."""
+_TRIES = 16
+"""How often a listing is begun again into which a change came."""
+_LONGEST_PAUSE_S = 0.016
 
 
-class Unfinished(Exception):
-    """A dump takes longer than it may."""
+class Disturbed(KernelError):
+    """A change came into a listing."""
+
+
+class Enough(KernelError):
+    """The kernel has more to say than was wanted, in bytes or in time."""
+
+
+class Message(NamedTuple):
+    """One message of a datagram."""
+
+    kind: int
+    flags: int
+    sequence: int
+    body: bytes
+
+    @property
+    def error(self) -> int:
+        """The error's number (errno), of one that ends an answer; 0 for success."""
+        if len(self.body) < _ERROR.size:
+            raise _garbled()
+        number: int = _ERROR.unpack_from(self.body)[0]
+        return -number
 
 
 class Netlink:
     """Questions to a part of the kernel, one at a time. Its methods raise KernelError for what is refused."""
 
-    def __init__(self, protocol: int, what: str) -> None:
-        """`what` is what a refusal says cannot be done."""
+    def __init__(
+        self, protocol: int, what: str, most: int = MOST_BYTES, seconds: float = MOST_S
+    ) -> None:
+        """`what` is what a refusal says cannot be done.
+
+        `dump` may tell so many bytes altogether, until so many seconds from now.
+        """
         self._what = what
+        self._left = most
+        self._until = time.monotonic() + seconds
+        self._sequence = 0
         try:
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+            self._socket = connected(protocol)
         except OSError as error:
-            raise self._refusal(error.errno or 0) from error
+            raise self._refusal(error.errno) from error
 
     def __enter__(self) -> Self:
         return self
@@ -49,47 +111,184 @@ class Netlink:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def ask(self, kind: int, body: bytes) -> bytes | None:
-        """Have something told or done; the answer's body, None when there is nothing but that it is done."""
-        self._send(kind, _NLM_F_ACK, body)
-        answer = None
-        while True:
-            for found in self._receive():
-                if found is None:
-                    return answer
-                answer = found
+    def ask(self, kind: int, body: bytes) -> bytes:
+        """The body of the one message that is the answer."""
+        self._send(kind, 0, body)
+        while not (heard := self._heard()):
+            pass
+        if heard[0].kind == NLMSG_ERROR:
+            raise self._refusal(heard[0].error)
+        return heard[0].body
 
-    def dump(self, kind: int, body: bytes, seconds: float = float("inf")) -> Iterator[bytes]:
-        """The bodies of all answers; Unfinished after so many seconds. No other question while it runs, or after it."""
-        until = time.monotonic() + seconds
+    def do(self, kind: int, body: bytes, flags: int = 0) -> None:
+        """Have something done; `flags` are NLM_F_*."""
+        self._send(kind, NLM_F_ACK | flags, body)
+        while True:
+            for message in self._heard():
+                if message.kind == NLMSG_ERROR:
+                    if message.error:
+                        raise self._refusal(message.error)
+                    return
+
+    def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
+        """The bodies of all answers. Disturbed; Enough.
+
+        No other question while it runs, or after it unless it came to its end.
+        """
         self._send(kind, _NLM_F_DUMP, body)
         while True:
-            for found in self._receive():
-                if found is None:
+            heard = self._heard()
+            if self._left < 0:
+                raise self._enough()
+            for message in heard:
+                if message.flags & _NLM_F_DUMP_INTR:
+                    problem = f"cannot {self._what}: they change faster than they can be listed"
+                    raise Disturbed(problem, errno.EAGAIN)
+                if message.kind in (NLMSG_ERROR, _NLMSG_DONE):
+                    if message.error:
+                        raise self._refusal(message.error)
                     return
-                yield found
-            if time.monotonic() > until:
-                raise Unfinished
+                yield message.body
+            if time.monotonic() > self._until:
+                raise self._enough()
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
-        header = _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | flags, 0, 0)
-        self._socket.send(header + body)
+        self._sequence += 1
+        head = HEAD.pack(HEAD.size + len(body), kind, NLM_F_REQUEST | flags, self._sequence, 0)
+        try:
+            self._socket.send(head + body)
+        except OSError as error:
+            raise self._refusal(error.errno) from error
 
-    def _receive(self) -> Iterator[bytes | None]:
-        """The bodies in one datagram; None for the end."""
-        datagram = self._socket.recv(_BUFFER)
-        at = 0
-        while at < len(datagram):
-            length, kind, *_ = _HEADER.unpack_from(datagram, at)
-            body = datagram[at + _HEADER.size : at + length]
-            if kind in (_NLMSG_ERROR, _NLMSG_DONE):
-                (number,) = _ERROR.unpack_from(body)
-                if number:
-                    raise self._refusal(-number)
-                yield None
-                return
-            yield body
-            at += (length + 3) & ~3
+    def _heard(self) -> list[Message]:
+        """What is for this question in the next datagram."""
+        try:
+            datagram = received(self._socket)
+        except OSError as error:
+            raise self._refusal(error.errno) from error
+        self._left -= len(datagram)
+        return [one for one in messages(datagram) if one.sequence == self._sequence]
 
-    def _refusal(self, number: int) -> KernelError:
-        return KernelError(f"cannot {self._what}: {os.strerror(number)}", number)
+    def _enough(self) -> Enough:
+        return Enough(f"cannot {self._what}: there is more than is looked at", errno.E2BIG)
+
+    def _refusal(self, number: int | None) -> KernelError:
+        return refusal(self._what, number)
+
+
+def connected(protocol: int) -> socket.socket:
+    """A socket that asks the kernel and hears it alone; to be closed. OSError when there is none.
+
+    What others send to it is refused to them (af_netlink.c, netlink_getsockbyportid), except to the groups that it
+    joins, and in the moment between its becoming known and its being connected: so `received` looks at the sender too.
+    """
+    made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+    try:
+        made.connect((_THE_KERNEL, 0))
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def received(netlink: socket.socket) -> bytes:
+    """The kernel's next datagram; b"" for somebody else's. OSError, BlockingIOError when there is none.
+
+    Does not wait: the kernel has answered by the time that sending returns, and goes on with a dump while it is read.
+    """
+    datagram, (port, _) = netlink.recvfrom(_BUFFER, socket.MSG_DONTWAIT)
+    return datagram if port == _THE_KERNEL else b""
+
+
+def messages(datagram: bytes) -> Iterator[Message]:
+    """What is in a datagram. KernelError when it is cut off, or no messages."""
+    at = 0
+    while at < len(datagram):
+        if len(datagram) - at < HEAD.size:
+            raise _garbled()
+        length, kind, flags, sequence, _ = HEAD.unpack_from(datagram, at)
+        if not HEAD.size <= length <= len(datagram) - at:
+            raise _garbled()
+        yield Message(kind, flags, sequence, datagram[at + HEAD.size : at + length])
+        at += (length + 3) & ~3
+
+
+def open_monitor(protocol: int, group: int, what: str, buffer: int | None = None) -> socket.socket:
+    """A socket that becomes readable with every message to a group; non-blocking, to be closed.
+
+    `received` tells the kernel's messages from those that somebody else sends to the group. ENOBUFS from reading means
+    that messages were lost; there is room for so many bytes, where that is said. KernelError when it may not listen.
+    """
+    try:
+        monitor = connected(protocol)
+        try:
+            monitor.setblocking(False)
+            if buffer is not None:
+                monitor.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
+            monitor.setsockopt(SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        except OSError:
+            monitor.close()
+            raise
+    except OSError as error:
+        raise refusal(f"listen to {what}", error.errno) from error
+    return monitor
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def undisturbed(read: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """What `read` returns; it is called again when it raises Disturbed, so many times."""
+    for attempt in range(_TRIES - 1):
+        try:
+            return read(*args, **kwargs)
+        except Disturbed:
+            pause(attempt)
+    return read(*args, **kwargs)
+
+
+def pause(attempt: int) -> None:
+    """Wait so that two who disturb each other do not meet again; longer, the more attempts (from 0) there were."""
+    time.sleep(random.uniform(0, min(0.0005 * 2**attempt, _LONGEST_PAUSE_S)))  # noqa: S311 - no secret
+
+
+def attributes_in(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kinds and values, without the bits that say how a value is packed. KernelError when it is cut off."""
+    at = 0
+    while at + _NLATTR.size <= len(data):
+        length, kind = _NLATTR.unpack_from(data, at)
+        if not _NLATTR.size <= length <= len(data) - at:
+            raise _garbled()
+        yield kind & _NLA_TYPE_MASK, data[at + _NLATTR.size : at + length]
+        at += (length + 3) & ~3
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute, padded."""
+    padding = bytes(-len(value) % 4)
+    return _NLATTR.pack(_NLATTR.size + len(value), kind) + value + padding
+
+
+def text_attribute(kind: int, value: str) -> bytes:
+    """One attribute that holds a text, with its closing 0."""
+    return attribute(kind, value.encode() + b"\0")
+
+
+def text_of(value: bytes) -> str:
+    """The text that an attribute holds; bytes that are none show as escapes."""
+    return value.partition(b"\0")[0].decode(errors="backslashreplace")
+
+
+def number_of(value: bytes) -> int:
+    """The number that an attribute holds in network byte order; 0 for an empty one."""
+    return int.from_bytes(value, "big")
+
+
+def refusal(what: str, number: int | None) -> KernelError:
+    """That something cannot be done, with the kernel's reason."""
+    return KernelError(f"cannot {what}: {os.strerror(number or 0)}", number or 0)
+
+
+def _garbled() -> KernelError:
+    return KernelError("the kernel says something that is no netlink message", errno.EPROTO)

@@ -12,69 +12,48 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from tidegate.kernel import nf_tables, nfnetlink
+from tidegate.kernel import nf_tables_h as h
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.nf_tables import FAMILIES, Contents, Elements
-from tidegate.kernel.nfnetlink import (
+from tidegate.kernel.netlink import (
     MOST_VALUE_BYTES,
     NLM_F_APPEND,
     NLM_F_CREATE,
     NLM_F_EXCL,
-    Refusal,
-    Request,
     attribute,
     attributes_in,
     text_attribute,
     text_of,
 )
-
-# linux/netfilter/nf_tables.h
-_NFT_MSG_NEWTABLE = 0
-_NFT_MSG_DELTABLE = 2
-_NFT_MSG_NEWCHAIN = 3
-_NFT_MSG_DELCHAIN = 5
-_NFT_MSG_NEWRULE = 6
-_NFT_MSG_DELRULE = 8
-_NFT_MSG_NEWSET = 9
-_NFT_MSG_NEWSETELEM = 12
-_NFTA_LIST_ELEM = 1
-_NFTA_TABLE_NAME, _NFTA_TABLE_FLAGS, _NFTA_TABLE_USERDATA = 1, 2, 6
-"""The first is the number of the table's name in all other messages too."""
-_NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME, _NFTA_CHAIN_HOOK, _NFTA_CHAIN_POLICY = 1, 3, 4, 5
-_NFTA_CHAIN_TYPE, _NFTA_CHAIN_FLAGS, _NFTA_CHAIN_USERDATA = 7, 10, 12
-_NFTA_RULE_TABLE, _NFTA_RULE_CHAIN, _NFTA_RULE_HANDLE, _NFTA_RULE_EXPRESSIONS = 1, 2, 3, 4
-_NFTA_RULE_USERDATA = 7
-_NFTA_SET_TABLE, _NFTA_SET_NAME, _NFTA_SET_FLAGS, _NFTA_SET_KEY_TYPE = 1, 2, 3, 4
-_NFTA_SET_KEY_LEN, _NFTA_SET_DATA_TYPE, _NFTA_SET_DATA_LEN, _NFTA_SET_DESC = 5, 6, 7, 9
-_NFTA_SET_ID, _NFTA_SET_USERDATA = 10, 13
-_NFTA_SET_ELEM_LIST_TABLE, _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
+from tidegate.kernel.nf_tables import FAMILIES, Contents, Elements
+from tidegate.kernel.nfnetlink import Refusal, Request
 
 # What the kernel tells of an object and takes for a new one: the rest are numbers of its own.
-_OF_TABLE = frozenset({_NFTA_TABLE_NAME, _NFTA_TABLE_FLAGS, _NFTA_TABLE_USERDATA})
+_OF_TABLE = frozenset({h.NFTA_TABLE_NAME, h.NFTA_TABLE_FLAGS, h.NFTA_TABLE_USERDATA})
 _OF_CHAIN = frozenset(
     {
-        _NFTA_CHAIN_TABLE,
-        _NFTA_CHAIN_NAME,
-        _NFTA_CHAIN_HOOK,
-        _NFTA_CHAIN_POLICY,
-        _NFTA_CHAIN_TYPE,
-        _NFTA_CHAIN_FLAGS,
-        _NFTA_CHAIN_USERDATA,
+        h.NFTA_CHAIN_TABLE,
+        h.NFTA_CHAIN_NAME,
+        h.NFTA_CHAIN_HOOK,
+        h.NFTA_CHAIN_POLICY,
+        h.NFTA_CHAIN_TYPE,
+        h.NFTA_CHAIN_FLAGS,
+        h.NFTA_CHAIN_USERDATA,
     }
 )
 _OF_RULE = frozenset(
-    {_NFTA_RULE_TABLE, _NFTA_RULE_CHAIN, _NFTA_RULE_EXPRESSIONS, _NFTA_RULE_USERDATA}
+    {h.NFTA_RULE_TABLE, h.NFTA_RULE_CHAIN, h.NFTA_RULE_EXPRESSIONS, h.NFTA_RULE_USERDATA}
 )
 _OF_SET = frozenset(
     {
-        _NFTA_SET_TABLE,
-        _NFTA_SET_NAME,
-        _NFTA_SET_FLAGS,
-        _NFTA_SET_KEY_TYPE,
-        _NFTA_SET_KEY_LEN,
-        _NFTA_SET_DATA_TYPE,
-        _NFTA_SET_DATA_LEN,
-        _NFTA_SET_DESC,
-        _NFTA_SET_USERDATA,
+        h.NFTA_SET_TABLE,
+        h.NFTA_SET_NAME,
+        h.NFTA_SET_FLAGS,
+        h.NFTA_SET_KEY_TYPE,
+        h.NFTA_SET_KEY_LEN,
+        h.NFTA_SET_DATA_TYPE,
+        h.NFTA_SET_DATA_LEN,
+        h.NFTA_SET_DESC,
+        h.NFTA_SET_USERDATA,
     }
 )
 
@@ -101,76 +80,74 @@ def run(steps: Sequence[Step], generation: int | None = None) -> None:
 
 def creation(family: str, contents: Contents) -> Iterator[Step]:
     """Make a table that is not there, with all that it holds: chains, rules, and sets of plain keys (no maps)."""
-    name = text_of(dict(attributes_in(contents.table))[_NFTA_TABLE_NAME])
+    name = text_of(dict(attributes_in(contents.table))[h.NFTA_TABLE_NAME])
     place = f"table {family} {name}"
     yield _step(
-        _NFT_MSG_NEWTABLE,
+        h.NFT_MSG_NEWTABLE,
         NLM_F_CREATE | NLM_F_EXCL,
         family,
         _only(contents.table, _OF_TABLE),
         f"create {place}",
     )
     for number, made in enumerate(contents.sets, 1):
-        said = text_of(dict(attributes_in(made))[_NFTA_SET_NAME])
-        told = _only(made, _OF_SET) + attribute(_NFTA_SET_ID, number.to_bytes(4, "big"))
-        yield _step(_NFT_MSG_NEWSET, NLM_F_CREATE, family, told, f"create set {said} of {place}")
+        said = text_of(dict(attributes_in(made))[h.NFTA_SET_NAME])
+        told = _only(made, _OF_SET) + attribute(h.NFTA_SET_ID, number.to_bytes(4, "big"))
+        yield _step(h.NFT_MSG_NEWSET, NLM_F_CREATE, family, told, f"create set {said} of {place}")
     for elements in contents.elements:
         yield from _filling(family, name, elements)
     for made in contents.chains:
-        said = text_of(dict(attributes_in(made))[_NFTA_CHAIN_NAME])
+        said = text_of(dict(attributes_in(made))[h.NFTA_CHAIN_NAME])
         told = _only(made, _OF_CHAIN)
         yield _step(
-            _NFT_MSG_NEWCHAIN, NLM_F_CREATE, family, told, f"create chain {said} of {place}"
+            h.NFT_MSG_NEWCHAIN, NLM_F_CREATE, family, told, f"create chain {said} of {place}"
         )
     for number, made in enumerate(contents.rules, 1):
-        chain = text_of(dict(attributes_in(made))[_NFTA_RULE_CHAIN])
+        chain = text_of(dict(attributes_in(made))[h.NFTA_RULE_CHAIN])
         told = _only(made, _OF_RULE)
         what = f"add a rule to chain {chain} of {place} (its rule number {number})"
-        yield _step(_NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, family, told, what)
+        yield _step(h.NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, family, told, what)
 
 
 def deletion(family: str, table: str) -> Step:
     """Take a table away that is there, with all that it holds."""
-    named = text_attribute(_NFTA_TABLE_NAME, table)
-    return _step(_NFT_MSG_DELTABLE, 0, family, named, f"delete table {family} {table}")
+    named = text_attribute(h.NFTA_TABLE_NAME, table)
+    return _step(h.NFT_MSG_DELTABLE, 0, family, named, f"delete table {family} {table}")
 
 
-def clearance(family: str, table: str) -> tuple[Step, Step]:
+def clearance(family: str, table: str) -> Step:
     """Have no table of this name, whether or not there is one."""
-    named = text_attribute(_NFTA_TABLE_NAME, table)
-    # A kernel before 6.3 cannot be told to delete what need not be there.
-    made = _step(_NFT_MSG_NEWTABLE, NLM_F_CREATE, family, named, f"find table {family} {table}")
-    return made, deletion(family, table)
+    named = text_attribute(h.NFTA_TABLE_NAME, table)
+    return _step(h.NFT_MSG_DESTROYTABLE, 0, family, named, f"delete table {family} {table}")
 
 
 def chain_deletion(family: str, table: str, chain: str) -> Step:
     """Take away an empty chain that no rule jumps to."""
-    named = text_attribute(_NFTA_CHAIN_TABLE, table) + text_attribute(_NFTA_CHAIN_NAME, chain)
+    named = text_attribute(h.NFTA_CHAIN_TABLE, table) + text_attribute(h.NFTA_CHAIN_NAME, chain)
     what = f"delete chain {chain} of table {family} {table}"
-    return _step(_NFT_MSG_DELCHAIN, 0, family, named, what)
+    return _step(h.NFT_MSG_DELCHAIN, 0, family, named, what)
 
 
 def chain_flush(family: str, table: str, chain: str) -> Step:
     """Take away all rules of a chain."""
     what = f"flush chain {chain} of table {family} {table}"
-    return _step(_NFT_MSG_DELRULE, 0, family, _rules_of(table, chain), what)
+    return _step(h.NFT_MSG_DELRULE, 0, family, _rules_of(table, chain), what)
 
 
 def rule_deletion(family: str, table: str, chain: str, handle: int) -> Step:
     """Take away the rule with this handle (nf_tables.Rule)."""
-    told = _rules_of(table, chain) + attribute(_NFTA_RULE_HANDLE, handle.to_bytes(8, "big"))
+    told = _rules_of(table, chain) + attribute(h.NFTA_RULE_HANDLE, handle.to_bytes(8, "big"))
     what = f"delete a rule of chain {chain} of table {family} {table}"
-    return _step(_NFT_MSG_DELRULE, 0, family, told, what)
+    return _step(h.NFT_MSG_DELRULE, 0, family, told, what)
 
 
 def _filling(family: str, table: str, elements: Elements) -> Iterator[Step]:
     set_name = text_of(elements.set_name)
     for part in _parts(elements.elements):
-        told = text_attribute(_NFTA_SET_ELEM_LIST_TABLE, table)
-        told += attribute(_NFTA_SET_ELEM_LIST_SET, elements.set_name)
-        told += attribute(_NFTA_SET_ELEM_LIST_ELEMENTS, part)
+        told = text_attribute(h.NFTA_SET_ELEM_LIST_TABLE, table)
+        told += attribute(h.NFTA_SET_ELEM_LIST_SET, elements.set_name)
+        told += attribute(h.NFTA_SET_ELEM_LIST_ELEMENTS, part)
         what = f"add elements to set {set_name} of table {family} {table}"
-        yield _step(_NFT_MSG_NEWSETELEM, NLM_F_CREATE, family, told, what)
+        yield _step(h.NFT_MSG_NEWSETELEM, NLM_F_CREATE, family, told, what)
 
 
 def _parts(elements: Iterable[bytes]) -> Iterator[bytes]:
@@ -178,7 +155,7 @@ def _parts(elements: Iterable[bytes]) -> Iterator[bytes]:
     part: list[bytes] = []
     length = 0
     for element in elements:
-        packed = attribute(_NFTA_LIST_ELEM, element)
+        packed = attribute(h.NFTA_LIST_ELEM, element)
         if length + len(packed) > MOST_VALUE_BYTES:
             yield b"".join(part)
             part, length = [], 0
@@ -189,7 +166,7 @@ def _parts(elements: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _rules_of(table: str, chain: str) -> bytes:
-    return text_attribute(_NFTA_RULE_TABLE, table) + text_attribute(_NFTA_RULE_CHAIN, chain)
+    return text_attribute(h.NFTA_RULE_TABLE, table) + text_attribute(h.NFTA_RULE_CHAIN, chain)
 
 
 def _step(kind: int, flags: int, family: str, attributes: bytes, what: str) -> Step:
@@ -216,7 +193,7 @@ def _refused(steps: Sequence[Step], refusal: Refusal) -> KernelError:
 
 def _owner(refused: Request) -> str:
     """Whose the table is that only its owner may change, as the end of a sentence."""
-    name = text_of(dict(attributes_in(refused.attributes))[_NFTA_TABLE_NAME])
+    name = text_of(dict(attributes_in(refused.attributes))[h.NFTA_TABLE_NAME])
     family = next(family for family, number in FAMILIES.items() if number == refused.family)
     port = nf_tables.table_owner(family, name)
     if port is None:

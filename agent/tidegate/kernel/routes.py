@@ -1,11 +1,8 @@
 """Which way a network namespace sends packets, asked over rtnetlink: its own decision, not a guess from its tables."""
 
 import errno
-import os
 
-from pyroute2 import IPRoute, NetlinkError
-
-from tidegate.kernel import netns
+from tidegate.kernel import netns, rtnetlink
 from tidegate.kernel.errors import KernelError
 
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
@@ -22,12 +19,11 @@ def outgoing_interface(netns_path: str, destination: str) -> str | None:
 
 def _outgoing_interface(destination: str) -> str | None:
     try:
-        with IPRoute() as socket:
-            (route,) = socket.route("get", dst=destination)
-            (link,) = socket.get_links(route.get("RTA_OIF"))
+        with rtnetlink.opened(f"find the route to {destination}") as netlink:
+            (route,) = netlink.route("get", dst=destination)
+            (link,) = netlink.get_links(route.get("RTA_OIF"))
             return str(link.get("IFLA_IFNAME"))
-    except NetlinkError as error:
-        if error.code in _UNREACHABLE:
+    except KernelError as error:
+        if error.errno in _UNREACHABLE:
             return None
-        problem = f"cannot find the route to {destination}: {os.strerror(error.code)}"
-        raise KernelError(problem, error.code) from error
+        raise

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import msgspec
 
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.netlink import NETLINK_SOCK_DIAG, Netlink
-from tidegate.kernel.nfnetlink import attributes_in
+from tidegate.kernel.netlink import NETLINK_SOCK_DIAG, Netlink, attributes_in
 
 # linux/sock_diag.h
 _SOCK_DIAG_BY_FAMILY = 20
@@ -35,7 +34,7 @@ _TIME_WAIT = 6
 _LISTEN = 10
 _ALL_STATES = 0xFFFFFFFF
 
-_NO_DIAGNOSIS = (errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
+CANNOT_END = (errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
 """How a kernel answers that has no sock_diag, or is built without CONFIG_INET_DIAG_DESTROY."""
 
 
@@ -44,17 +43,14 @@ class Listener(msgspec.Struct, frozen=True, order=True):
 
     address: str
     port: int
-    transparent: bool | None = None
-    """Whether it may have connections to addresses that are not the namespace's (IP_TRANSPARENT).
-
-    None where the kernel does not tell (before Linux 5.10).
-    """
+    transparent: bool = False
+    """Whether it may have connections to addresses that are not the namespace's (IP_TRANSPARENT)."""
 
 
 def listeners() -> tuple[Listener, ...]:
     """Who accepts TCP connections in the namespace that the calling thread is in, sorted.
 
-    KernelError when that cannot be listed.
+    KernelError when that cannot be listed; Enough when there are more than 16 MiB tell of.
     """
     found = set()
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -62,7 +58,7 @@ def listeners() -> tuple[Listener, ...]:
             question = _question(family, 1 << _LISTEN, bytes(_SOCKET_ID.size))
             for answer in diagnosis.dump(_SOCK_DIAG_BY_FAMILY, question):
                 found.add(_listener(answer))
-    return tuple(sorted(found, key=lambda one: (one.address, one.port, bool(one.transparent))))
+    return tuple(sorted(found))
 
 
 class Ender:
@@ -75,7 +71,7 @@ class Ender:
         """Reset the connection of the socket between these addresses and ports; False when there is none.
 
         Who reads or writes it gets ECONNABORTED (tcp_diag_destroy); the other end gets an RST. KernelError when it
-        is refused: EOPNOTSUPP or EPROTONOSUPPORT where the kernel cannot do that (CONFIG_INET_DIAG_DESTROY).
+        is refused: one of CANNOT_END where the kernel cannot do that.
         """
         try:
             return self._end(local, remote)
@@ -91,14 +87,12 @@ class Ender:
             local[1], remote[1], _packed(local[0]), _packed(remote[0]), bytes(4), _NO_COOKIE
         )
         answer = self._diagnosis.ask(_SOCK_DIAG_BY_FAMILY, _question(family, _ALL_STATES, wanted))
-        if answer is None:
-            return False
         # An IPv6 socket is found by IPv4 addresses too, and told with its own.
         family, state, _, _, found, *_ = _ANSWER.unpack_from(answer)
         # Where there is no such connection the kernel finds who listens on its port (inet_diag_find_one_icsk).
         if state in (_LISTEN, _TIME_WAIT):
             return False
-        self._diagnosis.ask(_SOCK_DESTROY, _question(family, _ALL_STATES, found))
+        self._diagnosis.do(_SOCK_DESTROY, _question(family, _ALL_STATES, found))
         return True
 
 
@@ -122,5 +116,5 @@ def _listener(answer: bytes) -> Listener:
     port, _, address, *_ = _SOCKET_ID.unpack(found)
     own = ipaddress.ip_address(address if family == socket.AF_INET6 else address[:4])
     shown = str(getattr(own, "ipv4_mapped", None) or own)
-    options = dict(attributes_in(answer[_ANSWER.size :])).get(_INET_DIAG_SOCKOPT)
-    return Listener(shown, port, bool(options[0] & _TRANSPARENT) if options else None)
+    options = dict(attributes_in(answer[_ANSWER.size :]))[_INET_DIAG_SOCKOPT]
+    return Listener(shown, port, bool(options[0] & _TRANSPARENT))

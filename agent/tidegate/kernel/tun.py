@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyroute2 import IPRoute, NetlinkError
+from pyroute2 import NetlinkError
 
+from tidegate.kernel import rtnetlink
 from tidegate.kernel.errors import KernelError
 
 DEVICE = "/dev/net/tun"
@@ -119,7 +120,7 @@ def opened(name: str) -> Iterator[Tun]:
         raise KernelError(f"cannot open {DEVICE}: {reason}", error.errno or 0) from error
     try:
         _name(descriptor, name)
-        with _explained(f"bring interface {name} up"), IPRoute() as netlink:
+        with rtnetlink.opened(f"bring interface {name} up") as netlink:
             (index,) = netlink.link_lookup(ifname=name)
             _set_quiet(name)
             netlink.link("set", index=index, state="up")

@@ -21,16 +21,13 @@ import msgspec
 
 from tidegate.kernel import ipset, isolation, libxtables, netns
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.legacy_tables import EXTENSION, LAYOUTS, Family, Layout
 from tidegate.kernel.xtables import (
-    EXTENSION,
-    LAYOUTS,
     SET_INDEX_SIZE,
     Content,
     Counted,
     Entry,
-    Family,
     InstalledJump,
-    Layout,
     goes_elsewhere,
     normal,
     parts,

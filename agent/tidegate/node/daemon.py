@@ -9,12 +9,14 @@ needs a lock. Stopping leaves rules, programs, maps and sidecars in place.
 import asyncio
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
+import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -36,7 +38,7 @@ from tidegate.model import Instance, ServiceIntent, Workload
 from tidegate.node import api
 from tidegate.node.config import AgentConfig
 from tidegate.node.drift import Drift
-from tidegate.node.events import first_of
+from tidegate.node.events import StoppedError, first_of, unless
 from tidegate.node.guard import Guard
 from tidegate.node.intent import IntentSource
 from tidegate.node.keeper import Keeper, Wanted, abandoned
@@ -49,6 +51,8 @@ from tidegate.workloads.files import FileSource
 ROUND_S = 0.5
 SETTLING_ROUND_S = 0.05
 """The pace while a sidecar takes in what it was told: an onboarding or a flip should not wait for the clock."""
+LINGER_S = 2.0
+"""How long a child may outlive an agent that was killed; it holds what the agent held alone."""
 PATIENCE_S = 0.3
 """How long a round waits for the work on the workloads that it has asked for; it goes on beside later rounds."""
 
@@ -108,6 +112,8 @@ async def run_agent(config: AgentConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
+        for directory in (config.run_dir, config.state_dir):
+            stack.enter_context(held_alone(directory / "agent.lock"))
         listener = api.listen(config.socket)
         stack.callback(_hang_up, config.socket, listener)
         catalog = await stack.enter_async_context(CatalogClient(config.server))
@@ -130,6 +136,43 @@ def _make_directories(config: AgentConfig) -> None:
             directory.chmod(mode)
         except OSError as error:
             raise TidegateError(f"{directory} cannot be used: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def held_alone(path: Path) -> Iterator[None]:
+    """Nobody else holds the file meanwhile. TidegateError when another agent does: two would undo each other's work.
+
+    The kernel lets go of it with the process, however that ends (flock(2)).
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise TidegateError(f"{path} cannot be used: {error.strerror}") from error
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        try:
+            _lock(file.fileno())
+        except BlockingIOError as error:
+            holder = file.read(20).decode("ascii", "replace").strip()
+            who = f" (process {holder})" if holder.isdecimal() else ""
+            raise TidegateError(f"another agent{who} uses {path.parent}") from error
+        except OSError as error:
+            raise TidegateError(f"{path} cannot be locked: {error.strerror}") from error
+        file.truncate()
+        file.write(f"{os.getpid()}\n".encode())
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    until = time.monotonic() + LINGER_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _hang_up(path: Path, listener: socket.socket) -> None:
@@ -173,10 +216,12 @@ class Daemon:
         self._keepers: dict[str, Keeper] = {}
         self._leaving: set[str] = set()
         """Ids of workloads that are gone and are being removed."""
+        self._abandoned: dict[Path, Keeper] = {}
+        """What former agents left of workloads that are gone, by directory, until it is removed."""
         self._roots_pem = ""
         self._round_at = 0.0
         self._problems: dict[tuple[str, str], str] = {}
-        """By what it is about and the workload's id, "" for the agent as a whole."""
+        """By what it is about and whom it is about, as `_tell` has it."""
         local = LocalEvidence(self._evidence, self._flows)
         self._mesh = MeshView(config, self._intent, catalog, local)
         self._guard = Guard(self._mesh, config.state_dir / "guards")
@@ -200,20 +245,23 @@ class Daemon:
     async def _rounds(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             try:
-                await self._round()
+                await self._round(stop)
+            except StoppedError:
+                return
             except (TidegateError, KernelError, OSError) as error:
                 self._tell("round", str(error))
-            except Exception:
+            except Exception as error:
                 # The kernel and the sidecars go on; an agent that is gone would help nobody.
-                log.exception("a round failed by a defect of the agent")
+                log.exception("a round failed by a defect of the agent", error)
                 self._tell("round", "a round failed by a defect of the agent; see its log")
             else:
                 self._clear("round")
             settling = any(keeper.is_settling for keeper in self._keepers.values())
             await first_of(SETTLING_ROUND_S if settling else ROUND_S, stop)
 
-    async def _round(self) -> None:
-        snapshot = await self._intent.refresh()
+    async def _round(self, stop: asyncio.Event) -> None:
+        """StoppedError when it is to stop while it waits for the server; work that has begun is completed before."""
+        snapshot = await unless(stop, self._intent.refresh())
         workloads = await self._work(self._source.list)
         intents = _intents(snapshot, workloads)
         instances, faults = callable_instances(snapshot.instances)
@@ -222,12 +270,12 @@ class Daemon:
         else:
             self._clear("catalog")
         await self._work(self._follow, workloads, snapshot)
-        leaves = await self._leaves(workloads)
+        leaves = await unless(stop, self._leaves(workloads))
         await self._work(self._reconcile, workloads, instances, intents, leaves)
         self._drift.follow(
             keeper for key, keeper in self._keepers.items() if key not in self._leaving
         )
-        await self._publish(snapshot)
+        await unless(stop, self._publish(snapshot))
         await self._work(self._collect)
         self._round_at = time.time()
 
@@ -242,38 +290,52 @@ class Daemon:
         for key in self._observation.unclaimed(living.values()):
             if complete or key in keys:
                 self._observation.detach(key)
-        if complete:
-            self._remove_abandoned(living.values())
+        self._remove_abandoned(living.values(), look=complete)
         for workload in living.values():
             if workload.id in self._leaving:
                 continue
-            if workload.id not in self._keepers:
-                log.info("workload found", workload=workload.name, meshed=workload.meshed)
-                node_id = f"{workload.name}.{self._config.node}"
-                self._keepers[workload.id] = Keeper(
-                    workload,
-                    self._directory(workload),
-                    self._envoy,
-                    node_id,
-                    self._engine,
-                    self._config.redirect,
-                )
-            if not self._pool.is_busy(workload.id):
-                self._keepers[workload.id].update(workload)
+            with self._defects_told("description", workload):
+                self._take_in(workload)
             self._observation.attach(workload)
 
-    def _gone(self, living: Container[str]) -> list[Keeper]:
-        """Has workloads removed that are gone; those of which nothing is left."""
+    def _take_in(self, workload: Workload) -> None:
+        """The workload has a keeper that knows its description, unless another one still works in its place."""
+        if self._pool.is_busy(workload.id) or self._is_being_cleared(workload):
+            return
+        if workload.id not in self._keepers:
+            log.info("workload found", workload=workload.name, meshed=workload.meshed)
+            self._keepers[workload.id] = Keeper(
+                workload,
+                self._directory(workload),
+                self._envoy,
+                f"{workload.name}.{self._config.node}",
+                self._engine,
+                self._config.redirect,
+            )
+        keeper = self._keepers[workload.id]
+        if keeper.is_of(workload):
+            keeper.update(workload)
+
+    def _gone(self, living: Mapping[str, Workload]) -> list[Keeper]:
+        """Has workloads removed that are gone, called otherwise or elsewhere; those of which nothing is left.
+
+        What cannot be removed is tried again: the kernel may refuse now and let it go later.
+        """
         for key, keeper in self._keepers.items():
-            if (
-                key not in living
-                and key not in self._leaving
-                and self._pool.submit(key, keeper.remove)
-            ):
-                log.info("workload gone", workload=keeper.workload.name)
+            stays = key in living and keeper.is_of(living[key])
+            if (stays and key not in self._leaving) or keeper.is_removed:
+                continue
+            if self._pool.submit(key, keeper.remove) and key not in self._leaving:
+                log.info(
+                    "workload gone", workload=keeper.workload.name, netns=keeper.workload.netns
+                )
                 self._leaving.add(key)
         self._pool.wait(self._leaving, PATIENCE_S)
-        gone = [self._keepers[key] for key in self._leaving if not self._pool.is_busy(key)]
+        gone = [
+            keeper
+            for key, keeper in self._keepers.items()
+            if key in self._leaving and keeper.is_removed and not self._pool.is_busy(key)
+        ]
         for keeper in gone:
             key = keeper.workload.id
             del self._keepers[key]
@@ -283,14 +345,35 @@ class Daemon:
                 del self._problems[problem]
         return gone
 
-    def _remove_abandoned(self, living: Iterable[Workload]) -> None:
-        """Sidecars of workloads that went away while there was no agent."""
+    def _remove_abandoned(self, living: Iterable[Workload], *, look: bool) -> None:
+        """Has sidecars removed whose workloads went away while there was no agent, or that were not removed whole.
+
+        `look` for such: not while it is unknown which workloads there are.
+        """
         claimed = {self._directory(workload) for workload in living}
         claimed |= {self._directory(keeper.workload) for keeper in self._keepers.values()}
-        for directory in sorted(self._sidecars.glob("*")):
+        found = set(self._sidecars.glob("*")) - claimed if look else set()
+        for directory in sorted(found - self._abandoned.keys()):
+            log.info("a sidecar was left behind", directory=str(directory))
+            self._abandoned[directory] = abandoned(directory, self._envoy, self._engine)
+        for directory, keeper in self._abandoned.items():
             if directory not in claimed:
-                log.info("a sidecar was left behind", directory=str(directory))
-                abandoned(directory, self._envoy, self._engine).remove()
+                self._pool.submit(str(directory), keeper.remove)
+        self._pool.wait(map(str, self._abandoned), PATIENCE_S)
+        for directory in [*self._abandoned]:
+            key = str(directory)
+            if not self._pool.is_busy(key) and (directory in claimed or not directory.exists()):
+                del self._abandoned[directory]
+                self._pool.forget(key)
+                self._clear("defect", key)
+
+    def _is_being_cleared(self, workload: Workload) -> bool:
+        """Whether what is left of another one has to be removed from its namespace or its directory first."""
+        leaving = (self._keepers[key].workload for key in self._leaving)
+        cleared = [(self._directory(one), one.netns) for one in leaving]
+        cleared += [(path, keeper.workload.netns) for path, keeper in self._abandoned.items()]
+        place = self._directory(workload)
+        return any(path == place or found == workload.netns for path, found in cleared)
 
     async def _leaves(self, workloads: Iterable[Workload]) -> dict[str, LeafMaterial]:
         """New leaf certificates for the workloads that need one."""
@@ -304,10 +387,10 @@ class Daemon:
                 self._roots_pem = await self._catalog.roots()
                 leaf = await self._catalog.leaf(workload.service, self._config.leaf_lifetime)
             except TidegateError as error:
-                self._tell("leaf", f"no leaf for {workload.name}: {error}", workload)
+                self._tell("leaf", f"no leaf for {workload.name}: {error}", workload.id)
             else:
                 leaves[workload.id] = leaf
-                self._clear("leaf", workload)
+                self._clear("leaf", workload.id)
         return leaves
 
     def _identity(self, workload: Workload) -> str:
@@ -332,34 +415,81 @@ class Daemon:
             keeper = self._keepers[workload.id]
             if not workload.meshed:
                 asked.append(self._reconcile_one(keeper, None))
-                self._clear("leaf", workload)
-                self._clear("spec", workload)
+                self._clear("leaf", workload.id)
+                self._clear("spec", workload.id)
+                self._clear("sidecar", workload.id)
                 continue
             if not self._intent.known:
                 continue
             intent = intents[workload.service]
-            try:
-                spec = sidecar_spec(
-                    self._config, workload, keeper.policy, intent, intents, instances, keeper.spec
-                )
-            except TidegateError as error:
-                self._tell("spec", f"{workload.name} cannot be meshed: {error}", workload)
-                continue
-            self._clear("spec", workload)
-            leaf = leaves.get(workload.id)
-            wanted = Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem)
-            asked.append(self._reconcile_one(keeper, wanted))
+            with self._defects_told("sidecar", workload):
+                try:
+                    spec = sidecar_spec(
+                        self._config,
+                        workload,
+                        keeper.policy,
+                        intent,
+                        intents,
+                        instances,
+                        keeper.spec,
+                    )
+                except TidegateError as error:
+                    self._tell("spec", f"{workload.name} cannot be meshed: {error}", workload.id)
+                    continue
+                self._clear("spec", workload.id)
+                leaf = leaves.get(workload.id)
+                wanted = Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem)
+                asked.append(self._reconcile_one(keeper, wanted))
         self._pool.wait(asked, PATIENCE_S)
-        self._pool.raise_defect()
+        self._note_defects(asked)
 
     def _reconcile_one(self, keeper: Keeper, wanted: Wanted | None) -> str:
         key = keeper.workload.id
         self._pool.submit(key, lambda: keeper.reconcile(wanted))
         return key
 
+    def _note_defects(self, asked: Iterable[str]) -> None:
+        """Tells which workloads' work in the pool came upon a defect. Of those that are gone nobody would ask."""
+        names = {key: keeper.workload.name for key, keeper in self._keepers.items()}
+        names |= {str(path): keeper.workload.name for path, keeper in self._abandoned.items()}
+        defects = self._pool.defects()
+        for key, error in defects.items():
+            if key in names:
+                self._tell_defect("defect", key, names[key], error)
+            else:
+                log.exception("a workload was not removed whole by a defect of the agent", error)
+        for key in asked:
+            if key not in defects and not self._pool.is_busy(key):
+                self._clear("defect", key)
+
+    @contextlib.contextmanager
+    def _defects_told(self, what: str, workload: Workload) -> Iterator[None]:
+        """A defect in what is done for one workload is that workload's problem: the round goes on."""
+        try:
+            yield
+        except (TidegateError, KernelError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - it is logged as the defect that it is
+            self._tell_defect(what, workload.id, workload.name, error)
+        else:
+            self._clear(what, workload.id)
+
+    def _tell_defect(self, what: str, key: str, name: str, error: Exception) -> None:
+        problem = f"{name} is not worked on, by a defect of the agent; see its log ({error!r})"
+        if self._problems.get((what, key)) != problem:
+            log.exception(problem, error)
+        self._problems[what, key] = problem
+
     def _is_free(self, workload: Workload) -> bool:
-        """Whether nothing goes on for a workload that the next step would have to wait for."""
-        return workload.id not in self._leaving and not self._pool.is_busy(workload.id)
+        """Whether it has a keeper, and nothing goes on for it that the next step would have to wait for."""
+        key = workload.id
+        keeper = self._keepers.get(key)
+        return (
+            keeper is not None
+            and keeper.is_of(workload)
+            and key not in self._leaving
+            and not self._pool.is_busy(key)
+        )
 
     async def _publish(self, snapshot: Snapshot) -> None:
         """Tells the catalog what its answer does not say yet."""
@@ -369,13 +499,14 @@ class Daemon:
             if one.node == self._config.node and not one.seen_until
         }
         complete = not self._source.problems()
-        gone = [one for one in known if one not in self._keepers] if complete else []
+        kept = {key: keeper for key, keeper in self._keepers.items() if key not in self._leaving}
+        gone = [one for one in known if one not in kept] if complete else []
         address = self._config.node_addresses[0] if self._config.node_addresses else "127.0.0.1"
         node = NodeInfo(
             name=self._config.node, address=address, agent_api=f"unix://{self._config.socket}"
         )
         try:
-            for keeper in tuple(self._keepers.values()):
+            for keeper in kept.values():
                 await self._publish_one(node, keeper, known)
             for instance_id in gone:
                 await self._catalog.deregister(self._config.node, instance_id)
@@ -394,9 +525,9 @@ class Daemon:
                 await self._catalog.register(node, [instance])
         except CatalogRefused as error:
             problem = f"the catalog does not take {instance.name}: {error}"
-            self._tell("publish", problem, keeper.workload)
+            self._tell("publish", problem, keeper.workload.id)
         else:
-            self._clear("publish", keeper.workload)
+            self._clear("publish", keeper.workload.id)
 
     def _collect(self) -> None:
         self._observation.collect(time.time(), self._keepers.values())
@@ -438,6 +569,7 @@ class Daemon:
                 workloads=tuple(self._workload_status(one) for one in self._keepers.values()),
                 problems=(
                     *self._problems.values(),
+                    *self._left_behind(),
                     *self._intent.problems(),
                     *self._guard.problems(),
                     *self._source.problems(),
@@ -447,6 +579,11 @@ class Daemon:
             )
 
         return await self._work(read)
+
+    def _left_behind(self) -> Iterator[str]:
+        for keeper in self._abandoned.values():
+            for problem in keeper.problems:
+                yield f"what was left of {keeper.workload.name} cannot be removed: {problem}"
 
     def _workload_status(self, keeper: Keeper) -> WorkloadStatus:
         workload = keeper.workload
@@ -489,14 +626,14 @@ class Daemon:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, lambda: function(*args, **kwargs))
 
-    def _tell(self, what: str, problem: str, workload: Workload | None = None) -> None:
-        key = (what, workload.id if workload else "")
-        if self._problems.get(key) != problem:
+    def _tell(self, what: str, problem: str, key: str = "") -> None:
+        """`key` is the workload's id, or the directory of what a former agent left; "" for the agent as a whole."""
+        if self._problems.get((what, key)) != problem:
             log.warning(problem)
-        self._problems[key] = problem
+        self._problems[what, key] = problem
 
-    def _clear(self, what: str, workload: Workload | None = None) -> None:
-        self._problems.pop((what, workload.id if workload else ""), None)
+    def _clear(self, what: str, key: str = "") -> None:
+        self._problems.pop((what, key), None)
 
 
 def _intents(snapshot: Snapshot, workloads: Iterable[Workload]) -> dict[str, ServiceIntent]:

@@ -141,9 +141,9 @@ class Guard:
                 await steps
             except TidegateError as error:
                 course.tell("failed", str(error), exit_code=error.exit_code)
-            except Exception:
+            except Exception as error:
                 # Whoever waits for the end must learn of it; the file stays for the next agent.
-                log.exception("a flip failed by a defect of the agent", service=service)
+                log.exception("a flip failed by a defect of the agent", error, service=service)
                 course.tell(
                     "failed",
                     f"the flip of {service} failed by a defect of the agent; see its log",

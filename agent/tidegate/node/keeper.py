@@ -67,7 +67,10 @@ class _Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keeper:
-    """One workload. Its methods may block, and are called from one thread at a time; what it tells, from any."""
+    """One workload, called so and at this path. Its methods may block, and are called from one thread at a time.
+
+    What it tells may be read from any.
+    """
 
     def __init__(
         self,
@@ -104,6 +107,8 @@ class Keeper:
         self._annotations: tuple[dict[str, str], dict[str, str]] | None = None
         self._namespace: netns.Identity | None = None
         """Where the rules and the sidecar are; None before the first look, and while there is none."""
+        self.is_removed = False
+        """Whether `remove` has ended: nothing is left to be tried again."""
 
     @property
     def spec(self) -> SidecarSpec | None:
@@ -122,7 +127,12 @@ class Keeper:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as it should be, one sentence each."""
-        return (*self._problems.values(), *self.redirection.foreign)
+        unseen = self.redirection.unseen
+        return (
+            *self._problems.values(),
+            *((unseen,) if unseen else ()),
+            *map(str, self.redirection.foreign),
+        )
 
     @property
     def in_mesh(self) -> bool:
@@ -136,8 +146,15 @@ class Keeper:
             return True
         return now >= memory.leaf_from + RENEW_AT * (memory.leaf_until - memory.leaf_from)
 
+    def is_of(self, workload: Workload) -> bool:
+        """Whether it can keep what is described so: another name or path asks for a sidecar of its own."""
+        kept = self.workload
+        return (kept.id, kept.name, kept.netns) == (workload.id, workload.name, workload.netns)
+
     def update(self, workload: Workload) -> None:
-        """Takes a new description; the policy follows its annotations unless they have faults."""
+        """Takes a new description of the same workload, see `is_of`; the policy follows its annotations unless they
+        have faults.
+        """
         self.workload = workload
         annotations = (dict(workload.namespace_annotations), dict(workload.annotations))
         if annotations == self._annotations:
@@ -158,8 +175,11 @@ class Keeper:
         return since is not None and time.monotonic() - since < SETTLE_S
 
     def look(self) -> None:
-        """Somebody changed something in the workload's namespace: put the rules right if they were in force."""
-        if self.in_mesh:
+        """Somebody changed something in the workload's namespace: put the rules right if they were in force.
+
+        Another namespace at its path has no sidecar that they could lead to: it is left to `reconcile`.
+        """
+        if self.in_mesh and self._found() == self._namespace:
             self._attempt("redirect", lambda: self.redirection.look(self.workload.netns))
 
     def reconcile(self, wanted: Wanted | None) -> None:
@@ -181,27 +201,40 @@ class Keeper:
 
     def _notice_another_namespace(self) -> None:
         """What is known of a namespace does not hold for another one at its path: that has no rules and no sidecar."""
-        try:
-            found = netns.identity(self.workload.netns)
-        except KernelError:
-            found = None
+        found = self._found()
         if found == self._namespace:
             return
         if self._namespace is not None:
             log.warning("the network namespace is gone or another one", workload=self.workload.name)
-        self.redirection.forget()
+        self.redirection.enter(found)
         self._was_ready = False
         self._namespace = found
+
+    def _found(self) -> netns.Identity | None:
+        """The namespace that lies at the path now."""
+        try:
+            return netns.identity(self.workload.netns)
+        except KernelError:
+            return None
 
     def _runs(self, wanted: Wanted) -> bool:
         return self.in_mesh and self._applied == wanted.spec
 
     def remove(self) -> None:
-        """The workload is gone, often with its namespace: nothing of it stays."""
-        if Path(self.workload.netns).exists():
-            self._attempt("redirect", self._remove_rules)
+        """The workload is gone, often with its namespace: nothing of it stays. To be called until `is_removed`.
+
+        While its rules cannot be removed the sidecar stays that they lead to; a namespace that is gone has none.
+        """
+        if not self._attempt("redirect", self._remove_rules_if_there):
+            return
         self._attempt("sidecar", lambda: self._envoy.stop(STOP_DEADLINE_S))
         self._attempt("files", self._files.remove)
+        self.is_removed = True
+
+    def _remove_rules_if_there(self) -> None:
+        known, found = self._namespace or self._redirected_in, self._found()
+        if found is not None and known in (None, found):
+            self.redirection.remove(self.workload.netns)
 
     def _leave(self) -> None:
         if self._attempt("redirect", self._remove_rules):
@@ -211,13 +244,12 @@ class Keeper:
     def _redirected_in(self) -> netns.Identity | None:
         return self._memory.redirected_in if self._memory else None
 
-    @_redirected_in.setter
-    def _redirected_in(self, namespace: netns.Identity | None) -> None:
+    def _memorise_redirected_in(self, namespace: netns.Identity | None) -> None:
         if self._memory is not None:
             self._memorise(msgspec.structs.replace(self._memory, redirected_in=namespace))
 
     def _remove_rules(self) -> None:
-        self._redirected_in = None
+        self._memorise_redirected_in(None)
         self.redirection.remove(self.workload.netns)
         self._was_ready = False
 
@@ -245,7 +277,7 @@ class Keeper:
                 workload=self.workload,
                 spec=wanted.spec,
                 policy=policy,
-                leaf_for=identity(wanted.spec),
+                leaf_for=spiffe_id_of(wanted.spec),
                 leaf_from=time.time(),
                 leaf_until=leaf.not_after,
             )
@@ -288,14 +320,16 @@ class Keeper:
     def _keep_rules(self, policy: Policy) -> None:
         netns_path = self.workload.netns
         if self.redirection.state is Redirection.NONE and self._redirected_in is not None:
-            if self._redirected_in == self._namespace:
-                self.redirection.note_loss(netns_path)
-            self._redirected_in = None
+            is_here = self._redirected_in == self._namespace
+            if is_here and not self.redirection.note_loss(netns_path, policy):
+                return
+            self._memorise_redirected_in(None)
         if not self._was_ready and not self.redirection.is_as_wanted(netns_path, policy):
             self.redirection.wait()
             return
         self.redirection.keep(netns_path, policy)
-        self._redirected_in = self._namespace
+        if self.in_mesh:
+            self._memorise_redirected_in(self._namespace)
 
     def _attempt(self, what: str, step: Callable[[], None]) -> bool:
         try:
@@ -362,6 +396,6 @@ def _remembered(path: Path) -> _Memory | None:
         return None
 
 
-def identity(spec: SidecarSpec) -> str:
+def spiffe_id_of(spec: SidecarSpec) -> str:
     """The SPIFFE URI that a sidecar of this spec has to prove."""
     return spiffe.service_id(spec.trust_domain, spec.service, spec.namespace, spec.datacenter)

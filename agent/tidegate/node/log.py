@@ -36,9 +36,9 @@ class Log:
     def warning(self, message: str, **fields: object) -> None:
         self._logger.warning("%s", message, extra={"fields": fields})
 
-    def exception(self, message: str, **fields: object) -> None:
-        """Logs with the traceback of the exception being handled: a defect of ours."""
-        self._logger.error("%s", message, extra={"fields": fields}, exc_info=True)
+    def exception(self, message: str, error: Exception, **fields: object) -> None:
+        """Logs with the traceback of an exception: a defect of ours."""
+        self._logger.error("%s", message, extra={"fields": fields}, exc_info=error)
 
 
 def set_up() -> None:

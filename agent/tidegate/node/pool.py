@@ -19,16 +19,14 @@ class Pool:
         self._executor = concurrent.futures.ThreadPoolExecutor(threads, "workload")
         self._lock = threading.Lock()
         self._begun: dict[str, concurrent.futures.Future[None]] = {}
-        self._defects: list[BaseException] = []
+        self._defects: dict[str, Exception] = {}
 
     def submit(self, key: str, work: Callable[[], None]) -> bool:
         """Have the work done for a workload; False, and it is not done, while other work for it goes on."""
         with self._lock:
             if self._is_busy(key):
                 return False
-            begun = self._executor.submit(work)
-            self._begun[key] = begun
-        begun.add_done_callback(self._note)
+            self._begun[key] = self._executor.submit(self._run, key, work)
         return True
 
     def is_busy(self, key: str) -> bool:
@@ -47,13 +45,11 @@ class Pool:
         with self._lock:
             self._begun.pop(key, None)
 
-    def raise_defect(self) -> None:
-        """Raise an exception that came out of some work since it was asked last, if any did."""
+    def defects(self) -> dict[str, Exception]:
+        """What came out of the work for workloads since that was asked last: the latest exception of each."""
         with self._lock:
-            defect = self._defects.pop() if self._defects else None
-            self._defects.clear()
-        if defect is not None:
-            raise defect
+            defects, self._defects = self._defects, {}
+        return defects
 
     def close(self) -> None:
         """Begin nothing any more, and wait for what goes on."""
@@ -63,7 +59,9 @@ class Pool:
         begun = self._begun.get(key)
         return begun is not None and not begun.done()
 
-    def _note(self, ended: "concurrent.futures.Future[None]") -> None:
-        if not ended.cancelled() and (defect := ended.exception()) is not None:
+    def _run(self, key: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as defect:  # noqa: BLE001 - whoever asks for defects is told
             with self._lock:
-                self._defects.append(defect)
+                self._defects[key] = defect

@@ -8,12 +8,15 @@ import collections
 import contextlib
 import enum
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from tidegate.enforce.redirect import block
 from tidegate.enforce.redirect.backend import BackendName, Change
-from tidegate.enforce.redirect.engine import Applied, Engine
+from tidegate.enforce.redirect.engine import Engine
+from tidegate.enforce.redirect.foreign import Left
 from tidegate.intent.policy import Policy
+from tidegate.kernel import netns
 from tidegate.kernel.errors import KernelError
 from tidegate.node.config import OnFailure
 from tidegate.node.log import Log
@@ -27,9 +30,11 @@ LONG_S = 0.5
 RESTS_FOR = 4
 """How many times as long as it took it is then left alone..."""
 FIRST_REST_S = 0.4
-"""...or, when it failed, at least this long, and twice as long each time..."""
+"""...or, when it failed, this long, and twice as long each time that it fails again..."""
 LONGEST_REST_S = 30.0
-"""...up to this."""
+"""...but never longer than this."""
+
+_T = TypeVar("_T")
 
 log = Log("redirection")
 
@@ -42,13 +47,27 @@ class Redirection(enum.StrEnum):
     """Meshed, but the sidecar has not been ready yet."""
     APPLIED = "applied"
     FAILED = "failed"
-    """The rules could not be applied; traffic goes as it goes without them."""
+    """The rules could not be applied, or not all of them taken away; traffic goes as it goes with what is there."""
     BLOCKED = "blocked"
     """The rules could not be applied, and by configuration nothing passes until they can."""
 
 
+class _Step(enum.Enum):
+    """What else than a policy can be tried in a namespace."""
+
+    REMOVE = "remove"
+    BLOCK = "block"
+
+
+class _ReplacedError(KernelError):
+    """Another network namespace lies at the workload's path than the one that all is known of."""
+
+
 class WorkloadRedirection:
-    """The redirection of one workload. Worked on by one thread at a time; what it tells may be read from any."""
+    """The redirection of one workload, in one namespace at a time: see `enter`.
+
+    Worked on by one thread at a time; what it tells may be read from any.
+    """
 
     def __init__(self, name: str, engine: Engine, *, on_failure: OnFailure, adopt: bool) -> None:
         self.last_repair = ""
@@ -58,23 +77,26 @@ class WorkloadRedirection:
         self._on_failure = on_failure
         self._adopt = adopt
         self._repairs: collections.deque[float] = collections.deque(maxlen=REPAIRS_KEPT)
-        self.forget()
+        self.enter(None)
 
-    def forget(self) -> None:
-        """What is known of the namespace does not hold any more: it is another one, or gone."""
+    def enter(self, namespace: netns.Identity | None) -> None:
+        """From here on it is about this namespace, None for none; what was known of another one does not hold."""
+        self._namespace = namespace
         self.state = Redirection.NONE
         self.notes: tuple[str, ...] = ()
         """What goes around the sidecar although the rules are as they should be, one sentence each."""
-        self.foreign: tuple[str, ...] = ()
-        """What another mesh does to the same connections, one sentence each."""
+        self.foreign: tuple[Left, ...] = ()
+        """What another mesh does to the same connections."""
         self._applied_by: Policy | None = None
         self._looked_at = 0.0
         self._noted_at = 0.0
-        self._tried: Policy | None = None
-        self._refusal: KernelError | None = None
-        """Why the rules could not be applied when that was last tried."""
+        self._tried: Policy | _Step | None = None
+        self._refusal: Exception | None = None
+        """Why that could not be done when it was last tried."""
         self._rest_until = 0.0
         self._rested_s = 0.0
+        self._unseen_since: float | None = None
+        """Since when it has not been looked at what somebody changed there, because the namespace rests."""
         self._removed_at: float | None = None
         """When the kernel was last seen without rules; None when it may have some."""
         self._blocked_before: bool | None = None
@@ -84,6 +106,17 @@ class WorkloadRedirection:
         """How often since `since` somebody else had changed the rules, and they were repaired."""
         return sum(at >= since for at in tuple(self._repairs))
 
+    @property
+    def unseen(self) -> str:
+        """That something was changed there which has not been looked at; empty when all has been."""
+        since = self._unseen_since
+        if since is None:
+            return ""
+        return (
+            f"something was changed in the network namespace {time.time() - since:.0f} s ago and has not been looked"
+            " at, because work there takes long; the redirection may be gone"
+        )
+
     def is_as_wanted(self, netns_path: str, policy: Policy) -> bool:
         """Whether the kernel has the rules of the policy, whoever applied them; False while the namespace rests.
 
@@ -92,15 +125,21 @@ class WorkloadRedirection:
         if self._rests(policy):
             return False
         with self._pacing(policy):
-            return not self._engine.check(netns_path, policy)
+            return not self._there(netns_path, lambda: self._engine.check(netns.CURRENT, policy))
 
-    def note_loss(self, netns_path: str) -> None:
+    def note_loss(self, netns_path: str, policy: Policy) -> bool:
         """Rules were in force there when an agent last looked: that they are gone is as if it had seen it happen.
 
-        Rules that are merely different are not counted: an agent of another version may have loaded them.
+        Rules that are merely different are not counted: an agent of another version may have loaded them. False
+        while the namespace rests: it has not been asked. KernelError when it cannot tell.
         """
-        if self._engine.backend_of(netns_path) is None:
+        if self._rests(policy):
+            return False
+        with self._pacing(policy):
+            found = self._there(netns_path, lambda: self._engine.backend_of(netns.CURRENT))
+        if found is None:
             self._count("the rules were gone when the agent came back")
+        return True
 
     def wait(self) -> None:
         """The sidecar has never been ready: no rules yet."""
@@ -112,9 +151,10 @@ class WorkloadRedirection:
             self.keep(netns_path, self._applied_by, look=True)
 
     def keep(self, netns_path: str, policy: Policy, *, look: bool = False) -> None:
-        """Make the kernel follow the policy. `look` asks for a comparison although nothing seems to have happened.
+        """Make the kernel follow the policy. `look` says that something happened, and asks for a comparison at once.
 
-        KernelError when the kernel does not take the rules; by configuration the workload is blocked then.
+        KernelError when the kernel does not take the rules; by configuration the workload is blocked then. Another
+        namespace at the path than that of `enter` is not touched, and a KernelError as well.
         """
         self._removed_at = None
         now = time.monotonic()
@@ -122,58 +162,91 @@ class WorkloadRedirection:
         if settled and not look and now - self._looked_at < self._pace_s:
             return
         if self._rests(policy):
-            # What happened meanwhile is looked at after the rest.
-            self._looked_at = 0.0 if look else self._looked_at
+            if look:
+                # It is looked at after the rest.
+                self._looked_at = 0.0
+                self._miss()
             return
         self._looked_at = now
+        noting = look or not settled or now - self._noted_at >= LOOKED_S
+
+        def follow() -> None:
+            if settled:
+                self._repair(policy)
+            else:
+                self._apply(policy)
+            self._unblock()
+            if noting:
+                self._note(policy)
+                self._noted_at = now
+
         try:
             with self._pacing(policy):
-                if settled:
-                    self._repair(netns_path, policy)
-                else:
-                    self._apply(netns_path, policy)
-                self._unblock(netns_path)
-                if look or not settled or now - self._noted_at >= LOOKED_S:
-                    self._note(netns_path, policy)
-                    self._noted_at = now
-        except KernelError:
-            self.fail(netns_path)
+                self._there(netns_path, follow)
+        except _ReplacedError:
             raise
+        except Exception:
+            # A defect of the agent leaves the workload as little redirected as a refusal of the kernel.
+            self._fail(netns_path)
+            raise
+        self._unseen_since = None
         self._applied_by = policy
         self.state = Redirection.APPLIED
 
-    def _rests(self, policy: Policy) -> bool:
-        """Whether the namespace is to be left alone. KernelError, the one of before, if work there failed."""
-        rests = time.monotonic() < self._rest_until and self._tried == policy
+    def _there(self, netns_path: str, work: Callable[[], _T]) -> _T:
+        """Do the work inside the namespace that all is known of. KernelError when it does not lie at the path."""
+
+        def checked() -> _T:
+            if netns.identity(netns.CURRENT) != self._namespace:
+                raise _ReplacedError(f"another network namespace has come to {netns_path}")
+            return work()
+
+        return netns.run_in(netns_path, checked)
+
+    def _miss(self) -> None:
+        if self._unseen_since is None:
+            self._unseen_since = time.time()
+            log.warning(
+                "something was changed in the network namespace while it rests; it is looked at later",
+                workload=self._name,
+            )
+
+    def _rests(self, trying: Policy | _Step) -> bool:
+        """Whether the namespace is to be left alone. The error of before, if this failed there."""
+        rests = time.monotonic() < self._rest_until and self._tried == trying
         if rests and self._refusal is not None:
             raise self._refusal
         return rests
 
     @contextlib.contextmanager
-    def _pacing(self, policy: Policy) -> Iterator[None]:
+    def _pacing(self, trying: Policy | _Step) -> Iterator[None]:
         """Work in the namespace, and then a rest if it failed or took long."""
         began = time.monotonic()
-        self._tried = policy
+        self._tried = trying
         try:
             yield
-        except KernelError as error:
+        except Exception as error:
             self._refusal = error
-            self._rest(FIRST_REST_S)
+            self._rested_s = min(max(FIRST_REST_S, 2 * self._rested_s), LONGEST_REST_S)
+            self._rest_until = time.monotonic() + self._rested_s
             raise
         self._refusal = None
-        took = time.monotonic() - began
-        if took > LONG_S:
-            self._rest(took * RESTS_FOR)
-        else:
-            self._rested_s = 0.0
-
-    def _rest(self, at_least_s: float) -> None:
-        """Leave the namespace alone for a while, longer each time: work there takes a thread and the machine's time."""
-        self._rested_s = min(max(at_least_s, 2 * self._rested_s), LONGEST_REST_S)
-        self._rest_until = time.monotonic() + self._rested_s
+        self._rested_s = 0.0
+        ended = time.monotonic()
+        rest = (ended - began) * RESTS_FOR if ended - began > LONG_S else 0.0
+        self._rest_until = ended + min(rest, LONGEST_REST_S)
 
     def fail(self, netns_path: str) -> None:
-        """The workload cannot be redirected: by configuration nothing of it passes, or all of it passes as it is."""
+        """The workload cannot be redirected: by configuration nothing of it passes, or all of it passes as it is.
+
+        KernelError when it cannot be blocked.
+        """
+        if self._rests(_Step.BLOCK):
+            return
+        with self._pacing(_Step.BLOCK):
+            self._fail(netns_path)
+
+    def _fail(self, netns_path: str) -> None:
         self.state = Redirection.FAILED
         self._removed_at = None
         if self._on_failure is OnFailure.BLOCK:
@@ -183,16 +256,29 @@ class WorkloadRedirection:
             self.state = Redirection.BLOCKED
 
     def remove(self, netns_path: str) -> None:
-        """Take the rules away, whoever applied them. KernelError when they cannot be removed."""
+        """Take the rules away, whoever applied them, in whatever namespace lies at the path.
+
+        KernelError when not all of them can be removed.
+        """
         now = time.monotonic()
         if self._removed_at is not None and now - self._removed_at < LOOKED_S:
             return
-        if self._engine.remove(netns_path) is Change.REMOVED:
+        if self._rests(_Step.REMOVE):
+            return
+        self._applied_by = None
+        try:
+            with self._pacing(_Step.REMOVE):
+                change = self._engine.remove(netns_path)
+        except Exception:
+            if self.state is Redirection.APPLIED:
+                self.state = Redirection.FAILED
+            raise
+        if change is Change.REMOVED:
             log.info("redirection removed", workload=self._name)
         self.state = Redirection.NONE
         self.notes = ()
         self.foreign = ()
-        self._applied_by = None
+        self._unseen_since = None
         self._blocked_before = False
         self._removed_at = now
 
@@ -200,25 +286,25 @@ class WorkloadRedirection:
     def _pace_s(self) -> float:
         return LOOKED_S if self._engine.choice.backend is BackendName.NFTABLES else 0.0
 
-    def _apply(self, netns_path: str, policy: Policy) -> None:
-        applied = self._engine.apply(netns_path, policy, adopt=self._adopt)
+    def _apply(self, policy: Policy) -> None:
+        applied = self._engine.apply(netns.CURRENT, policy, adopt=self._adopt)
         if applied.change is not Change.UNCHANGED:
             log.info(
                 "redirection applied",
                 workload=self._name,
                 change=applied.change,
                 backend=applied.backend,
-                adopted=list(applied.adopted),
+                adopted=list(map(str, applied.adopted)),
             )
-        self._found(applied)
+        self.foreign = applied.foreign
 
-    def _repair(self, netns_path: str, policy: Policy) -> None:
-        differences = self._engine.check(netns_path, policy)
+    def _repair(self, policy: Policy) -> None:
+        differences = self._engine.check(netns.CURRENT, policy)
         if not differences:
             self.foreign = ()
             return
-        applied = self._engine.apply(netns_path, policy, adopt=self._adopt)
-        self._found(applied)
+        applied = self._engine.apply(netns.CURRENT, policy, adopt=self._adopt)
+        self.foreign = applied.foreign
         if applied.change is Change.UNCHANGED and not applied.adopted:
             return
         self._count(_told(differences))
@@ -232,28 +318,20 @@ class WorkloadRedirection:
             different=different,
         )
 
-    def _found(self, applied: Applied) -> None:
-        """What other meshes have there, with the reason where it was to be adopted and could not be."""
-        self.foreign = tuple(
-            next((refused for refused in applied.refused if refused.startswith(one)), one)
-            for one in applied.foreign
-        )
-
-    def _note(self, netns_path: str, policy: Policy) -> None:
+    def _note(self, policy: Policy) -> None:
         try:
-            gaps = self._engine.gaps(netns_path, policy)
+            notes = self._engine.gaps(netns.CURRENT, policy)
         except KernelError as error:
-            gaps = (f"what goes around the sidecar cannot be told: {error}",)
-        notes = tuple(gap for gap in gaps if not any(one.startswith(gap) for one in self.foreign))
+            notes = (f"what goes around the sidecar cannot be told: {error}",)
         for note in notes:
             if note not in self.notes:
                 log.warning(note, workload=self._name)
         self.notes = notes
 
-    def _unblock(self, netns_path: str) -> None:
+    def _unblock(self) -> None:
         if self._blocked_before is False:
             return
-        if block.unblock(netns_path) is Change.REMOVED:
+        if block.unblock(netns.CURRENT) is Change.REMOVED:
             log.info("unblocked", workload=self._name)
         self._blocked_before = False
 

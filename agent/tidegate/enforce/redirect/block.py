@@ -16,8 +16,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tidegate.enforce.redirect.backend import Change
-from tidegate.kernel import netns, nf_tables, nf_transaction, nftables, xtables, xtables_rules
+from tidegate.kernel import (
+    legacy_tables,
+    netns,
+    nf_tables,
+    nf_transaction,
+    nfnetlink,
+    nftables,
+    xtables,
+    xtables_rules,
+)
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.legacy_tables import Family
 from tidegate.kernel.nf_tables import Contents
 from tidegate.kernel.xtables import Content
 
@@ -61,16 +71,13 @@ _LEGACY = """\
 COMMIT
 """
 _NEIGHBOURS = {
-    xtables.Family.IPV4: "",
-    xtables.Family.IPV6: "".join(
+    Family.IPV4: "",
+    Family.IPV6: "".join(
         f"-A {chain} -p ipv6-icmp -m icmp6 --icmpv6-type {kind} -j RETURN\n"
         for chain in ("TIDEBLOCK_IN", "TIDEBLOCK_OUT")
         for kind in (133, 134, 135, 136)
     ),
 }
-
-_NO_NF_TABLES = (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EINVAL, errno.EOPNOTSUPP)
-"""How a kernel without nf_tables, or without netlink for netfilter, answers."""
 
 _MOST_BYTES = 2**16
 """More than the table has; a longer one was changed by somebody."""
@@ -132,7 +139,7 @@ def _create() -> Change:
     refusal = KernelError(f"there is no name for the table {TABLE}")
     for name in TABLES:
         steps = (
-            *nf_transaction.clearance(_FAMILY, name),
+            nf_transaction.clearance(_FAMILY, name),
             *nf_transaction.creation(_FAMILY, _whole(name)),
         )
         try:
@@ -154,7 +161,7 @@ def _clear() -> Change:
     going = [name for name in _present() if nf_tables.table_owner(_FAMILY, name) is None]
     if not going:
         return Change.UNCHANGED
-    nf_transaction.run([step for name in going for step in nf_transaction.clearance(_FAMILY, name)])
+    nf_transaction.run([nf_transaction.clearance(_FAMILY, name) for name in going])
     return Change.REMOVED
 
 
@@ -163,7 +170,7 @@ def _present() -> list[str]:
     try:
         return [name for name in TABLES if nf_tables.table_flags(_FAMILY, name) is not None]
     except KernelError as error:
-        if error.errno in _NO_NF_TABLES:
+        if error.errno in nfnetlink.NO_SUBSYSTEM:
             return []
         raise
 
@@ -203,17 +210,17 @@ def _unblock_by_legacy_tables(netns_path: str) -> Change:
     return _loaded(netns_path, dict.fromkeys(families, xtables.EMPTY))
 
 
-def _families() -> tuple[xtables.Family, ...]:
+def _families() -> tuple[Family, ...]:
     """The families that the current namespace can have packets of."""
     six = Path("/proc/thread-self/net/if_inet6").exists()
-    return (xtables.Family.IPV4, xtables.Family.IPV6) if six else (xtables.Family.IPV4,)
+    return (Family.IPV4, Family.IPV6) if six else (Family.IPV4,)
 
 
-def _families_with_legacy_table() -> tuple[xtables.Family, ...]:
-    return tuple(family for family in xtables.Family if _LEGACY_TABLE in xtables.existing(family))
+def _families_with_legacy_table() -> tuple[Family, ...]:
+    return tuple(family for family in Family if _LEGACY_TABLE in legacy_tables.existing(family))
 
 
-def _legacy_contents(families: Iterable[xtables.Family]) -> dict[xtables.Family, Content]:
+def _legacy_contents(families: Iterable[Family]) -> dict[Family, Content]:
     """What the table should hold. KernelError where the libraries for that are missing."""
     tables = {family: xtables_rules.parse(_legacy_text(family)) for family in families}
     return {
@@ -222,11 +229,11 @@ def _legacy_contents(families: Iterable[xtables.Family]) -> dict[xtables.Family,
     }
 
 
-def _legacy_text(family: xtables.Family) -> str:
+def _legacy_text(family: Family) -> str:
     return _LEGACY.format(neighbours=_NEIGHBOURS[family])
 
 
-def _loaded(netns_path: str, wanted: dict[xtables.Family, Content]) -> Change:
+def _loaded(netns_path: str, wanted: dict[Family, Content]) -> Change:
     """Have the legacy tables of the namespace hold this of the block, and say what that changed."""
     changes = netns.run_in(netns_path, _load, wanted)
     for change in (Change.REPLACED, Change.CREATED, Change.REMOVED):
@@ -235,7 +242,7 @@ def _loaded(netns_path: str, wanted: dict[xtables.Family, Content]) -> Change:
     return Change.UNCHANGED
 
 
-def _load(wanted: dict[xtables.Family, Content]) -> list[Change]:
+def _load(wanted: dict[Family, Content]) -> list[Change]:
     changes = []
     with xtables.locked():
         for family, content in wanted.items():
@@ -253,7 +260,7 @@ def _load(wanted: dict[xtables.Family, Content]) -> list[Change]:
     return changes
 
 
-def _is_loaded(wanted: dict[xtables.Family, Content]) -> bool:
+def _is_loaded(wanted: dict[Family, Content]) -> bool:
     return all(
         xtables.content(family, _LEGACY_TABLE, _LEGACY_CHAINS, {}).equals(content)
         for family, content in wanted.items()

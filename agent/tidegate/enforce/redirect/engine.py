@@ -15,12 +15,11 @@ import msgspec
 
 from tidegate.enforce.redirect import block, foreign, gaps, inventory
 from tidegate.enforce.redirect.backend import Backend, BackendName, Change, InstalledLine
-from tidegate.enforce.redirect.foreign import Foreign
+from tidegate.enforce.redirect.foreign import Foreign, Left
 from tidegate.enforce.redirect.inventory import Inventory
 from tidegate.enforce.redirect.iptables import IptablesBackend
 from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import Rules, rules_for
-from tidegate.enforce.redirect.text import shown
 from tidegate.errors import InputError
 from tidegate.intent.policy import Family, Outbound, Policy, PortRange
 from tidegate.kernel import netns
@@ -64,12 +63,10 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
     backend: BackendName
     replaced_backend: BackendName | None = None
     """The other backend, whose rules were there and are gone."""
-    adopted: tuple[str, ...] = ()
-    """What another mesh had left and is gone, one sentence each."""
-    foreign: tuple[str, ...] = ()
-    """What another mesh has left and is still there, one sentence each."""
-    refused: tuple[str, ...] = ()
-    """What of that was to be adopted and could not be, with the reason, one sentence each."""
+    adopted: tuple[Foreign, ...] = ()
+    """What another mesh had and is gone."""
+    foreign: tuple[Left, ...] = ()
+    """What another mesh has and is still there, whether it was to be adopted or not."""
 
 
 def choose(wanted: str) -> Choice:
@@ -129,23 +126,23 @@ class Engine:
         if replaced:
             change = _joined(change, self._take_over(netns_path, bool(rules.lists)))
         adopted: list[Foreign] = []
-        refused: list[str] = []
+        left: list[Left] = []
         for item in found.foreign:
             if not adopt or not item.removable:
+                left.append(Left(item))
                 continue
             try:
                 foreign.remove(netns_path, item)
             except KernelError as error:
-                refused.append(f"{item}; it cannot be taken away: {shown(str(error))}")
+                left.append(Left(item, str(error)))
             else:
                 adopted.append(item)
         return Applied(
             change=change,
             backend=self._backend.name,
             replaced_backend=replaced,
-            adopted=tuple(map(str, adopted)),
-            foreign=tuple(str(item) for item in found.foreign if item not in adopted),
-            refused=tuple(refused),
+            adopted=tuple(adopted),
+            foreign=tuple(left),
         )
 
     def check(self, netns_path: str, policy: Policy) -> tuple[str, ...]:
@@ -195,13 +192,14 @@ class Engine:
     def gaps(self, netns_path: str, policy: Policy) -> tuple[str, ...]:
         """Ways around the sidecar that the policy, the namespace or others' rules leave open, one sentence each.
 
+        What `check` tells is not among them: other meshes' rules, and those of the other backend.
         KernelError when the namespace is gone, or cannot be looked at.
         """
         found = inventory.taken(netns_path)
         return (
             *gaps.of_policy(netns_path, policy),
             *self._unexpressible(policy),
-            *gaps.of_inventory(found),
+            *gaps.of_unseen(found),
             *gaps.of_namespace(netns_path, policy, _rules(policy)),
         )
 

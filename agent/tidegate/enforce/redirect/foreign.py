@@ -14,7 +14,15 @@ from typing import assert_never
 import msgspec
 
 from tidegate.enforce.redirect.text import shown
-from tidegate.kernel import chains, netns, nf_tables, nf_transaction, nfnetlink, xtables
+from tidegate.kernel import (
+    chains,
+    legacy_tables,
+    netlink,
+    netns,
+    nf_tables,
+    nf_transaction,
+    xtables,
+)
 from tidegate.kernel.chains import Chain, Store
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.nf_transaction import Step
@@ -54,6 +62,19 @@ class Foreign(msgspec.Struct, frozen=True):
         more = len(self.chains) - _NAMED
         others = f" and {more} more" if more > 0 else ""
         return shown(f"{self.mesh} redirects in {kind} {self.family} {self.table}: {named}{others}")
+
+
+class Left(msgspec.Struct, frozen=True):
+    """What another mesh has in a namespace and keeps there."""
+
+    found: Foreign
+    reason: str | None = None
+    """Why it could not be taken away; None when that was not tried."""
+
+    def __str__(self) -> str:
+        if self.reason is None:
+            return str(self.found)
+        return f"{self.found}; it cannot be taken away: {shown(self.reason)}"
 
 
 # Consul sdk/iptables/iptables.go and sdk/nftables/nftables.go
@@ -165,7 +186,7 @@ def _take_out_of_nf_tables(family: str, table: str, names: tuple[str, ...]) -> N
         except KernelError as error:
             if error.errno not in _RACES or is_last:
                 raise
-            nfnetlink.pause(attempt)
+            netlink.pause(attempt)
         else:
             return
 
@@ -201,7 +222,7 @@ def _removal(family: str, table: str, names: tuple[str, ...]) -> tuple[Step, ...
 
 def _take_out_of_legacy_table(family: str, table: str, names: tuple[str, ...]) -> None:
     # Asking for a table that is gone would make it.
-    if table in xtables.existing(xtables.Family(family)):
+    if table in legacy_tables.existing(legacy_tables.Family(family)):
         owned = "|".join(re.escape(name) for name in names)
         with xtables.locked():
-            xtables.replace(xtables.Family(family), table, owned, xtables.EMPTY, {})
+            xtables.replace(legacy_tables.Family(family), table, owned, xtables.EMPTY, {})

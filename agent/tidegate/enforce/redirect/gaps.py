@@ -2,7 +2,7 @@
 
 Left open by the policy itself, by settings and listeners of the workload, or by rules of other programs that the kernel
 asks before tidegate's. Which of those really takes something away depends on the packet; the sentences say what can
-happen. Rules of other meshes are foreign.py's to tell.
+happen. Rules of other meshes are differences that the engine's `check` tells.
 """
 
 import ipaddress
@@ -10,22 +10,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tidegate.enforce.redirect import block, foreign, inventory
+from tidegate.enforce.redirect.families import HEADER, LABEL, VERSION
 from tidegate.enforce.redirect.inventory import Inventory
-from tidegate.enforce.redirect.rules import Hook, Rules
+from tidegate.enforce.redirect.rules import POINTS, Hook, Point, Rules
 from tidegate.enforce.redirect.text import shown
 from tidegate.intent.policy import Family, Mode, Policy
 from tidegate.kernel import chains, effects, links, netns, sockets
-from tidegate.kernel.chains import Chain, Store
+from tidegate.kernel.chains import Base, Chain, Store
 from tidegate.kernel.effects import Asked, Effect
+from tidegate.kernel.netlink import Enough
 
-_FAMILY_NAMES = {Family.IPV4: "IPv4", Family.IPV6: "IPv6"}
-_VERSIONS = {Family.IPV4: 4, Family.IPV6: 6}
-_TABLES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
-"""The family of tables that only packets of a family come to, as nft calls it."""
-
-_TRANSLATED_AT = -100
-_TPROXY_AT = -150
-"""The priorities of tidegate's lists in nat, and of the one of mode tproxy."""
 _TRACKED_AT = -200
 """Where connection tracking begins (NF_IP_PRI_CONNTRACK)."""
 _LOOSE = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_loose")
@@ -51,9 +45,8 @@ def of_namespace(netns_path: str, policy: Policy, rules: Rules) -> tuple[str, ..
     return netns.run_in(netns_path, lambda: tuple(_of_namespace(policy, rules)))
 
 
-def of_inventory(found: Inventory) -> Iterator[str]:
-    """Other meshes' rules, and what was not looked at."""
-    yield from map(str, found.foreign)
+def of_unseen(found: Inventory) -> Iterator[str]:
+    """What was not looked at."""
     yield from (f"rules of others may be there that nobody sees: {one}" for one in found.unseen)
 
 
@@ -72,7 +65,7 @@ def _of_namespace(policy: Policy, rules: Rules) -> Iterator[str]:
 
 def _families(policy: Policy, reach: links.Reach) -> Iterator[str]:
     for family in (family for family in Family if family not in policy.families):
-        name, version = _FAMILY_NAMES[family], _VERSIONS[family]
+        name, version = LABEL[family], VERSION[family]
         has = [
             address
             for address in reach.addresses
@@ -102,8 +95,8 @@ def _dns(policy: Policy, reach: links.Reach) -> Iterator[str]:
     served = {ipaddress.ip_address(address).version for address in dns.addresses}
     asked = {ipaddress.ip_address(address).version for address in dns.resolvers or reach.addresses}
     for family in policy.families:
-        if _VERSIONS[family] in asked - served:
-            name = _FAMILY_NAMES[family]
+        if VERSION[family] in asked - served:
+            name = LABEL[family]
             yield f"DNS queries over {name} are not redirected: the policy has no {name} address to send them to"
 
 
@@ -115,7 +108,11 @@ def _is_strict() -> bool:
 
 
 def _listeners(port: int, mode: Mode) -> Iterator[str]:
-    found = {one.transparent for one in sockets.listeners() if one.port == port}
+    try:
+        found = {one.transparent for one in sockets.listeners() if one.port == port}
+    except Enough:
+        yield f"more sockets listen than are looked at: who listens on port {port} is not known"
+        return
     if mode is Mode.TPROXY and False in found:
         yield (
             f"a listener on port {port} is not transparent: in mode tproxy no connection is handed to it, "
@@ -155,7 +152,7 @@ def _is_known(chain: Chain) -> bool:
 
 
 def _concerns(asked: Asked, families: Iterable[Family]) -> bool:
-    of_one = {_TABLES[family] for family in Family} - {_TABLES[family] for family in families}
+    of_one = {HEADER[family] for family in Family} - {HEADER[family] for family in families}
     return asked.family in ("ip", "ip6", "inet", "netdev") and asked.family not in of_one
 
 
@@ -174,14 +171,14 @@ def _nothing(_asked: Asked, _policy: Policy, _rules: Rules) -> Iterator[str]:
 
 def _of_output(asked: Asked, policy: Policy, rules: Rules) -> Iterator[str]:
     base, found = asked.base, asked.found
-    earlier = base.priority <= _TRANSLATED_AT
-    if rules.lines(Hook.OUTBOUND) and earlier:
+    own = POINTS[Hook.OUTBOUND]
+    if rules.lines(Hook.OUTBOUND) and base.priority <= own.priority:
         if base.kind == "nat":
             does = found.before.anywhere
             # What goes to loopback is left alone but for queries, such as those to Docker's resolver.
             does |= found.before.loopback if policy.dns.enabled else Effect.NONE
             if Effect.TRANSLATE in does:
-                yield f"translates connections that the workload opens, and {_turn(asked)}"
+                yield f"translates connections that the workload opens, and {_turn(base, own)}"
         else:
             yield from _untracked(asked, "that the workload sends")
             yield from _rewritten(asked, "that the workload sends")
@@ -198,19 +195,19 @@ def _of_output(asked: Asked, policy: Policy, rules: Rules) -> Iterator[str]:
 def _of_prerouting(asked: Asked, policy: Policy, rules: Rules) -> Iterator[str]:
     base, found = asked.base, asked.found
     tproxy = bool(rules.lines(Hook.INBOUND_TPROXY))
-    own_priority = _TPROXY_AT if tproxy else _TRANSLATED_AT
+    own = POINTS[Hook.INBOUND_TPROXY if tproxy else Hook.INBOUND]
     if base.kind == "nat":
-        earlier = base.priority <= _TRANSLATED_AT
+        earlier = base.priority <= POINTS[Hook.INBOUND].priority
         if rules.lines(Hook.INBOUND) and earlier and Effect.TRANSLATE in found.before.anywhere:
-            yield f"translates connections that arrive, and {_turn(asked)}"
+            yield f"translates connections that arrive, and {_turn(base, POINTS[Hook.INBOUND])}"
     elif tproxy or rules.lines(Hook.INBOUND):
         if not tproxy:
             yield from _untracked(asked, "that arrive")
-        if base.priority <= own_priority:
+        if base.priority <= own.priority:
             yield from _rewritten(asked, "that arrive")
         # Translation leaves a packet with the socket that it was given to.
         given = found.before if tproxy else found.effects
-        if Effect.HAND_OVER in given.anywhere and (not tproxy or base.priority <= own_priority):
+        if Effect.HAND_OVER in given.anywhere and (not tproxy or base.priority <= own.priority):
             yield "hands over packets that arrive (tproxy, queue): they may not come to the sidecar"
     yield from _of_policy(asked, policy)
 
@@ -228,8 +225,8 @@ def _untracked(asked: Asked, which: str) -> Iterator[str]:
         )
 
 
-def _turn(asked: Asked) -> str:
-    if asked.base.priority < _TRANSLATED_AT:
+def _turn(base: Base, own: Point) -> str:
+    if base.priority < own.priority:
         return "is asked before tidegate's rules: it decides first"
     return "is asked at the same priority as tidegate's rules: it may decide first"
 

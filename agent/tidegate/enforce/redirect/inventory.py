@@ -41,9 +41,6 @@ _MOST_SEARCHED_BYTES = 2**26
 """How large a legacy table may be that is searched for what is left in it: as long as that is not known, nothing is
 known to be removed."""
 
-_UNTOUCHED = 1
-"""The generation of a namespace whose nftables nobody has ever changed (nf_tables_init_net)."""
-
 
 class _Seen(NamedTuple):
     generation: int
@@ -85,7 +82,7 @@ def _taken() -> Inventory:
 
 def _traces() -> frozenset[BackendName]:
     found = set()
-    if _generation() != _UNTOUCHED:
+    if _generation() != nf_tables.UNTOUCHED:
         found.add(BackendName.NFTABLES)
     legacy = _told(chains.of_legacy_tables(_MOST_SEARCHED_BYTES))
     # A set that a rule uses goes with the rule.
@@ -101,19 +98,15 @@ def _generation() -> int:
         return nf_tables.generation()
     except KernelError as error:
         if error.errno in nfnetlink.NO_SUBSYSTEM:
-            return _UNTOUCHED
+            return nf_tables.UNTOUCHED
         raise
 
 
 def _of_nf_tables() -> Inventory:
     generation = _generation()
-    if generation == _UNTOUCHED:
+    if generation == nf_tables.UNTOUCHED:
         return _NOTHING
-    try:
-        cookie = netns.cookie(netns.CURRENT)
-    except KernelError:
-        # Before Linux 5.14 there is nothing to remember a namespace by.
-        return _told(chains.of_nf_tables(_SOUGHT))
+    cookie = netns.cookie(netns.CURRENT)
     seen = _seen.get(cookie)
     if seen is not None and seen.generation == generation:
         return seen.inventory

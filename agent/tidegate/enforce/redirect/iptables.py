@@ -22,6 +22,7 @@ from tidegate.enforce.redirect import translations
 from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
 from tidegate.enforce.redirect.iptables_rules import (
     FAMILIES,
+    MARKING,
     OWNED,
     PLACES,
     SECTIONS,
@@ -35,7 +36,7 @@ from tidegate.enforce.redirect.iptables_rules import (
 from tidegate.enforce.redirect.rules import Hook, Rules, cgroup_paths
 from tidegate.enforce.redirect.text import shown
 from tidegate.intent.policy import Family
-from tidegate.kernel import cgroups, ipset, netns, xtables, xtables_rules
+from tidegate.kernel import cgroups, ipset, legacy_tables, netns, xtables, xtables_rules
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.xtables import Content, Entry
 
@@ -95,9 +96,9 @@ class _Wanted(msgspec.Struct, frozen=True):
     """What a text says."""
 
     sets: tuple[ipset.Set, ...]
-    tables: dict[xtables.Family, dict[str, Content]]
+    tables: dict[legacy_tables.Family, dict[str, Content]]
 
-    def of(self, family: xtables.Family, table: str) -> Content:
+    def of(self, family: legacy_tables.Family, table: str) -> Content:
         return self.tables.get(family, {}).get(table, xtables.EMPTY)
 
 
@@ -124,13 +125,13 @@ class _Present(msgspec.Struct, frozen=True):
     """Other sets of tidegate's names that nobody uses."""
     set_names: dict[int, str]
     """What the sets of rules are called in `tables`: as it is wanted."""
-    tables: dict[xtables.Family, dict[str, Content]]
+    tables: dict[legacy_tables.Family, dict[str, Content]]
 
     def contents(self) -> Iterator[Content]:
         for tables in self.tables.values():
             yield from tables.values()
 
-    def of(self, family: xtables.Family, table: str) -> Content:
+    def of(self, family: legacy_tables.Family, table: str) -> Content:
         return self.tables.get(family, {}).get(table, xtables.EMPTY)
 
     @property
@@ -193,8 +194,8 @@ def _present(wanted: _Wanted) -> _Present:
                 for table in TABLES
                 if table in existing
             }
-            for family in xtables.Family
-            if (existing := xtables.existing(family))
+            for family in legacy_tables.Family
+            if (existing := legacy_tables.existing(family))
         },
     )
 
@@ -291,7 +292,7 @@ def _translating(tables: "_Wanted | _Present") -> list[Entry]:
     """The rules that send queries elsewhere."""
     return [
         rule.entry
-        for family in xtables.Family
+        for family in legacy_tables.Family
         for name, rules in tables.of(family, "nat").chains.items()
         if name.startswith(PLACES[Hook.OUTBOUND].chain)
         for rule in rules
@@ -305,7 +306,7 @@ def _is_as_wanted(present: _Present, wanted: _Wanted) -> bool:
         and all(present.sets[one.name].is_as_wanted(one) for one in wanted.sets)
         and all(
             present.of(family, table).equals(wanted.of(family, table))
-            for family in xtables.Family
+            for family in legacy_tables.Family
             for table in TABLES
         )
     )
@@ -314,7 +315,7 @@ def _is_as_wanted(present: _Present, wanted: _Wanted) -> bool:
 class _Step(NamedTuple):
     """One table to be replaced."""
 
-    family: xtables.Family
+    family: legacy_tables.Family
     table: str
     before: Content
     after: Content
@@ -339,19 +340,22 @@ def _load(present: _Present, wanted: _Wanted) -> None:
 def _steps(present: _Present, wanted: _Wanted) -> list[_Step]:
     steps = [
         _Step(family, table, present.of(family, table), wanted.of(family, table))
-        for family in xtables.Family
+        for family in legacy_tables.Family
         for table in TABLES
     ]
     changed = (step for step in steps if not step.before.equals(step.after))
     return sorted(changed, key=_turn)
 
 
-def _turn(step: _Step) -> tuple[bool, int]:
-    """Tables that lose a list come last, in the opposite order."""
+def _turn(step: _Step) -> tuple[int, int]:
+    """Tables that lose a list come last, in the opposite order; first of those the ones that get another for it."""
     hooks = {place.chain for place in PLACES.values()}
-    loses = bool(hooks & (step.before.chains.keys() - step.after.chains.keys()))
+    before, after = hooks & step.before.chains.keys(), hooks & step.after.chains.keys()
+    loses, gains = bool(before - after), bool(after - before)
     order = TABLES.index(step.table)
-    return loses, -order if loses else order
+    if loses:
+        return (1 if gains else 2), -order
+    return 0, order
 
 
 def _make_sets(present: _Present, wanted: _Wanted) -> None:
@@ -421,7 +425,7 @@ def _told(differences: Iterator[str]) -> Iterator[str]:
 
 def _differences(wanted: _Wanted, present: _Present) -> Iterator[str]:
     yield from _set_differences(wanted, present)
-    for family in xtables.Family:
+    for family in legacy_tables.Family:
         for table in TABLES:
             should, has = wanted.of(family, table), present.of(family, table)
             if not has.equals(should):
@@ -444,7 +448,7 @@ def _set_differences(wanted: _Wanted, present: _Present) -> Iterator[str]:
 
 
 def _table_differences(
-    family: xtables.Family, table: str, should: Content, has: Content
+    family: legacy_tables.Family, table: str, should: Content, has: Content
 ) -> Iterator[str]:
     where = f"table {table} of {family}"
     yield from (
@@ -466,14 +470,15 @@ def _table_differences(
 
 
 def _jump_differences(
-    family: xtables.Family, where: str, should: Content, has: Content
+    family: legacy_tables.Family, where: str, should: Content, has: Content
 ) -> Iterator[str]:
     jumps = (*should.jumps, *has.jumps)
     rules = dict(
         zip(jumps, xtables_rules.spelled(family, [jump.entry for jump in jumps]), strict=True)
     )
     for jump in should.jumps:
-        if jump not in has.jumps:
+        # A chain that is missing stands for the jump to it.
+        if jump not in has.jumps and xtables.target(family, jump.entry) in has.chains:
             yield f"rule {jump.position} of {jump.chain} in {where} is not '{rules[jump]}'"
     for jump in has.jumps:
         if jump not in should.jumps:
@@ -482,13 +487,16 @@ def _jump_differences(
 
 
 def _chain_differences(
-    family: xtables.Family, where: str, should: list[Entry], has: list[Entry]
+    family: legacy_tables.Family, where: str, should: list[Entry], has: list[Entry]
 ) -> Iterator[str]:
     wanted, present = _by_line(family, should), _by_line(family, has)
     yield from (f"{line} of {where} is missing" for line in wanted if line not in present)
-    yield from (
-        f"{line} of {where} is there and should not be" for line in present if line not in wanted
-    )
+    extra = [line for line in present if line not in wanted]
+    nameless = [line for line in extra if not _line_name(family, present[line])][:_MOST_TOLD]
+    rules = xtables_rules.spelled(family, [present[line] for line in nameless]) if nameless else ()
+    told = {line: f"rule '{shown(rule)}'" for line, rule in zip(nameless, rules, strict=True)}
+    for line in extra:
+        yield f"{told.get(line, line)} of {where} is there and should not be"
     changed = [line for line in wanted if line in present and wanted[line] != present[line]]
     entries = [entry for line in changed for entry in (present[line], wanted[line])]
     spelled = iter(xtables_rules.spelled(family, entries) if entries else ())
@@ -499,18 +507,19 @@ def _chain_differences(
         yield f"the lines of {where} are in another order"
 
 
-def _by_line(family: xtables.Family, entries: list[Entry]) -> dict[str, Entry]:
+def _by_line(family: legacy_tables.Family, entries: list[Entry]) -> dict[str, Entry]:
     """Rules by a name for people."""
     named: dict[str, Entry] = {}
     seen: Counter[str] = Counter()
     for entry in entries:
-        name = f"line {_line_name(family, entry) or 'without a name'}"
+        line = _line_name(family, entry)
+        name = f"line {line}" if line else "rule without a name"
         seen[name] += 1
         named[f"{name} (rule {seen[name]})" if seen[name] > 1 else name] = entry
     return named
 
 
-def _line_name(family: xtables.Family, entry: Entry) -> str:
+def _line_name(family: legacy_tables.Family, entry: Entry) -> str:
     """The last comment of a rule; see _Writer."""
     return shown((xtables.comments(family, entry) or ("",))[-1])
 
@@ -527,12 +536,13 @@ def _installed_lines(present: _Present) -> Iterator[InstalledLine]:
             yield InstalledLine(hook=hook, name=name, packets=packets)
 
 
-def _packets(family: xtables.Family, place: Place, content: Content) -> dict[str, int]:
+def _packets(family: legacy_tables.Family, place: Place, content: Content) -> dict[str, int]:
     """What the lines of one list counted, in their order."""
     packets: dict[str, int] = {}
     chains = itertools.takewhile(content.chains.__contains__, chain_names(place))
     for rule in itertools.chain.from_iterable(content.chains[chain] for chain in chains):
-        if not xtables.goes_elsewhere(family, rule.entry):
+        prepares = xtables.target(family, rule.entry) == MARKING
+        if not prepares and not xtables.goes_elsewhere(family, rule.entry):
             name = _line_name(family, rule.entry)
             packets[name] = packets.get(name, 0) + rule.packets
     return packets

@@ -12,7 +12,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, assert_never
 
+from tidegate.enforce.redirect.families import HEADER
 from tidegate.enforce.redirect.rules import (
+    HANDED_OVER,
+    POINTS,
     SENDING,
     Action,
     ByGroup,
@@ -20,6 +23,7 @@ from tidegate.enforce.redirect.rules import (
     Drop,
     First,
     FromNetwork,
+    HandedOver,
     Hook,
     InCgroup,
     Invalid,
@@ -31,8 +35,10 @@ from tidegate.enforce.redirect.rules import (
     OfFamily,
     OfKnownSocket,
     OfProtocol,
+    OfTransparentSocket,
     OnInterface,
     Opening,
+    Point,
     Redirect,
     Rules,
     ToNetwork,
@@ -41,11 +47,12 @@ from tidegate.enforce.redirect.rules import (
     Tproxy,
     Translate,
     Translated,
+    Untracked,
     Zone,
     lines_of_family,
 )
 from tidegate.intent.policy import Family, IdRange, PortRange, Protocol
-from tidegate.kernel import ipset, xtables
+from tidegate.kernel import ipset, legacy_tables
 from tidegate.kernel.cgroups import Cgroup
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.xtables_rules import quoted
@@ -63,13 +70,28 @@ class Place(NamedTuple):
     chain: str
 
 
+_CHAINS = {
+    Hook.OUTBOUND: "TIDEGATE_OUTBOUND",
+    Hook.INBOUND: "TIDEGATE_INBOUND",
+    Hook.INVALID: "TIDEGATE_INVALID",
+    Hook.INBOUND_TPROXY: "TIDEGATE_TPROXY",
+    Hook.INVALID_OUTBOUND: "TIDEGATE_INVALID_OUTBOUND",
+    Hook.DNS_ZONE: "TIDEGATE_DNS_ZONE",
+}
+_RAW_AT = -300
+"""The priority of table raw (NF_IP_PRI_RAW)"""
+
+
+def _table(point: Point) -> str:
+    """The table that is asked there. Table mangle is asked at one priority alone, -150 (NF_IP_PRI_MANGLE)."""
+    if point.kind == "nat":
+        return "nat"
+    return "raw" if point.priority == _RAW_AT else "mangle"
+
+
 PLACES = {
-    Hook.OUTBOUND: Place("nat", "OUTPUT", "TIDEGATE_OUTBOUND"),
-    Hook.INBOUND: Place("nat", "PREROUTING", "TIDEGATE_INBOUND"),
-    Hook.INVALID: Place("mangle", "PREROUTING", "TIDEGATE_INVALID"),
-    Hook.INBOUND_TPROXY: Place("mangle", "PREROUTING", "TIDEGATE_TPROXY"),
-    Hook.INVALID_OUTBOUND: Place("mangle", "OUTPUT", "TIDEGATE_INVALID_OUTBOUND"),
-    Hook.DNS_ZONE: Place("raw", "OUTPUT", "TIDEGATE_DNS_ZONE"),
+    hook: Place(_table(POINTS[hook]), POINTS[hook].hook.upper(), chain)
+    for hook, chain in _CHAINS.items()
 }
 """In the order in which they are asked where one chain jumps to two: packets that are dropped come first."""
 
@@ -79,17 +101,22 @@ TABLES = ("raw", "mangle", "nat")
 OWNED = f"(?:{'|'.join(place.chain for place in PLACES.values())})(?:_[0-9]+)?"
 """Pattern of the chains that are tidegate's. Those with a number hold the rest of a list; see _Writer."""
 
-FAMILIES = {Family.IPV4: xtables.Family.IPV4, Family.IPV6: xtables.Family.IPV6}
+FAMILIES = {family: legacy_tables.Family(header) for family, header in HEADER.items()}
 SET_SECTION = "# sets"
 """What the section for ipset begins with."""
 SECTIONS = {family: f"# {family}" for family in FAMILIES.values()}
 """And those for iptables-restore and ip6tables-restore."""
+
+MARKING = "CONNMARK"
+"""Target of rules that only prepare what the next one does."""
 
 _MULTIPORT_SLOTS = 15
 """XT_MULTI_PORTS of linux/netfilter/xt_multiport.h; a range takes two."""
 _MAX_INTERFACE_NAME = 15
 """IFNAMSIZ, less its end"""
 _OPENING = "-m tcp {}--tcp-flags FIN,SYN,RST,ACK SYN"
+_TO_BE_MARKED = f"{_OPENING.format('')} -m conntrack --ctdir ORIGINAL"
+"""And not in the way of a connection that was opened from here."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -206,7 +233,13 @@ class _Writer:
                 if (words := _joined((excluded,), line)) not in others:
                     others.append(words)
             for chosen in itertools.product(*(one.one_of for one in conditions)):
-                rules.append(f"{_joined(chosen, line)} -j {_target(hook, line.action)}")
+                words = _joined(chosen, line)
+                if isinstance(line.action, Tproxy):
+                    opening = _joined((*chosen, _Words(match=_TO_BE_MARKED)), line)
+                    rules.append(
+                        f"{opening} -j {MARKING} --set-xmark {HANDED_OVER:#x}/{HANDED_OVER:#x}"
+                    )
+                rules.append(f"{words} -j {_target(hook, line.action)}")
         return others, rules
 
     def _condition(
@@ -225,6 +258,15 @@ class _Writer:
             case OfKnownSocket():
                 known = (_Words(match="-m socket"),)
                 return _Condition((_Words(),), known) if negated else _Condition(known)
+            case OfTransparentSocket():
+                known = (_Words(match="-m socket --transparent"),)
+                return _Condition((_Words(),), known) if negated else _Condition(known)
+            case HandedOver():
+                words = f"-m connmark {not_}--mark {HANDED_OVER:#x}/{HANDED_OVER:#x}"
+                return _Condition((_Words(match=words),))
+            case Untracked():
+                words = f"-m conntrack {not_}--ctstate INVALID,UNTRACKED"
+                return _Condition((_Words(match=words),))
             case OfFamily(family):
                 return _ALWAYS if (family is self.family) is not negated else _NEVER
             case ByUser(uids):

@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 from tidegate.enforce.redirect import nftables_listing, translations
 from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
+from tidegate.enforce.redirect.families import HEADER
 from tidegate.enforce.redirect.nftables_rules import (
     BOTH,
     FAMILIES,
-    HEADER,
     TABLE,
-    family_of,
     rendered,
+    table_family,
 )
 from tidegate.enforce.redirect.recent import Recent
 from tidegate.enforce.redirect.rules import (
@@ -43,10 +43,10 @@ from tidegate.intent.policy import Family
 from tidegate.kernel import (
     cgroups,
     isolation,
+    netlink,
     netns,
     nf_tables,
     nf_transaction,
-    nfnetlink,
     nftables,
 )
 from tidegate.kernel.cgroups import Cgroup
@@ -55,9 +55,6 @@ from tidegate.kernel.nf_tables import Contents
 from tidegate.kernel.nf_transaction import Step
 
 _TRANSLATING = (Hook.OUTBOUND, Hook.INBOUND)
-
-_UNTOUCHED = 1
-"""The generation of a namespace whose nftables nobody has ever changed (nf_tables_init_net)."""
 
 _TABLE_FLAGS = {1: "dormant", 2: "owner", 4: "persist"}
 """enum nft_table_flags"""
@@ -171,7 +168,7 @@ class NftablesBackend:
             astray = _zoned(there) and before.resolvers != wanted.resolvers
             if self._change(cookie, before, (*_deletion(there), *twin.creation), wanted):
                 break
-            nfnetlink.pause(attempt)
+            netlink.pause(attempt)
         else:
             # Somebody changes something all the time: these steps are right whatever that is.
             nf_transaction.run((*_clearance(), *twin.creation))
@@ -194,7 +191,7 @@ class NftablesBackend:
             if nf_tables.generation() == before.generation:
                 break
             # Some of it may have been read before a change and some after it.
-            nfnetlink.pause(attempt)
+            netlink.pause(attempt)
         return tuple(self._differences(wanted, there))
 
     def _remove(self) -> Change:
@@ -214,7 +211,7 @@ class NftablesBackend:
                 return Change.UNCHANGED
             if self._change(cookie, before, _deletion(there), None):
                 return Change.REMOVED
-            nfnetlink.pause(attempt)
+            netlink.pause(attempt)
         nf_transaction.run(_clearance())
         return Change.REMOVED
 
@@ -287,7 +284,7 @@ def _seen(generation: int, found: _Wanted | None) -> _Seen:
 
 def _tables(seen: _Seen) -> list[str]:
     """Families of the tables of tidegate's name."""
-    if seen.generation == _UNTOUCHED:
+    if seen.generation == nf_tables.UNTOUCHED:
         return []
     return [family for family in FAMILIES if nf_tables.table_flags(family, TABLE) is not None]
 
@@ -297,7 +294,7 @@ def _deletion(there: Iterable[str]) -> tuple[Step, ...]:
 
 
 def _clearance() -> tuple[Step, ...]:
-    return tuple(step for family in FAMILIES for step in nf_transaction.clearance(family, TABLE))
+    return tuple(nf_transaction.clearance(family, TABLE) for family in FAMILIES)
 
 
 def _translated(there: Iterable[str]) -> list[Family]:
@@ -359,7 +356,7 @@ def _made(rules: Rules, found: tuple[Cgroup, ...]) -> _Wanted:
     text = rendered(rules, dict(zip(cgroup_paths(rules), found, strict=True)))
     digest = hashlib.sha256(f"{sorted(one.id for one in found)}\n{text}".encode()).digest()
     return _Wanted(
-        family=family_of(rules),
+        family=table_family(rules),
         chains=tuple(hook.value for hook, _ in rules.lists),
         text=text,
         digest=digest,

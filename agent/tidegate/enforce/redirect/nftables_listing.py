@@ -3,8 +3,21 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tidegate.enforce.redirect.text import shown
+
+
+class _Part(NamedTuple):
+    """An object of a table, or a rule."""
+
+    rows: list[str]
+    of: str | None = None
+    """The object that it is a part of, by its name for people."""
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.rows)
 
 
 def differences(should: str, has: str) -> Iterator[str]:
@@ -12,14 +25,21 @@ def differences(should: str, has: str) -> Iterator[str]:
     return _compared(_parts(should), _parts(has))
 
 
-def _compared(should: dict[str, str], has: dict[str, str]) -> Iterator[str]:
-    yield from (f"{part} is missing" for part in should if part not in has)
-    yield from (f"{shown(part)} is there and should not be" for part in has if part not in should)
-    for part, what in should.items():
-        if part in has and has[part] != what:
-            yield f"{part} is {shown(has[part])}, should be {shown(what)}"
+def _compared(should: dict[str, _Part], has: dict[str, _Part]) -> Iterator[str]:
+    yield from (f"{name} is missing" for name in _only(should, has))
+    yield from (f"{name} is there and should not be" for name in _only(has, should))
+    for name, part in should.items():
+        if name in has and has[name].words != part.words:
+            yield f"{name} is {shown(has[name].words)}, should be {shown(part.words)}"
     if should.keys() == has.keys() and list(should) != list(has):
         yield "the lines are in another order"
+
+
+def _only(parts: dict[str, _Part], others: dict[str, _Part]) -> Iterator[str]:
+    """Names of the parts that the others lack; an object stands for what is in it."""
+    for name, part in parts.items():
+        if name not in others and (part.of is None or part.of in others):
+            yield name
 
 
 _OBJECT = re.compile(r"\t(?P<kind>[a-z ]+) (?P<name>\S+) \{")
@@ -28,28 +48,28 @@ _RULE = re.compile(r"\t\t\S")
 _COMMENT = re.compile(r"""(?P<rule>.*?) ?comment "(?P<name>[^"]*)\"""")
 
 
-def _parts(listing: str) -> dict[str, str]:
-    """What each object and rule of a table's listing is, by a name for people, in order."""
-    parts: dict[str, list[str]] = {}
+def _parts(listing: str) -> dict[str, _Part]:
+    """The objects and rules of a table's listing, by names for people, in order."""
+    parts: dict[str, _Part] = {}
     seen: Counter[str] = Counter()
 
-    def part(name: str, *rows: str) -> list[str]:
+    def part(name: str, *rows: str, of: str | None = None) -> list[str]:
         seen[name] += 1
         numbered = name if seen[name] == 1 else f"{name} (number {seen[name]})"
-        parts[numbered] = list(rows)
-        return parts[numbered]
+        parts[numbered] = _Part(list(rows), of)
+        return parts[numbered].rows
 
     where, is_chain = "table", False
     head = last = part(where)
     for row in listing.split("\n")[1:]:
         opened = _OBJECT.fullmatch(row)
         if opened:
-            where, is_chain = f"{opened['kind']} {opened['name']}", opened["kind"] == "chain"
+            where, is_chain = shown(f"{opened['kind']} {opened['name']}"), opened["kind"] == "chain"
             head = last = part(where)
         elif is_chain and head and _RULE.match(row):
             rule = _COMMENT.fullmatch(row[2:])
-            name = rule["name"] if rule else "without a name"
-            last = part(f"line {name} of {where}", rule["rule"] if rule else row[2:])
+            name = f"line {shown(rule['name'])}" if rule else f"rule '{shown(row[2:])}'"
+            last = part(f"{name} of {where}", rule["rule"] if rule else row[2:], of=where)
         elif row.strip() not in ("", "}"):
             last.append(row.strip())
-    return {name: " ".join(rows) for name, rows in parts.items()}
+    return parts

@@ -8,7 +8,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, assert_never
 
+from tidegate.enforce.redirect.families import HEADER, family_of
 from tidegate.enforce.redirect.rules import (
+    HANDED_OVER,
+    POINTS,
     SENDING,
     Action,
     ByGroup,
@@ -17,6 +20,7 @@ from tidegate.enforce.redirect.rules import (
     Drop,
     First,
     FromNetwork,
+    HandedOver,
     Hook,
     InCgroup,
     Invalid,
@@ -28,6 +32,7 @@ from tidegate.enforce.redirect.rules import (
     OfFamily,
     OfKnownSocket,
     OfProtocol,
+    OfTransparentSocket,
     OnInterface,
     Opening,
     Redirect,
@@ -38,6 +43,7 @@ from tidegate.enforce.redirect.rules import (
     Tproxy,
     Translate,
     Translated,
+    Untracked,
     Zone,
     lines_of_family,
 )
@@ -48,18 +54,8 @@ from tidegate.kernel.errors import KernelError
 TABLE = "tidegate"
 
 BOTH = "inet"
-HEADER = {Family.IPV4: "ip", Family.IPV6: "ip6"}
-"""What nft calls a family's header, and the tables that only its packets come to."""
 FAMILIES = (BOTH, *HEADER.values())
 
-_CHAINS = {
-    Hook.OUTBOUND: "type nat hook output priority -100",
-    Hook.INBOUND: "type nat hook prerouting priority -100",
-    Hook.INBOUND_TPROXY: "type filter hook prerouting priority -150",
-    Hook.DNS_ZONE: "type filter hook output priority -300",
-    Hook.INVALID: "type filter hook prerouting priority -151",
-    Hook.INVALID_OUTBOUND: "type filter hook output priority -150",
-}
 _ARRIVING = (Hook.INBOUND,)
 """Where a redirected packet keeps its address: `redirect` would take one of the interface that it arrives on."""
 _ASKS_AS = {
@@ -72,7 +68,7 @@ _WIDTH = 96
 """Most characters of a row of elements."""
 
 
-def family_of(rules: Rules) -> str:
+def table_family(rules: Rules) -> str:
     """The family of the table that packets of these rules come to."""
     return BOTH if len(rules.families) > 1 else HEADER[rules.families[0]]
 
@@ -82,7 +78,7 @@ def rendered(rules: Rules, of_path: Mapping[str, Cgroup]) -> str:
 
     KernelError for a name that nft(8)'s syntax has no words for.
     """
-    family = family_of(rules)
+    family = table_family(rules)
     writer = _Writer(family, of_path)
     chains = [
         writer.chain(hook, lines if family == BOTH else lines_of_family(lines, rules.families[0]))
@@ -120,11 +116,23 @@ class _Writer:
         return (_set(name, words) for name, words in self._made.items())
 
     def chain(self, hook: Hook, lines: Iterable[Line]) -> str:
-        head = f"\tchain {hook} {{\n\t\t{_CHAINS[hook]}; policy accept;\n"
-        rules = "".join(f"\t\t{self._rule(hook, line)}\n" for line in lines)
+        kind, at, priority = POINTS[hook]
+        asked = f"type {kind} hook {at} priority {priority}"
+        head = f"\tchain {hook} {{\n\t\t{asked}; policy accept;\n"
+        rules = "".join(f"\t\t{rule}\n" for line in lines for rule in self._rules(hook, line))
         return f"{head}{rules}\t}}\n"
 
-    def _rule(self, hook: Hook, line: Line) -> str:
+    def _rules(self, hook: Hook, line: Line) -> Iterator[str]:
+        """The line's rule, and before it one that only marks, where the line says so."""
+        if isinstance(line.action, Tproxy):
+            said = self._said(hook, Line(line.name, (Opening(), *line.matches)))
+            # Not for a SYN that comes in the way of a connection which was opened from here.
+            mark = f"ct direction original ct mark set ct mark | {HANDED_OVER:#010x}"
+            yield f'{said} {mark} comment "{line.name}"'
+        said = self._said(hook, line)
+        yield f'{said} counter {self._action(line.action, hook)} comment "{line.name}"'.lstrip()
+
+    def _said(self, hook: Hook, line: Line) -> str:
         words = [self._words(match, line, hook) for match in line.matches]
         listed = sum(len(one.values) > 1 and one.type != "" for _, one in words)
         parts = []
@@ -136,8 +144,7 @@ class _Writer:
             elif len(one.values) > 1:
                 right = f"{{ {', '.join(one.values)} }}"
             parts.append(f"{one.left} {operator}{right}")
-        said = " ".join(part for part in parts if not _goes_without_saying(part, parts))
-        return f'{said} counter {self._action(line.action, hook)} comment "{line.name}"'.lstrip()
+        return " ".join(part for part in parts if not _goes_without_saying(part, parts))
 
     def _set(self, hook: Hook, name: str, words: _Words) -> str:
         """The name of a set of these values: one that is there already, if its list has the same line."""
@@ -163,6 +170,13 @@ class _Writer:
                 return _Words("tcp flags & (fin | syn | rst | ack)", ("syn",), compared=True)
             case OfKnownSocket():
                 return _Words("socket wildcard", ("0",))
+            case OfTransparentSocket():
+                return _Words("socket transparent", ("1",))
+            case HandedOver():
+                bit = f"{HANDED_OVER:#010x}"
+                return _Words(f"ct mark & {bit}", (bit,), compared=True)
+            case Untracked():
+                return _Words("ct state", ("invalid", "untracked"))
             case OfFamily(family):
                 return _Words("meta nfproto", (family,))
             case ByUser(uids):
@@ -213,7 +227,7 @@ class _Writer:
             case Tproxy(port):
                 return f"tproxy to :{port} accept"
             case Translate(address, port):
-                header = HEADER[Family.IPV6 if ":" in address else Family.IPV4]
+                header = HEADER[family_of(address)]
                 family = f"{header} " if self._family == BOTH else ""
                 host = f"[{address}]" if ":" in address else address
                 return f"dnat {family}to {host}:{port}"

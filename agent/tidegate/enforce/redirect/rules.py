@@ -17,7 +17,7 @@ import enum
 import ipaddress
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias, assert_never
+from typing import NamedTuple, TypeAlias, assert_never
 
 import msgspec
 
@@ -42,6 +42,9 @@ And so that a socket that goes on asking is answered as the policy says at that 
 zone than what is redirected, so that neither is in the other's way.
 """
 
+HANDED_OVER = 0x4000_0000
+"""Bit of connection tracking's mark (not the packet's), for connections whose SYN Tproxy has handed over."""
+
 _LOOPBACK = {Family.IPV4: "127.0.0.0/8", Family.IPV6: "::1/128"}
 _OWN_CALL_SOURCES = {Family.IPV4: "127.0.0.6/32", Family.IPV6: "::6/128"}
 """Where Istio's sidecars call the application from (istio InboundPassthroughBindIpv4, -Ipv6)."""
@@ -65,6 +68,18 @@ class OfKnownSocket(msgspec.Struct, frozen=True):
 
     Or one that listens on exactly this address; one that listens on all addresses does not count.
     """
+
+
+class OfTransparentSocket(msgspec.Struct, frozen=True):
+    """A segment for which this namespace has a transparent socket (IP_TRANSPARENT), such as a sidecar's with tproxy."""
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """Of a connection whose SYN Tproxy has handed over, as connection tracking remembers (HANDED_OVER)."""
+
+
+class Untracked(msgspec.Struct, frozen=True):
+    """Connection tracking cannot place the packet, or is not to follow it."""
 
 
 class OfFamily(msgspec.Struct, frozen=True):
@@ -146,6 +161,9 @@ Criterion: TypeAlias = (
     OfProtocol
     | Opening
     | OfKnownSocket
+    | OfTransparentSocket
+    | HandedOver
+    | Untracked
     | OfFamily
     | ByUser
     | ByGroup
@@ -186,7 +204,10 @@ class Redirect(msgspec.Struct, frozen=True):
 
 
 class Tproxy(msgspec.Struct, frozen=True):
-    """It goes to a transparent socket on a port of this namespace, addresses as they are."""
+    """It goes to a transparent socket on a port of this namespace, addresses as they are.
+
+    If it opens a connection, that is marked HANDED_OVER.
+    """
 
     port: int
 
@@ -227,20 +248,39 @@ class Hook(enum.StrEnum):
     """Where in the kernel a list is asked; the value is the list's name everywhere."""
 
     OUTBOUND = "outbound"
-    """Connections that a process of the workload opens: nat, output, priority -100."""
+    """Connections that a process of the workload opens."""
     INBOUND = "inbound"
-    """Connections that arrive at the workload: nat, prerouting, priority -100."""
+    """Connections that arrive at the workload."""
     INBOUND_TPROXY = "inbound-tproxy"
-    """Packets that arrive at the workload: filter (mangle), prerouting, priority -150."""
+    """Packets that arrive at the workload."""
     DNS_ZONE = "dns-zone"
-    """Packets that a process of the workload sends, before connection tracking: raw, output, priority -300."""
+    """Packets that a process of the workload sends, before connection tracking."""
     INVALID = "invalid"
-    """Packets that arrive, after connection tracking: filter (mangle), prerouting, priority -151."""
+    """Packets that arrive, after connection tracking."""
     INVALID_OUTBOUND = "invalid-outbound"
-    """Packets that a process of the workload sends, after connection tracking: filter (mangle), output, -150."""
+    """Packets that a process of the workload sends, after connection tracking."""
 
 
-SENDING = frozenset({Hook.OUTBOUND, Hook.DNS_ZONE, Hook.INVALID_OUTBOUND})
+class Point(NamedTuple):
+    """Where the kernel asks a list, and when."""
+
+    kind: str
+    """nat, which is asked about the packet with which a connection begins, or filter, about every packet."""
+    hook: str
+    """output, what the workload sends, or prerouting, what arrives; as nft calls it."""
+    priority: int
+    """Lower ones are asked earlier; connection tracking begins at -200 (NF_IP_PRI_CONNTRACK)."""
+
+
+POINTS = {
+    Hook.OUTBOUND: Point("nat", "output", -100),
+    Hook.INBOUND: Point("nat", "prerouting", -100),
+    Hook.INBOUND_TPROXY: Point("filter", "prerouting", -150),
+    Hook.DNS_ZONE: Point("filter", "output", -300),
+    Hook.INVALID: Point("filter", "prerouting", -151),
+    Hook.INVALID_OUTBOUND: Point("filter", "output", -150),
+}
+SENDING = frozenset(hook for hook, point in POINTS.items() if point.hook == "output")
 """Lists of what the workload sends: a packet there has the interface that it leaves by."""
 
 
@@ -568,11 +608,16 @@ def _inbound(policy: Policy) -> Iterator[Line]:
     if not policy.inbound.enabled and not policy.outbound.enabled:
         return
     yield _NOT_TCP
-    # With tproxy every packet comes by. One that has a socket already belongs to it; one that has none may be the
-    # end of a handshake that the listener keeps no state of (SYN cookies), and only the listener can tell.
-    known = () if policy.mode is Mode.REDIRECT else (OfKnownSocket(),)
-    yield Line("older", (Not(Opening()), *known))
-    if policy.mode is Mode.TPROXY:
+    if policy.mode is Mode.REDIRECT:
+        yield Line("older", (Not(Opening()),))
+    else:
+        # Every packet comes by. One that has a socket already belongs to it; one that has none may be the end of a
+        # handshake that the listener keeps no state of (SYN cookies), and only the listener can tell. The application's
+        # listener would take that too, so of a connection that was handed over it has to be the sidecar's socket.
+        yield Line("older", (Not(Opening()), OfKnownSocket(), Not(HandedOver())))
+        # What bears no mark can be asked for none.
+        yield Line("untracked", (Not(Opening()), OfKnownSocket(), Untracked()))
+        yield Line("handed-over", (Not(Opening()), OfKnownSocket(), OfTransparentSocket()))
         # Its addresses here are not those of its socket: an answer to a query that was sent elsewhere, or a connection
         # from before the mode changed.
         yield Line("translated", (Translated(),))
@@ -647,6 +692,8 @@ def _meets(criterion: Criterion, connection: Connection) -> bool:
             return connection.opening
         case OfKnownSocket():
             return not connection.opening
+        case OfTransparentSocket() | HandedOver() | Untracked():
+            return False
         case OfFamily(family):
             return _family(_address(connection.destination)) is family
         case ByUser(uids):

@@ -9,28 +9,24 @@ Works on the network namespace of the calling thread, in that thread.
 """
 
 import contextlib
-import errno
 import ipaddress
 import itertools
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
+from tidegate.enforce.redirect.families import NUMBER, family_of
 from tidegate.enforce.redirect.rules import DNS_ZONE, Rules, Translate
 from tidegate.intent.policy import Family
 from tidegate.kernel import conntrack, sockets
 from tidegate.kernel.conntrack import Endpoint, Translated
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.netlink import Unfinished
-
-_NUMBERS = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+from tidegate.kernel.netlink import Enough
 
 _MOST_S = 2.0
 """How long connections may be looked through: of those that a hostile workload has opened there is no end."""
 _MOST_QUERIES = 50_000
 """How many queries are forgotten at most."""
-_CANNOT_END = (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT)
-"""How a kernel answers that does not end other people's connections (CONFIG_INET_DIAG_DESTROY)."""
 
 
 def end(families: Iterable[Family]) -> None:
@@ -48,12 +44,12 @@ def end(families: Iterable[Family]) -> None:
     try:
         with sockets.ender() as ender:
             for connection in _translated(socket.IPPROTO_TCP):
-                if _family(connection) in concerned:
+                if family_of(connection.original.destination) in concerned:
                     ender.end(*_ends(connection))
                 if time.monotonic() > until:
                     return
     except KernelError as error:
-        if error.errno not in _CANNOT_END:
+        if error.errno not in sockets.CANNOT_END:
             raise
 
 
@@ -66,11 +62,11 @@ def forget(families: Iterable[Family]) -> None:
     going = tuple(families)
     if not going:
         return
-    numbers = [_NUMBERS[family] for family in going]
+    numbers = [NUMBER[family] for family in going]
     try:
         end(going)
     finally:
-        for number in numbers if len(going) < len(_NUMBERS) else (socket.AF_UNSPEC,):
+        for number in numbers if len(going) < len(NUMBER) else (socket.AF_UNSPEC,):
             conntrack.flush(number)
 
 
@@ -84,7 +80,8 @@ def forget_queries(keep: Mapping[Family, tuple[str, int]]) -> None:
     astray = (
         query
         for query in _translated(socket.IPPROTO_UDP)
-        if query.zone == DNS_ZONE and _pair(query.answers_from) != keep.get(_family(query))
+        if query.zone == DNS_ZONE
+        and _pair(query.answers_from) != keep.get(family_of(query.original.destination))
     )
     conntrack.forget(list(itertools.islice(astray, _MOST_QUERIES)))
 
@@ -93,7 +90,7 @@ def resolvers(rules: Rules) -> dict[Family, tuple[str, int]]:
     """Where these rules send queries to, as `forget_queries` takes it."""
     actions = [line.action for _, lines in rules.lists for line in lines]
     return {
-        Family.IPV6 if ":" in action.address else Family.IPV4: (action.address, action.port)
+        family_of(action.address): (action.address, action.port)
         for action in actions
         if isinstance(action, Translate)
     }
@@ -101,12 +98,8 @@ def resolvers(rules: Rules) -> dict[Family, tuple[str, int]]:
 
 def _translated(protocol: int) -> Iterator[Translated]:
     """The translated connections, as many as can be had in time."""
-    with contextlib.suppress(Unfinished):
+    with contextlib.suppress(Enough):
         yield from conntrack.translated(protocol, _MOST_S)
-
-
-def _family(connection: Translated) -> Family:
-    return Family.IPV6 if ":" in connection.original.destination else Family.IPV4
 
 
 def _ends(connection: Translated) -> tuple[tuple[str, int], tuple[str, int]]:

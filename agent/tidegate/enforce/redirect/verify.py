@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from tidegate.enforce.redirect.families import LABEL, family_of
 from tidegate.enforce.redirect.probing.attempts import (
     USUAL_PORTS,
     arrived,
@@ -29,7 +30,7 @@ from tidegate.enforce.redirect.probing.attempts import (
 )
 from tidegate.enforce.redirect.probing.exclusions import exclusion_probes
 from tidegate.enforce.redirect.probing.judgement import Outcome, Probe, skipped
-from tidegate.enforce.redirect.probing.place import Place, Target, family_of, opened_device
+from tidegate.enforce.redirect.probing.place import Place, Target, opened_device
 from tidegate.enforce.redirect.rules import (
     DNS_PORT,
     LEAVE,
@@ -137,7 +138,7 @@ def _inbound(place: Place) -> Iterator[Probe]:
         yield skipped(name, "there is no TUN interface on which connections could arrive")
         return
     if not place.addresses:
-        yield skipped(name, f"the workload has no {place.family} address")
+        yield skipped(name, f"the workload has no {LABEL[place.family]} address")
         return
     redirects = place.concerned and inbound.enabled
     # A port that nobody listens on, if there is one: a probe that is not redirected then disturbs nobody.

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
+from tidegate.enforce.redirect.families import LABEL
 from tidegate.enforce.redirect.probing.judgement import Outcome, Probe, judged, skipped
 from tidegate.enforce.redirect.probing.place import INTERFACE, Place, Target, someone
 from tidegate.enforce.redirect.probing.sending import (
@@ -86,7 +87,9 @@ def tried(place: Place, name: str, target: Target, sender: Sender) -> Probe:
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         if error.errno in _NO_WAY and not place.addresses:
-            return skipped(name, f"{place.family} is switched off in this namespace: {reason}")
+            return skipped(
+                name, f"{LABEL[place.family]} is switched off in this namespace: {reason}"
+            )
         return Probe(name, Outcome.FAILED, f"it could not be sent: {reason}")
     return judged(place, name, target, fate)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from tidegate.enforce.redirect.families import LABEL
 from tidegate.enforce.redirect.probing.attempts import arrived, beside, ports_worth_trying, tried
 from tidegate.enforce.redirect.probing.judgement import LEFT_ALONE, Outcome, Probe
 from tidegate.enforce.redirect.probing.place import (
@@ -85,7 +86,7 @@ def exclusion_probes(place: Place, direction: Direction) -> Iterator[Probe]:
         if place.device is None:
             place.untried.append((name, "there is no TUN interface to try it with"))
         elif not outwards and not place.addresses:
-            place.untried.append((name, f"the workload has no {place.family} address"))
+            place.untried.append((name, f"the workload has no {LABEL[place.family]} address"))
         else:
             yield from _excluded(place, place.device, name, kind, direction, lines)
 

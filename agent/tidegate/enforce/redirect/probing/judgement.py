@@ -55,8 +55,7 @@ def _judgement(place: Place, target: Target, fate: Fate) -> tuple[Outcome, str]:
         case Translate(address, port):
             wanted = Endpoint(address, port)
             if fate.landed == wanted:
-                instead = f"it went to {_at(wanted)} instead of {_at(target.dialled)}"
-                return Outcome.PASSED, instead + _heard(fate.answer)
+                return Outcome.PASSED, f"redirected to {_at(wanted)}{_heard(fate.answer)}"
             return _astray(place, target, fate, _at(wanted))
         case Leave():
             return _left_alone(place, target, fate)
@@ -95,16 +94,14 @@ def _handed_over(place: Place, target: Target, fate: Fate, port: int) -> tuple[O
     """There is no translation to see: only the answer of the transparent listener tells."""
     if fate.landed not in (None, target.dialled):
         return _astray(place, target, fate, f"port {port}")
-    transparent = place.is_transparent(port)
-    if place.listens(port) and transparent is False:
+    if place.listens(port) and not place.is_transparent(port):
         return Outcome.FAILED, f"the listener on port {port} is not transparent"
     if place.listens(target.connection.port) and fate.answer is not None:
         return Outcome.SKIPPED, _OWN_LISTENER
     if fate.answer is Answer.LISTENER:
         return Outcome.PASSED, f"handed to the listener on port {port}, which answered"
     if place.listens(port):
-        unknown = "" if transparent else ", or is not transparent"
-        return Outcome.FAILED, f"the listener on port {port} did not get it{unknown}"
+        return Outcome.FAILED, f"the listener on port {port} did not get it"
     return Outcome.SKIPPED, f"nobody listens on port {port} yet: until then nothing can be told"
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import msgspec
 
+from tidegate.enforce.redirect.families import family_of
 from tidegate.enforce.redirect.rules import (
     DNS_ZONE,
     Action,
@@ -104,14 +105,13 @@ class Place:
         """Whether somebody accepts connections from outside to a port."""
         return any(listener.port == port for listener in self._listeners)
 
-    def is_transparent(self, port: int) -> bool | None:
-        """Whether somebody listens there who takes connections to any address; None when that is not known."""
-        known = {
+    def is_transparent(self, port: int) -> bool:
+        """Whether somebody listens there who takes connections to any address."""
+        return any(
             listener.transparent
             for listener in self._listeners
             if listener.port == port and self._is_of_family(listener.address)
-        }
-        return None if known <= {None} else True in known
+        )
 
     def services(self) -> tuple[Endpoint, ...]:
         """Where others than the sidecar accept connections from outside, by port: an address of the workload each."""
@@ -208,10 +208,6 @@ class Target(msgspec.Struct, frozen=True):
     def stays(self) -> bool:
         """Whether it ends here even when nothing redirects it."""
         return self.connection.interface == INTERFACE
-
-
-def family_of(address: str) -> Family:
-    return Family.IPV4 if ipaddress.ip_address(address).version == 4 else Family.IPV6
 
 
 def someone(network: str) -> str:
