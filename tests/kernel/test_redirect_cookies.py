@@ -8,7 +8,7 @@ import errno
 import select
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 from matrix import send_unanswered
@@ -29,7 +29,7 @@ libc = ctypes.CDLL(None)
 
 @contextmanager
 def listening(
-    netns_path: str, address: str, port: int, *, transparent: bool
+    netns_path: str, address: str, port: int, *, transparent: bool = False
 ) -> Iterator[socket.socket]:
     def listen() -> socket.socket:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -42,6 +42,10 @@ def listening(
 
     with netns.run_in(netns_path, listen) as listener:
         yield listener
+
+
+def sidecar_of(pair: Pair, version: int) -> AbstractContextManager[socket.socket]:
+    return listening(pair.pod, "0.0.0.0" if version == 4 else "::", 20000, transparent=True)
 
 
 def accepted(one: socket.socket, other: socket.socket) -> socket.socket:
@@ -86,10 +90,7 @@ def test_the_application_listening_at_one_address_gets_nothing_that_was_handed_o
     set_sysctl(pair.pod, "net/ipv4/tcp_syncookies", "2")
     address = pair.pod_address(version)
     backend.apply(pair.pod, rules_for(Policy(mode=Mode.TPROXY)))
-    with ExitStack() as stack:
-        everywhere = "0.0.0.0" if version == 4 else "::"
-        sidecar = stack.enter_context(listening(pair.pod, everywhere, 20000, transparent=True))
-        application = stack.enter_context(listening(pair.pod, address, PORT, transparent=False))
+    with sidecar_of(pair, version) as sidecar, listening(pair.pod, address, PORT) as application:
         for _ in range(ROUNDS):
             # The application's listener has sent a cookie, as the sidecar's: now it believes those that come back.
             with connected(pair.pod, address):
@@ -112,10 +113,7 @@ def test_what_is_excluded_completes_its_handshake_with_the_application(
         exclude_cidrs=(f"{pair.peer_address(version)}/{32 if version == 4 else 128}",)
     )
     backend.apply(pair.pod, rules_for(Policy(mode=Mode.TPROXY, inbound=inbound)))
-    with ExitStack() as stack:
-        everywhere = "0.0.0.0" if version == 4 else "::"
-        sidecar = stack.enter_context(listening(pair.pod, everywhere, 20000, transparent=True))
-        application = stack.enter_context(listening(pair.pod, address, PORT, transparent=False))
+    with sidecar_of(pair, version) as sidecar, listening(pair.pod, address, PORT) as application:
         for _ in range(ROUNDS):
             with connected(pair.peer, address):
                 assert accepted(application, sidecar) is application
@@ -131,8 +129,7 @@ def test_a_syn_in_the_way_of_a_connection_that_is_opened_from_here_does_not_stop
     elsewhere = "10.88.0.9" if version == 4 else "fd88::9"
     backend.apply(pair.pod, rules_for(Policy(mode=Mode.TPROXY)))
     with ExitStack() as stack:
-        everywhere = "0.0.0.0" if version == 4 else "::"
-        stack.enter_context(listening(pair.pod, everywhere, 20000, transparent=True))
+        stack.enter_context(sidecar_of(pair, version))
         sidecars = stack.enter_context(netns.run_in(pair.pod, begin, elsewhere))
         own = sidecars.getsockname()[:2]
         netns.run_in(pair.peer, send_unanswered, (elsewhere, PORT), own, rawtcp.SYN)
