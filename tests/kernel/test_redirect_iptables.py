@@ -299,10 +299,8 @@ def test_what_is_loaded_is_what_the_programs_make_of_the_text(new_namespace, eve
 def test_what_arrives_where_no_address_of_its_family_is_goes_to_the_sidecar_all_the_same(pair):
     elsewhere = "10.78.0.9"
     sh(pair.pod, f"ip addr add {elsewhere}/32 dev lo; ip addr del {pair.pod_ipv4}/24 dev eth0")
-    sh(
-        pair.pod,
-        f"ip route add {pair.peer_ipv4} dev eth0; sysctl -qw net.ipv4.conf.all.arp_ignore=0",
-    )
+    sh(pair.pod, f"ip route add {pair.peer_ipv4} dev eth0")
+    set_sysctl(pair.pod, "net/ipv4/conf/all/arp_ignore", "0")
     sh(pair.peer, f"ip route add {elsewhere} dev host0")
     with serving(pair.pod, "pod", PORTS):
         apply(pair.pod, DEFAULT)
