@@ -28,6 +28,7 @@ from namespaces import (
     open_descriptors,
     pair_of,
     serving,
+    set_sysctl,
 )
 
 from tidegate.enforce.redirect import iptables, translations
