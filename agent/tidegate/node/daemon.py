@@ -33,7 +33,7 @@ from tidegate.identity import spiffe
 from tidegate.intent.policy import Mode, Policy
 from tidegate.intent.resolve import resolve, upstreams_of
 from tidegate.kernel.errors import KernelError
-from tidegate.kernel.memory import use_one_arena
+from tidegate.kernel.memory import give_back, use_one_arena
 from tidegate.model import Instance, ServiceIntent, Workload
 from tidegate.node import api
 from tidegate.node.config import AgentConfig
@@ -51,6 +51,8 @@ from tidegate.workloads.files import FileSource
 ROUND_S = 0.5
 SETTLING_ROUND_S = 0.05
 """The pace while a sidecar takes in what it was told: an onboarding or a flip should not wait for the clock."""
+GIVE_BACK_S = 5.0
+"""How often memory is given back that the agent's start, or taking workloads in or out, has taken for a while."""
 LINGER_S = 2.0
 """How long a child may outlive an agent that was killed; it holds what the agent held alone."""
 PATIENCE_S = 0.3
@@ -218,6 +220,7 @@ class Daemon:
         """Ids of workloads that are gone and are being removed."""
         self._abandoned: dict[Path, Keeper] = {}
         """What former agents left of workloads that are gone, by directory, until it is removed."""
+        self._given_back_at = 0.0
         self._roots_pem = ""
         self._round_at = 0.0
         self._problems: dict[tuple[str, str], str] = {}
@@ -277,6 +280,9 @@ class Daemon:
         )
         await unless(stop, self._publish(snapshot))
         await self._work(self._collect)
+        if time.monotonic() - self._given_back_at > GIVE_BACK_S:
+            self._given_back_at = time.monotonic()
+            await self._work(give_back)
         self._round_at = time.time()
 
     def _follow(self, workloads: Iterable[Workload], snapshot: Snapshot) -> None:
