@@ -180,6 +180,9 @@ def _first_apply(
         for backend in usable
         for way in _ways(backend)
     ]
+    if BackendName.NFTABLES in usable:
+        name = f"{BackendName.NFTABLES}, for the first time in a process"
+        starts.append(_Start(name, _first_of_all, _FIRST[BackendName.NFTABLES]))
     if BackendName.NFTABLES in usable and has_nft():
         *_, way = _ways(BackendName.NFTABLES)
         name = f"{BackendName.NFTABLES}{way.by}, beside another's table"
@@ -212,6 +215,12 @@ def _first_apply(
                 for start in starts
             ],
         )
+
+
+def _first_of_all(namespace: str) -> None:
+    """Nothing is known yet of what the kernel makes of the policy."""
+    change = NftablesBackend().apply(namespace, rules_for(DEFAULT))
+    assert change is Change.CREATED, change
 
 
 def _load(text: str) -> Callable[[str], None]:
