@@ -182,7 +182,7 @@ def _first_apply(
     ]
     if BackendName.NFTABLES in usable:
         name = f"{BackendName.NFTABLES}, for the first time in a process"
-        starts.append(_Start(name, _first_of_all))
+        starts.append(_Start(name, _first_of_all, _FIRST[BackendName.NFTABLES]))
     if BackendName.NFTABLES in usable and has_nft():
         *_, way = _ways(BackendName.NFTABLES)
         name = f"{BackendName.NFTABLES}{way.by}, beside another's table"
