@@ -6,6 +6,7 @@ rules there should be is not its business.
 """
 
 import errno
+import functools
 import socket
 from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
@@ -46,10 +47,11 @@ class Elements(msgspec.Struct, frozen=True):
     """By their keys; where one interval ends and another begins, the end is first."""
 
 
-class Contents(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a table is and holds, as the kernel's attributes, without handles and counts.
+class Contents(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
+    """All that a table is and holds, as the kernel's attributes.
 
-    To be compared with another one of the same kernel, or to be made again elsewhere (nf_transaction.creation).
+    Equal to another one of the same kernel that differs in handles and counts only; can be made again elsewhere
+    (nf_transaction.creation).
     """
 
     table: bytes
@@ -60,6 +62,21 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     elements: tuple[Elements, ...]
     complete: bool
     """Whether there was no more than was to be read."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Contents) and self._settled == other._settled
+
+    @functools.cached_property
+    def _settled(self) -> tuple[object, ...]:
+        """What does not change while nobody changes the table. Taking the rest out costs more than reading it."""
+        return (
+            _without(self.table, (h.NFTA_TABLE_HANDLE,)),
+            [_without(one, (h.NFTA_CHAIN_HANDLE, h.NFTA_CHAIN_COUNTERS)) for one in self.chains],
+            [_uncounted(one) for one in self.rules],
+            [_without(one, (h.NFTA_SET_HANDLE,)) for one in self.sets],
+            self.elements,
+            self.complete,
+        )
 
     @property
     def size(self) -> int:
@@ -185,15 +202,15 @@ def _read(reading: _Reading, kernel: Conversation, name: str, chains: tuple[str,
     table = asked_table(kernel, name)
     if table is None:
         return
-    reading.table = _without(table, (h.NFTA_TABLE_HANDLE,))
+    reading.table = table
     for chain in chains:
         found = asked_chain(kernel, name, chain)
         if found is not None:
-            reading.chains.append(_without(found, (h.NFTA_CHAIN_HANDLE, h.NFTA_CHAIN_COUNTERS)))
-    for rule in _dumped(kernel, h.NFT_MSG_GETRULE, text_attribute(h.NFTA_RULE_TABLE, name)):
-        reading.rules.append(_uncounted(rule))
-    for found in _dumped(kernel, h.NFT_MSG_GETSET, text_attribute(h.NFTA_SET_TABLE, name)):
-        reading.sets.append(_without(found, (h.NFTA_SET_HANDLE,)))
+            reading.chains.append(found)
+    reading.rules.extend(
+        _dumped(kernel, h.NFT_MSG_GETRULE, text_attribute(h.NFTA_RULE_TABLE, name))
+    )
+    reading.sets.extend(_dumped(kernel, h.NFT_MSG_GETSET, text_attribute(h.NFTA_SET_TABLE, name)))
     for found in reading.sets:
         set_name = dict(attributes_in(found))[h.NFTA_SET_NAME]
         asked = text_attribute(h.NFTA_SET_ELEM_LIST_TABLE, name)

@@ -8,7 +8,7 @@ there should be is not its business.
 
 import errno
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tidegate.kernel import nf_tables, nfnetlink
@@ -79,31 +79,35 @@ def run(steps: Sequence[Step], generation: int | None = None) -> None:
 
 
 def creation(family: str, contents: Contents) -> Iterator[Step]:
-    """Make a table that is not there, with all that it holds: chains, rules, and sets of plain keys (no maps)."""
-    name = text_of(dict(attributes_in(contents.table))[h.NFTA_TABLE_NAME])
+    """Make a table that is not there, with all that it holds: chains, rules with their counts, sets of plain keys."""
+    parts = dict(attributes_in(contents.table))
+    name = text_of(parts[h.NFTA_TABLE_NAME])
     place = f"table {family} {name}"
     yield _step(
         h.NFT_MSG_NEWTABLE,
         NLM_F_CREATE | NLM_F_EXCL,
         family,
-        _only(contents.table, _OF_TABLE),
+        _only(parts, _OF_TABLE),
         f"create {place}",
     )
     for number, made in enumerate(contents.sets, 1):
-        said = text_of(dict(attributes_in(made))[h.NFTA_SET_NAME])
-        told = _only(made, _OF_SET) + attribute(h.NFTA_SET_ID, number.to_bytes(4, "big"))
+        parts = dict(attributes_in(made))
+        said = text_of(parts[h.NFTA_SET_NAME])
+        told = _only(parts, _OF_SET) + attribute(h.NFTA_SET_ID, number.to_bytes(4, "big"))
         yield _step(h.NFT_MSG_NEWSET, NLM_F_CREATE, family, told, f"create set {said} of {place}")
     for elements in contents.elements:
         yield from _filling(family, name, elements)
     for made in contents.chains:
-        said = text_of(dict(attributes_in(made))[h.NFTA_CHAIN_NAME])
-        told = _only(made, _OF_CHAIN)
+        parts = dict(attributes_in(made))
+        said = text_of(parts[h.NFTA_CHAIN_NAME])
+        told = _only(parts, _OF_CHAIN)
         yield _step(
             h.NFT_MSG_NEWCHAIN, NLM_F_CREATE, family, told, f"create chain {said} of {place}"
         )
     for number, made in enumerate(contents.rules, 1):
-        chain = text_of(dict(attributes_in(made))[h.NFTA_RULE_CHAIN])
-        told = _only(made, _OF_RULE)
+        parts = dict(attributes_in(made))
+        chain = text_of(parts[h.NFTA_RULE_CHAIN])
+        told = _only(parts, _OF_RULE)
         what = f"add a rule to chain {chain} of {place} (its rule number {number})"
         yield _step(h.NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, family, told, what)
 
@@ -173,8 +177,8 @@ def _step(kind: int, flags: int, family: str, attributes: bytes, what: str) -> S
     return Step(Request(kind, flags, FAMILIES[family], attributes), what)
 
 
-def _only(data: bytes, kinds: Collection[int]) -> bytes:
-    return b"".join(attribute(kind, value) for kind, value in attributes_in(data) if kind in kinds)
+def _only(parts: Mapping[int, bytes], kinds: Collection[int]) -> bytes:
+    return b"".join([attribute(kind, value) for kind, value in parts.items() if kind in kinds])
 
 
 def _refused(steps: Sequence[Step], refusal: Refusal) -> KernelError:
