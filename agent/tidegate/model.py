@@ -44,6 +44,21 @@ class FlowClass(enum.StrEnum):
         return self not in (FlowClass.MESH, FlowClass.EMPTY)
 
 
+class Hint(enum.StrEnum):
+    """Which application protocol a plaintext connection speaks, where its first bytes leave no doubt."""
+
+    HTTP1 = "http1"
+    H2C = "h2c"
+    POSTGRES = "postgres"
+    MYSQL = "mysql"
+    REDIS = "redis"
+    KAFKA = "kafka"
+    SSH = "ssh"
+    AMQP = "amqp"
+    MONGODB = "mongodb"
+    CASSANDRA = "cassandra"
+
+
 class MutualTLSMode(enum.StrEnum):
     """Effective mode of a service; Consul's MutualTLSMode with "" resolved."""
 
@@ -105,6 +120,8 @@ class EdgeCount(msgspec.Struct, frozen=True, kw_only=True):
     bytes_to_client: int
     first_seen: float
     last_seen: float
+    hints: tuple[Hint, ...] = ()
+    """Protocols that were recognised, in the order of Hint."""
 
 
 class Edge(msgspec.Struct, frozen=True, kw_only=True):
