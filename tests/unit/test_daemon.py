@@ -500,27 +500,27 @@ def test_an_agent_that_waits_for_its_server_stops_at_once(node, monkeypatch):
     run(scenario())
 
 
-@pytest.mark.parametrize("field", ["run_dir", "state_dir"])
+@pytest.mark.parametrize("field", ["run_dir", "state_dir", "bpffs"])
 def test_a_second_agent_with_a_directory_of_the_first_is_refused_and_named_the_first(
     node, tmp_path, field
 ):
     held = getattr(node.config, field)
     held.mkdir(exist_ok=True)
-    others = {"run_dir": tmp_path / "run-2", "state_dir": tmp_path / "state-2"}
+    others = {each: tmp_path / f"{each}-2" for each in ("run_dir", "state_dir", "bpffs")}
     del others[field]
     second = msgspec.structs.replace(node.config, socket=tmp_path / "agent-2.sock", **others)
     code = (
         "import sys; from pathlib import Path; from tidegate.node.daemon import held_alone\n"
         "with held_alone(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     )
-    argv = [sys.executable, "-c", code, str(held / "agent.lock")]
+    argv = [sys.executable, "-c", code, str(held)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"\n"
         with pytest.raises(TidegateError) as refused:
             asyncio.run(run_agent(second))
         first.stdin.close()
     assert str(refused.value) == f"another agent (process {first.pid}) uses {held}"
-    with held_alone(held / "agent.lock"):
+    with held_alone(held):
         pass
 
 

@@ -114,8 +114,8 @@ async def run_agent(config: AgentConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        for directory in (config.run_dir, config.state_dir):
-            stack.enter_context(held_alone(directory / "agent.lock"))
+        for directory in (config.run_dir, config.state_dir, config.bpffs):
+            stack.enter_context(held_alone(directory))
         listener = api.listen(config.socket)
         stack.callback(_hang_up, config.socket, listener)
         catalog = await stack.enter_async_context(CatalogClient(config.server))
@@ -131,8 +131,12 @@ async def run_agent(config: AgentConfig) -> None:
 
 
 def _make_directories(config: AgentConfig) -> None:
-    """The proxy user has to pass run_dir to its sidecar's directory; nobody has to see the state."""
-    for directory, mode in ((config.run_dir, 0o711), (config.state_dir, 0o700)):
+    """The proxy user has to pass run_dir to its sidecar's directory; nobody has to see the rest."""
+    for directory, mode in (
+        (config.run_dir, 0o711),
+        (config.state_dir, 0o700),
+        (config.bpffs, 0o700),
+    ):
         try:
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(mode)
@@ -141,27 +145,39 @@ def _make_directories(config: AgentConfig) -> None:
 
 
 @contextlib.contextmanager
-def held_alone(path: Path) -> Iterator[None]:
-    """Nobody else holds the file meanwhile. TidegateError when another agent does: two would undo each other's work.
+def held_alone(directory: Path) -> Iterator[None]:
+    """Nobody else holds the directory meanwhile. TidegateError when another agent does: they would undo each other
 
-    The kernel lets go of it with the process, however that ends (flock(2)).
+    The kernel lets go of it with the process, however that ends (flock(2)). A BPF file system has no files, so what is
+    locked is the directory itself; who has it stands in a file beside, where there can be one.
     """
+    holder = directory / "agent.pid"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise TidegateError(f"{path} cannot be used: {error.strerror}") from error
-    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        raise TidegateError(f"{directory} cannot be used: {error.strerror}") from error
+    try:
         try:
-            _lock(file.fileno())
+            _lock(descriptor)
         except BlockingIOError as error:
-            holder = file.read(20).decode("ascii", "replace").strip()
-            who = f" (process {holder})" if holder.isdecimal() else ""
-            raise TidegateError(f"another agent{who} uses {path.parent}") from error
+            who = f" (process {pid})" if (pid := _written(holder)) else ""
+            raise TidegateError(f"another agent{who} uses {directory}") from error
         except OSError as error:
-            raise TidegateError(f"{path} cannot be locked: {error.strerror}") from error
-        file.truncate()
-        file.write(f"{os.getpid()}\n".encode())
+            raise TidegateError(f"{directory} cannot be locked: {error.strerror}") from error
+        with contextlib.suppress(OSError):
+            holder.write_text(f"{os.getpid()}\n")
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _written(holder: Path) -> str:
+    """The process that a directory's holder has written down; empty where that cannot be told."""
+    try:
+        told = holder.read_text(errors="replace")[:20].strip()
+    except OSError:
+        return ""
+    return told if told.isdecimal() else ""
 
 
 def _lock(descriptor: int) -> None:
