@@ -146,7 +146,7 @@ def _make_directories(config: AgentConfig) -> None:
 
 @contextlib.contextmanager
 def held_alone(directory: Path) -> Iterator[None]:
-    """Nobody else holds the directory meanwhile. TidegateError when another agent does: they would undo each other
+    """Nobody else holds the directory meanwhile. TidegateError when another agent does: two undo each other.
 
     The kernel lets go of it with the process, however that ends (flock(2)). A BPF file system has no files, so what is
     locked is the directory itself; who has it stands in a file beside, where there can be one.
