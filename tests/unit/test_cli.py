@@ -24,6 +24,8 @@ ROOT_ONLY = [
     ["agent", "run"],
     ["server"],
     ["doctor"],
+    ["observe"],
+    ["classify", "capture.pcap"],
     ["lab", "up"],
     ["lab", "down"],
     ["lab", "status"],
@@ -191,7 +193,8 @@ def test_an_agent_that_cannot_listen_says_so_in_one_sentence(monkeypatch, capsys
     (tmp_path / "agent.sock").write_text("not a socket")
     (tmp_path / "agent.yaml").write_text(
         f"{{node: n1, server: 'unix:///s', workloads: /w, trust_domain: mesh.consul,"
-        f" run_dir: {tmp_path}/run, state_dir: {tmp_path}/state, socket: {tmp_path}/agent.sock}}"
+        f" run_dir: {tmp_path}/run, state_dir: {tmp_path}/state, bpffs: {tmp_path}/bpf,"
+        f" socket: {tmp_path}/agent.sock}}"
     )
     monkeypatch.setattr("tidegate.cli.agent.log.set_up", lambda: None)
     assert main(["agent", "run", "--config", str(tmp_path / "agent.yaml")]) == 1

@@ -141,7 +141,8 @@ def _make_directories(config: AgentConfig) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(mode)
         except OSError as error:
-            raise TidegateError(f"{directory} cannot be used: {error.strerror}") from error
+            hint = "" if directory != config.bpffs else "; is a BPF file system mounted there?"
+            raise TidegateError(f"{directory} cannot be used: {error.strerror}{hint}") from error
 
 
 @contextlib.contextmanager
