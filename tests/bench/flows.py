@@ -31,7 +31,8 @@ from tests.kernel.packets import (
 )
 
 from tidegate.errors import TidegateError
-from tidegate.kernel.bpf import Map, Object
+from tidegate.kernel.bpf import Map
+from tidegate.kernel.bpf_object import Object
 from tidegate.observe import abi
 
 PART = "flows"
@@ -84,8 +85,7 @@ class _Steps:
     def __init__(self, compiled: Path, at: int, by: int) -> None:
         self._at, self._by = at, by
         with contextlib.ExitStack() as handles, Object.open(compiled) as opened:
-            # .rodata: scope of the classifier, then step_at and step_by.
-            opened.set_constants(struct.pack("=III", 0, at, by))
+            opened.set_constants(step_at=at, step_by=by)
             opened.load()
             self._nothing, self._only_step, self._step_and_observe, self._from_pod = (
                 handles.enter_context(opened.program(name))

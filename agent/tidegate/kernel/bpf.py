@@ -1,26 +1,23 @@
-"""A typed door to bpf(2), through libbpf by ctypes: objects, maps, programs, links, and their pins.
+"""A typed door to bpf(2): maps, programs, links, ring buffers, and pins.
 
-Knows the library's and the kernel's calling conventions and turns every refusal into a KernelError; knows
-nothing of what the programs are for. Everything here works on the calling thread's network namespace.
-Handles hold a file descriptor until they are closed; what is pinned lives on without them.
+Turns every refusal into a KernelError; knows nothing of what the programs are for. Everything here works on the
+calling thread's network namespace. Handles hold a file descriptor until they are closed; what is pinned lives on
+without them.
 """
 
-import contextlib
 import ctypes
 import enum
 import errno
 import functools
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from tidegate.kernel.errors import KernelError
-
-LIBRARY = "libbpf.so.1"
+from tidegate.kernel.libbpf import RING_SAMPLE, libbpf, refusal
 
 
 class MapType(enum.IntEnum):
@@ -30,6 +27,8 @@ class MapType(enum.IntEnum):
     ARRAY = 2
     PERCPU_ARRAY = 6
     LRU_HASH = 9
+    QUEUE = 22
+    RINGBUF = 27
 
 
 class AttachType(enum.IntEnum):
@@ -39,7 +38,9 @@ class AttachType(enum.IntEnum):
     TCX_EGRESS = 47
 
 
+_u32 = ctypes.c_uint32
 _LINK_TYPE_TCX = 11
+_BPF_F_BEFORE = 1 << 3
 _BATCH = 4096
 _POSSIBLE_CPUS = Path("/sys/devices/system/cpu/possible")
 
@@ -58,6 +59,12 @@ class _MapInfo(ctypes.Structure):
     )
 
 
+class _ProgramInfo(ctypes.Structure):
+    """struct bpf_prog_info of linux/bpf.h, its beginning."""
+
+    _fields_ = (("type", ctypes.c_uint32), ("id", ctypes.c_uint32))
+
+
 class _LinkInfo(ctypes.Structure):
     """struct bpf_link_info of linux/bpf.h (6.6), with the tcx member of its union."""
 
@@ -69,6 +76,12 @@ class _LinkInfo(ctypes.Structure):
         ("ifindex", ctypes.c_uint32),
         ("attach_type", ctypes.c_uint32),
     )
+
+
+class _LinkOptions(ctypes.Structure):
+    """struct bpf_link_create_opts of bpf/bpf.h, its beginning."""
+
+    _fields_ = (("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32), ("_pad", ctypes.c_uint32))
 
 
 class _TestRunOptions(ctypes.Structure):
@@ -93,126 +106,6 @@ class _TestRunOptions(ctypes.Structure):
     )
 
 
-_PRINT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_WARN = 0
-"""LIBBPF_WARN of bpf/libbpf.h."""
-
-# Result and arguments of each function, as bpf/bpf.h and bpf/libbpf.h declare them.
-_int, _u32, _u64 = ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64
-_text, _pointer, _size = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "libbpf_set_print": (_pointer, (_PRINT,)),
-    "bpf_object__open_file": (_pointer, (_text, _pointer)),
-    "bpf_object__load": (_int, (_pointer,)),
-    "bpf_object__close": (None, (_pointer,)),
-    "bpf_object__next_map": (_pointer, (_pointer, _pointer)),
-    "bpf_object__next_program": (_pointer, (_pointer, _pointer)),
-    "bpf_map__name": (_text, (_pointer,)),
-    "bpf_map__fd": (_int, (_pointer,)),
-    "bpf_map__is_internal": (ctypes.c_bool, (_pointer,)),
-    "bpf_map__type": (_u32, (_pointer,)),
-    "bpf_map__key_size": (_u32, (_pointer,)),
-    "bpf_map__value_size": (_u32, (_pointer,)),
-    "bpf_map__reuse_fd": (_int, (_pointer, _int)),
-    "bpf_map__set_initial_value": (_int, (_pointer, _pointer, _size)),
-    "bpf_program__name": (_text, (_pointer,)),
-    "bpf_program__fd": (_int, (_pointer,)),
-    "bpf_obj_get": (_int, (_text,)),
-    "bpf_obj_pin": (_int, (_int, _text)),
-    "bpf_obj_get_info_by_fd": (_int, (_int, _pointer, ctypes.POINTER(_u32))),
-    "bpf_link_create": (_int, (_int, _int, _int, _pointer)),
-    "bpf_link_detach": (_int, (_int,)),
-    "bpf_map_lookup_elem": (_int, (_int, _pointer, _pointer)),
-    "bpf_map_update_elem": (_int, (_int, _pointer, _pointer, _u64)),
-    "bpf_map_delete_elem": (_int, (_int, _pointer)),
-    "bpf_map_lookup_batch": (
-        _int,
-        (_int, _pointer, _pointer, _pointer, _pointer, ctypes.POINTER(_u32), _pointer),
-    ),
-    "bpf_prog_test_run_opts": (_int, (_int, ctypes.POINTER(_TestRunOptions))),
-}
-
-_said = threading.local()
-
-
-def _on_print(level: int, form: bytes, arguments: int) -> int:
-    """Keeps libbpf's warnings for the KernelError of this thread's current call."""
-    lines: list[str] | None = getattr(_said, "lines", None)
-    if level == _WARN and lines is not None:
-        text = ctypes.create_string_buffer(1 << 20)
-        _libc().vsnprintf(text, len(text), form, arguments)
-        lines.append(text.value.decode(errors="replace"))
-    return 0
-
-
-_on_print_c = _PRINT(_on_print)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None)
-    libc.vsnprintf.argtypes = (_pointer, _size, _text, _pointer)
-    return libc
-
-
-@functools.cache
-def _libbpf() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(LIBRARY, use_errno=True)
-    except OSError as error:
-        raise KernelError(
-            f"{LIBRARY} cannot be loaded ({error}); Debian has it in libbpf1"
-        ) from None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = arguments
-    library.libbpf_set_print(_on_print_c)
-    return library
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    lines: list[str] = []
-    _said.lines = lines
-    try:
-        yield lines
-    finally:
-        _said.lines = None
-
-
-def _refusal(what: str, result: int) -> KernelError:
-    number = -result if result < 0 else ctypes.get_errno()
-    return KernelError(f"{what}: {os.strerror(number)}", number)
-
-
-_INSTRUCTION = re.compile(r"^\d+: \([0-9a-f]{2}\) .*")
-_LOG_BEGIN, _LOG_END = "-- BEGIN PROG LOAD LOG --", "-- END PROG LOAD LOG --"
-
-
-def verifier_message(said: str) -> str:
-    """What the verifier objected to, out of libbpf's output: program, reason, instruction, source line.
-
-    Empty where the output holds no verifier log.
-    """
-    if _LOG_BEGIN not in said:
-        return ""
-    program = re.search(r"prog '([^']+)'", said)
-    log = said.partition(_LOG_BEGIN)[2].partition(_LOG_END)[0]
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    lines = [line for line in lines if not re.match(r"processed \d+ insns|verification time", line)]
-    if not lines:
-        return ""
-    instruction = next((line for line in reversed(lines) if _INSTRUCTION.match(line)), "")
-    source = next((line for line in reversed(lines) if line.startswith(";")), "")
-    parts = [f"the verifier rejects {program[1] if program else 'the program'}: {lines[-1]}"]
-    if instruction:
-        parts.append(f"at instruction {instruction.partition(' ; ')[0]}")
-    if source:
-        parts.append(f"source: {source.lstrip('; ')}")
-    return "; ".join(parts)
-
-
 class _Handle:
     """Something that the kernel keeps as long as this file descriptor, or a pin, refers to it."""
 
@@ -221,9 +114,9 @@ class _Handle:
 
     def pin(self, path: Path) -> None:
         """Gives it a name on a bpffs, under which it outlives this process."""
-        result = _libbpf().bpf_obj_pin(self.fd, bytes(path))
+        result = libbpf().bpf_obj_pin(self.fd, bytes(path))
         if result < 0:
-            raise _refusal(f"cannot pin at {path} (is it on a bpffs?)", result)
+            raise refusal(f"cannot pin at {path} (is it on a bpffs?)", result)
 
     def close(self) -> None:
         """Gives up the file descriptor; again is no error."""
@@ -244,23 +137,33 @@ class _Handle:
 
     @staticmethod
     def _get(path: Path) -> int:
-        fd: int = _libbpf().bpf_obj_get(bytes(path))
+        fd: int = libbpf().bpf_obj_get(bytes(path))
         if fd < 0:
-            raise _refusal(f"cannot open the pin {path}", fd)
+            raise refusal(f"cannot open the pin {path}", fd)
         return fd
 
 
 def _info(fd: int, info: ctypes.Structure, what: str) -> None:
     size = _u32(ctypes.sizeof(info))
-    result = _libbpf().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size))
+    result = libbpf().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size))
     if result < 0:
-        raise _refusal(f"cannot ask about {what}", result)
+        raise refusal(f"cannot ask about {what}", result)
 
 
 @functools.cache
 def possible_cpus() -> int:
     """How many values an element of a per-processor map has."""
     return int(re.split(r"[-,]", _POSSIBLE_CPUS.read_text().strip())[-1]) + 1
+
+
+class MapDefinition(NamedTuple):
+    """What tells whether a map can serve where another was meant. Sizes are bytes."""
+
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
 
 
 class Map(_Handle):
@@ -271,16 +174,23 @@ class Map(_Handle):
         self.name = name
         info = _MapInfo()
         _info(fd, info, f"map {name}")
-        self.type = info.type
+        self.type: int = info.type
         self.id: int = info.id
         """The kernel's number for this map: no other map has it until the next boot."""
         self.key_size: int = info.key_size
         self.value_size: int = info.value_size
         self.max_entries: int = info.max_entries
+        self.flags: int = info.map_flags
 
     @classmethod
     def open_pinned(cls, path: Path) -> "Map":
         return cls(cls._get(path), path.name)
+
+    def definition(self) -> MapDefinition:
+        """What it was made as."""
+        return MapDefinition(
+            self.type, self.key_size, self.value_size, self.max_entries, self.flags
+        )
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value of a key, or None. For a per-processor map: all values, one behind the other."""
@@ -288,28 +198,28 @@ class Map(_Handle):
         if self.type == MapType.PERCPU_ARRAY:
             size = (size + 7) // 8 * 8 * possible_cpus()
         value = ctypes.create_string_buffer(size)
-        result = _libbpf().bpf_map_lookup_elem(self.fd, self._key(key), value)
+        result = libbpf().bpf_map_lookup_elem(self.fd, self._key(key), value)
         if result == -errno.ENOENT:
             return None
         if result < 0:
-            raise _refusal(f"cannot look into map {self.name}", result)
+            raise refusal(f"cannot look into map {self.name}", result)
         return value.raw
 
     def update(self, key: bytes, value: bytes) -> None:
         """Sets the value of a key; a hash replaces a value as a whole."""
         if len(value) != self.value_size:
             raise ValueError(f"map {self.name} has values of {self.value_size} bytes")
-        result = _libbpf().bpf_map_update_elem(self.fd, self._key(key), value, 0)
+        result = libbpf().bpf_map_update_elem(self.fd, self._key(key), value, 0)
         if result < 0:
-            raise _refusal(f"cannot set a value of map {self.name}", result)
+            raise refusal(f"cannot set a value of map {self.name}", result)
 
     def delete(self, key: bytes) -> bool:
         """Removes a key; whether it was there."""
-        result = _libbpf().bpf_map_delete_elem(self.fd, self._key(key))
+        result = libbpf().bpf_map_delete_elem(self.fd, self._key(key))
         if result == -errno.ENOENT:
             return False
         if result < 0:
-            raise _refusal(f"cannot remove a key of map {self.name}", result)
+            raise refusal(f"cannot remove a key of map {self.name}", result)
         return True
 
     def batches(self) -> Iterator[tuple[bytes, bytes, int]]:
@@ -324,7 +234,7 @@ class Map(_Handle):
             keys = ctypes.create_string_buffer(size * self.key_size)
             values = ctypes.create_string_buffer(size * self.value_size)
             count = _u32(size)
-            result = _libbpf().bpf_map_lookup_batch(
+            result = libbpf().bpf_map_lookup_batch(
                 self.fd, start, token, keys, values, ctypes.byref(count), None
             )
             if result == -errno.ENOSPC and size < self.max_entries:
@@ -332,7 +242,7 @@ class Map(_Handle):
                 size = min(2 * size, self.max_entries)
                 continue
             if result < 0 and result != -errno.ENOENT:
-                raise _refusal(f"cannot read map {self.name}", result)
+                raise refusal(f"cannot read map {self.name}", result)
             if count.value:
                 read = count.value
                 yield keys.raw[: read * self.key_size], values.raw[: read * self.value_size], read
@@ -371,6 +281,10 @@ class Program(_Handle):
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd)
         self.name = name
+        info = _ProgramInfo()
+        _info(fd, info, f"program {name}")
+        self.id: int = info.id
+        """The kernel's number for this program: no other has it until the next boot."""
 
     @classmethod
     def open_pinned(cls, path: Path) -> "Program":
@@ -388,9 +302,9 @@ class Program(_Handle):
             data_size_in=len(packet),
             repeat=repeat,
         )
-        result = _libbpf().bpf_prog_test_run_opts(self.fd, ctypes.byref(options))
+        result = libbpf().bpf_prog_test_run_opts(self.fd, ctypes.byref(options))
         if result < 0:
-            raise _refusal(f"cannot run program {self.name}", result)
+            raise refusal(f"cannot run program {self.name}", result)
         return TestRun(ctypes.c_int32(options.retval).value, options.duration)
 
 
@@ -399,8 +313,12 @@ class Link(_Handle):
 
     @classmethod
     def attach(cls, program: Program, ifindex: int, where: AttachType) -> "Link":
-        """Attaches behind the programs that are there already. Needs Linux 6.6 (tcx)."""
-        fd = _libbpf().bpf_link_create(program.fd, ifindex, where, None)
+        """Attaches before the programs that are there already: none of them can end a packet's way unseen.
+
+        Needs Linux 6.6 (tcx). The KernelError says EINVAL where the kernel has none.
+        """
+        options = _LinkOptions(sz=ctypes.sizeof(_LinkOptions), flags=_BPF_F_BEFORE)
+        fd = libbpf().bpf_link_create(program.fd, ifindex, where, ctypes.byref(options))
         if fd == -errno.EINVAL:
             raise KernelError(
                 f"cannot attach {program.name} to interface {ifindex}: the kernel has no tcx links "
@@ -408,7 +326,7 @@ class Link(_Handle):
                 errno.EINVAL,
             )
         if fd < 0:
-            raise _refusal(f"cannot attach {program.name} to interface {ifindex}", fd)
+            raise refusal(f"cannot attach {program.name} to interface {ifindex}", fd)
         return cls(fd)
 
     @classmethod
@@ -417,130 +335,62 @@ class Link(_Handle):
 
     def interface(self) -> int:
         """The index of the interface, 0 once that is gone."""
+        return int(self._described().ifindex)
+
+    def program_id(self) -> int:
+        """Which program is attached."""
+        return int(self._described().prog_id)
+
+    def replace(self, program: Program) -> None:
+        """Puts another program in the place of the one that is attached; no packet passes without one."""
+        result = libbpf().bpf_link_update(self.fd, program.fd, None)
+        if result < 0:
+            raise refusal(f"cannot put {program.name} in the place of another program", result)
+
+    def _described(self) -> _LinkInfo:
         info = _LinkInfo()
         _info(self.fd, info, "a link")
-        return int(info.ifindex) if info.type == _LINK_TYPE_TCX else 0
+        if info.type != _LINK_TYPE_TCX:
+            raise KernelError("a link is not to a network interface", errno.EINVAL)
+        return info
 
     def detach(self) -> None:
         """Takes the program off its interface now; a link that only loses its last pin does so later."""
-        result = _libbpf().bpf_link_detach(self.fd)
+        result = libbpf().bpf_link_detach(self.fd)
         # ENOLINK, Linux 6.6: the interface went first.
         if result < 0 and result != -errno.ENOLINK:
-            raise _refusal("cannot detach a link", result)
+            raise refusal("cannot detach a link", result)
 
 
-class Object:
-    """A compiled file of programs and maps: open it, settle its maps, load it, take out what was made.
+class RingBuffer:
+    """What programs have sent to a ring buffer and nobody has read; close it before its map."""
 
-    What is taken out lives on when the object is closed.
-    """
+    _MOST = 4096
 
-    def __init__(self, pointer: int, path: Path) -> None:
-        self._pointer: int | None = pointer
-        self._path = path
+    def __init__(self, ring: Map) -> None:
+        self._name = ring.name
+        self._entries: list[bytes] = []
+        # The library keeps the function's address, and this object the function.
+        self._sample = RING_SAMPLE(self._take)
+        self._pointer: int | None = libbpf().ring_buffer__new(ring.fd, self._sample, None, None)
+        if not self._pointer:
+            raise refusal(f"cannot read ring buffer {self._name}", -ctypes.get_errno())
 
-    @classmethod
-    def open(cls, path: Path) -> "Object":
-        if not path.is_file():
-            raise KernelError(
-                f"{path}: no such file; compiled programs are part of the package", errno.ENOENT
-            )
-        with _warnings() as said:
-            pointer = _libbpf().bpf_object__open_file(bytes(path), None)
-        if not pointer:
-            reason = said[-1].strip() if said else os.strerror(ctypes.get_errno())
-            raise KernelError(f"{path} is not a file of BPF programs: {reason}", ctypes.get_errno())
-        return cls(pointer, path)
+    def _take(self, _context: int, data: int, size: int) -> int:
+        self._entries.append(ctypes.string_at(data, size))
+        # Programs may send faster than this reads.
+        return -errno.ENOSPC if len(self._entries) >= self._MOST else 0
 
-    def map_names(self) -> tuple[str, ...]:
-        """The maps that the source declares, without those that hold its constants and variables."""
-        return tuple(
-            name for name, handle in self._maps() if not _libbpf().bpf_map__is_internal(handle)
-        )
-
-    def reuse(self, existing: Map) -> None:
-        """Loads with a map that exists, of the same name. A KernelError if it has another layout."""
-        handle = self._map(existing.name)
-        library = _libbpf()
-        wanted = (
-            library.bpf_map__type(handle),
-            library.bpf_map__key_size(handle),
-            library.bpf_map__value_size(handle),
-        )
-        found = (existing.type, existing.key_size, existing.value_size)
-        for what, want, have in zip(("type", "key size", "value size"), wanted, found, strict=True):
-            if want != have:
-                raise KernelError(
-                    f"map {existing.name} exists with another layout: its {what} is {have}, "
-                    f"these programs need {want}",
-                    errno.EEXIST,
-                )
-        self._check(library.bpf_map__reuse_fd(handle, existing.fd), f"reuse map {existing.name}")
-
-    def set_constants(self, value: bytes) -> None:
-        """Sets the `const volatile` variables of the programs: the whole of .rodata."""
-        name, handle = next(
-            ((name, handle) for name, handle in self._maps() if name.endswith(".rodata")),
-            ("", None),
-        )
-        if handle is None:
-            raise KernelError(f"{self._path} has no constants to set")
-        result = _libbpf().bpf_map__set_initial_value(handle, value, len(value))
-        self._check(result, f"set the {len(value)} bytes of {name}")
-
-    def load(self) -> None:
-        """Makes the maps and gives the programs to the verifier."""
-        with _warnings() as said:
-            result = _libbpf().bpf_object__load(self._pointer)
-        if result < 0:
-            text = "".join(said)
-            reason = verifier_message(text) or (said[-1].strip() if said else os.strerror(-result))
-            raise KernelError(f"cannot load {self._path.name}: {reason}", -result)
-
-    def map(self, name: str) -> Map:
-        """A handle of its own on a loaded map."""
-        return Map(os.dup(_libbpf().bpf_map__fd(self._map(name))), name)
-
-    def program(self, name: str) -> Program:
-        """A handle of its own on a loaded program."""
-        library = _libbpf()
-        handle = library.bpf_object__next_program(self._pointer, None)
-        while handle:
-            if library.bpf_program__name(handle).decode() == name:
-                return Program(os.dup(library.bpf_program__fd(handle)), name)
-            handle = library.bpf_object__next_program(self._pointer, handle)
-        raise KernelError(f"{self._path} has no program {name}")
+    def drain(self) -> list[bytes]:
+        """The entries since the last time, in the order in which they came; 4096 at most, the others next time."""
+        result = libbpf().ring_buffer__consume(self._pointer)
+        if result < 0 and result != -errno.ENOSPC:
+            raise refusal(f"cannot read ring buffer {self._name}", result)
+        entries, self._entries = self._entries, []
+        return entries
 
     def close(self) -> None:
-        """Frees the object; again is no error."""
+        """Lets go of the memory shared with the kernel; again is no error."""
         if self._pointer is not None:
-            _libbpf().bpf_object__close(self._pointer)
+            libbpf().ring_buffer__free(self._pointer)
             self._pointer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _maps(self) -> Iterator[tuple[str, int]]:
-        library = _libbpf()
-        handle = library.bpf_object__next_map(self._pointer, None)
-        while handle:
-            yield library.bpf_map__name(handle).decode(), handle
-            handle = library.bpf_object__next_map(self._pointer, handle)
-
-    def _map(self, name: str) -> int:
-        for found, handle in self._maps():
-            if found == name:
-                return handle
-        raise KernelError(f"{self._path} has no map {name}")
-
-    def _check(self, result: int, what: str) -> None:
-        if result < 0:
-            raise _refusal(f"{self._path.name}: cannot {what}", result)

@@ -11,11 +11,12 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, ParamSpec, Self, TypeVar
 
 from tidegate.kernel.errors import KernelError
 
+NETLINK_ROUTE = 0
 NETLINK_SOCK_DIAG = 4
 NETLINK_NETFILTER = 12
 
@@ -86,6 +87,14 @@ class Message(NamedTuple):
         return -number
 
 
+class Request(NamedTuple):
+    """Something to have done; `flags` are NLM_F_*."""
+
+    kind: int
+    body: bytes
+    flags: int = 0
+
+
 class Netlink:
     """Questions to a part of the kernel, one at a time. Its methods raise KernelError for what is refused."""
 
@@ -130,6 +139,28 @@ class Netlink:
                         raise self._refusal(message.error)
                     return
 
+    def do_all(self, requests: Sequence[Request]) -> None:
+        """Have things done, one after the other, in one system call: a process that is killed had all done, or none.
+
+        Also what comes after a refusal is tried. Raises the first refusal.
+        """
+        first = self._sequence + 1
+        parts = []
+        for kind, body, flags in requests:
+            self._sequence += 1
+            body += bytes(-len(body) % 4)
+            flags |= NLM_F_REQUEST | NLM_F_ACK
+            parts.append(HEAD.pack(HEAD.size + len(body), kind, flags, self._sequence, 0) + body)
+        self._transmit(b"".join(parts))
+        errors: dict[int, int] = {}
+        while len(errors) < len(requests):
+            for message in self._received():
+                if message.kind == NLMSG_ERROR and message.sequence >= first:
+                    errors[message.sequence] = message.error
+        for _, error in sorted(errors.items()):
+            if error:
+                raise self._refusal(error)
+
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
         """The bodies of all answers. Disturbed; Enough.
 
@@ -155,19 +186,26 @@ class Netlink:
     def _send(self, kind: int, flags: int, body: bytes) -> None:
         self._sequence += 1
         head = HEAD.pack(HEAD.size + len(body), kind, NLM_F_REQUEST | flags, self._sequence, 0)
+        self._transmit(head + body)
+
+    def _transmit(self, datagram: bytes) -> None:
         try:
-            self._socket.send(head + body)
+            self._socket.send(datagram)
         except OSError as error:
             raise self._refusal(error.errno) from error
 
     def _heard(self) -> list[Message]:
         """What is for this question in the next datagram."""
+        return [one for one in self._received() if one.sequence == self._sequence]
+
+    def _received(self) -> list[Message]:
+        """What is in the next datagram."""
         try:
             datagram = received(self._socket)
         except OSError as error:
             raise self._refusal(error.errno) from error
         self._left -= len(datagram)
-        return [one for one in messages(datagram) if one.sequence == self._sequence]
+        return list(messages(datagram))
 
     def _enough(self) -> Enough:
         return Enough(f"cannot {self._what}: there is more than is looked at", errno.E2BIG)

@@ -121,6 +121,30 @@ def cookie(netns_path: str) -> int:
     return ask() if netns_path == CURRENT else run_in(netns_path, ask)
 
 
+def path_of(inode: int) -> str | None:
+    """A path at which the namespace of this inode number lies: the calling thread's, a name, or a process's.
+
+    None when nothing of that leads to it.
+    """
+    for candidate in _paths():
+        try:
+            if candidate.stat().st_ino == inode:
+                return str(candidate)
+        except OSError:
+            # It went while it was looked at.
+            continue
+    return None
+
+
+def _paths() -> Iterator[Path]:
+    yield Path(CURRENT)
+    for name in names():
+        yield DIRECTORY / name
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            yield entry / "ns" / "net"
+
+
 @contextmanager
 def opened(netns_path: str = CURRENT) -> Iterator[int]:
     """A descriptor of a namespace, open as long as the context. KernelError when there is none."""

@@ -152,3 +152,13 @@ class Profile(ctypes.Structure):
         ("suffixes", Text * NAMES),
         ("alpns", Text * NAMES),
     )
+
+
+class HelloChunk(ctypes.Structure):
+    _fields_ = (
+        ("opened", _u64),
+        ("position", _u32),
+        ("length", _u32),
+        ("key", FlowKey),
+        ("bytes", _u8 * PREFIX_BYTES),
+    )

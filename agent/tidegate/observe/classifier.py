@@ -5,31 +5,24 @@ and the next one finds maps, programs, links and attachments again and takes the
 told in bpf/classifier.bpf.c. Failures are KernelErrors; names and ports that do not fit, InputErrors.
 """
 
-import contextlib
+import ctypes
 import enum
-import hashlib
-import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from tidegate.errors import InputError
-from tidegate.kernel.bpf import AttachType, Link, Map, Object, Program
+from tidegate.kernel.bpf import Program, RingBuffer
 from tidegate.kernel.errors import KernelError
 from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass
 from tidegate.observe import abi
+from tidegate.observe.hold import BEST, HELLOS, HOST_SCOPE, PACKAGED_OBJECT, By, Hold, Way
+from tidegate.observe.pins import Pinned
+from tidegate.observe.private import Private
 
-PACKAGED_OBJECT = Path(__file__).parent.parent / "bpf" / "classifier.bpf.o"
-"""The compiled programs as the package ships them; `make -C bpf` makes them."""
-
-_DIRECTORY = "classifier"
-_SCRATCH = "scratch"
-_PROGRAMS = ("from_pod", "to_pod")
-_HOST_SCOPE = 0
 _PROFILE = 0
 """The profile of all workloads, so far."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -60,10 +53,10 @@ class Side(enum.StrEnum):
 
 
 _SIDES = (Side.HOST, Side.INSIDE)
-_WAYS: dict[Side, tuple[AttachType, AttachType]] = {
+_WAYS: dict[Side, tuple[Way, Way]] = {
     # Where packets from the pod pass, and where packets to the pod pass.
-    Side.HOST: (AttachType.TCX_INGRESS, AttachType.TCX_EGRESS),
-    Side.INSIDE: (AttachType.TCX_EGRESS, AttachType.TCX_INGRESS),
+    Side.HOST: (Way.INGRESS, Way.EGRESS),
+    Side.INSIDE: (Way.EGRESS, Way.INGRESS),
 }
 
 
@@ -103,7 +96,7 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True):
     side: Side
     attached_at: float
     """Since when both ways are observed without a gap, seconds since the Unix epoch."""
-    scope: int = _HOST_SCOPE
+    scope: int = HOST_SCOPE
     """0 on the host side, the inode number of the workload's network namespace inside."""
 
 
@@ -164,6 +157,18 @@ class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the Unix epoch."""
 
 
+class HelloChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a ClientHello, as a program sent it."""
+
+    key: bytes
+    """Raw key of the flow."""
+    opened_ns: int
+    """When the flow was opened, CLOCK_BOOTTIME: the key may come again, with another connection."""
+    position: int
+    """Of its first byte, from the beginning of the hello's record header."""
+    bytes: bytes
+
+
 class _Clock:
     """From the kernel's CLOCK_BOOTTIME to Unix time.
 
@@ -191,63 +196,52 @@ class _Clock:
 class Classifier:
     """The classifier in the kernel; make one with `open`."""
 
-    def __init__(
-        self,
-        directory: Path,
-        object_path: Path,
-        maps: dict[str, Map],
-        programs: tuple[Program, Program],
-    ) -> None:
-        self._directory = directory
-        self._object_path = object_path
-        self._maps = maps
-        self._programs = programs
+    def __init__(self, hold: Hold) -> None:
+        self._hold = hold
+        self._maps = hold.maps
         self._clock = _Clock()
+        self._ring = RingBuffer(hold.maps[HELLOS]) if HELLOS in hold.maps else None
 
     @classmethod
-    def open(cls, pin_dir: Path, object_path: Path = PACKAGED_OBJECT) -> "Classifier":
+    def open(
+        cls, pin_dir: Path, object_path: Path = PACKAGED_OBJECT, *, by: tuple[By, ...] = BEST
+    ) -> "Classifier":
         """Takes over what a former agent left below pin_dir, or loads and pins.
 
-        pin_dir has to be a directory on a bpffs. A KernelError says why the kernel refused the programs, or
-        that the maps which are there have another layout.
+        pin_dir has to be a directory on a bpffs. Programs of another object than that of object_path are replaced
+        where they are attached, without a gap; where its maps have another layout, everything begins anew. `by` is
+        what may hold the programs on interfaces. A KernelError says why the kernel refused the programs.
         """
-        directory = pin_dir / _DIRECTORY
-        map_dir = directory / "maps"
-        with contextlib.ExitStack() as undo, Object.open(object_path) as compiled:
-            names = [name for name in compiled.map_names() if name != _SCRATCH]
-            if (directory / "links").exists() and not all(
-                (map_dir / name).exists() for name in names
-            ):
-                # Programs that count into a map which nobody can read look like observation and are none.
-                _remove_all(directory)
-            map_dir.mkdir(parents=True, exist_ok=True)
-            (directory / "links").mkdir(exist_ok=True)
-            pinned = {
-                name: undo.enter_context(Map.open_pinned(map_dir / name))
-                for name in names
-                if (map_dir / name).exists()
-            }
-            for existing in pinned.values():
-                compiled.reuse(existing)
-            program_dir = directory / "programs" / _digest(object_path)
-            if len(pinned) == len(names) and all((program_dir / p).exists() for p in _PROGRAMS):
-                from_pod, to_pod = (Program.open_pinned(program_dir / p) for p in _PROGRAMS)
-            else:
-                compiled.set_constants(_u32(_HOST_SCOPE))
-                compiled.load()
-                for name in names:
-                    if name not in pinned:
-                        pinned[name] = undo.enter_context(compiled.map(name))
-                        pinned[name].pin(map_dir / name)
-                _remove_tree(directory / "programs")
-                program_dir.mkdir(parents=True)
-                from_pod, to_pod = (compiled.program(p) for p in _PROGRAMS)
-                for program in (from_pod, to_pod):
-                    program.pin(program_dir / program.name)
-            undo.pop_all()
-        classifier = cls(directory, object_path, pinned, (from_pod, to_pod))
+        classifier = cls(Pinned.open(pin_dir / "classifier", object_path, by))
         classifier._forget_lost_interfaces()
         return classifier
+
+    @classmethod
+    def private(
+        cls,
+        *,
+        report: bool,
+        flows: int | None = None,
+        object_path: Path = PACKAGED_OBJECT,
+        by: tuple[By, ...] = BEST,
+    ) -> "Classifier":
+        """A classifier of this process alone, which is gone when it is closed, or when the process ends.
+
+        With `report` the programs send the bytes of each ClientHello (`hellos`). `flows` is how many connections the
+        flow map holds, where that should not be as many as it holds for a node. Filters of clsact, where there is no
+        tcx, go with `close`; those of a process that was killed, with the next classifier that is opened.
+        """
+        return cls(Private(object_path, by, report=report, flows=flows))
+
+    @property
+    def programs(self) -> tuple[Program, Program]:
+        """What serves the node's own namespace: for packets from the pod, and for packets to it."""
+        return self._hold.programs
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how observation began and what it met, a sentence each."""
+        return self._hold.notes
 
     @property
     def generation(self) -> str:
@@ -286,7 +280,7 @@ class Classifier:
                 f"{len(service_ports)} service ports", expected=f"at most {abi.SERVICE_PORTS}"
             )
         interface = abi.Interface(
-            scope=_HOST_SCOPE if side is Side.HOST else _OWN_NETNS.stat().st_ino, ifindex=ifindex
+            scope=HOST_SCOPE if side is Side.HOST else _OWN_NETNS.stat().st_ino, ifindex=ifindex
         )
         known = self._attachment(interface)
         entry = abi.Attachment(
@@ -299,7 +293,7 @@ class Classifier:
             known is not None
             and known.workload == workload_key
             and known.attached_at
-            and self._is_attached(interface)
+            and self._hold.is_attached(interface)
         ):
             entry.attached_at = known.attached_at
             self._maps["attachments"].update(bytes(interface), bytes(entry))
@@ -308,7 +302,7 @@ class Classifier:
         # Attached from the moment that both programs are: until then the entry says 0, also after a crash.
         self._maps["attachments"].update(bytes(interface), bytes(entry))
         try:
-            self._link(interface, side)
+            self._hold.attach(interface, _WAYS[side])
         except KernelError:
             self._detach(interface)
             raise
@@ -322,7 +316,7 @@ class Classifier:
         return [
             self._record(interface, entry)
             for interface, entry in self._entries()
-            if entry.attached_at and self._is_attached(interface)
+            if entry.attached_at and self._hold.is_attached(interface)
         ]
 
     def detach(self, workload_key: int) -> None:
@@ -409,55 +403,31 @@ class Classifier:
             )
         return records
 
+    def hellos(self) -> list[HelloChunk]:
+        """Parts of ClientHellos that were seen since the last time, in the order in which they passed.
+
+        4096 at most; the others next time. None where the programs do not report.
+        """
+        if self._ring is None:
+            return []
+        return [_chunk(entry) for entry in self._ring.drain()]
+
     def close(self) -> None:
         """Lets go of the kernel objects; everything pinned stays and goes on counting."""
-        for handle in (*self._maps.values(), *self._programs):
-            handle.close()
+        self._close_ring()
+        self._hold.close()
 
     def remove(self) -> None:
         """Takes everything out of the kernel: programs, links, maps and all that was counted."""
-        self.close()
-        _remove_all(self._directory)
-        self._directory.rmdir()
+        self._close_ring()
+        self._hold.remove()
 
-    def _link_dir(self, interface: abi.Interface) -> Path:
-        return self._directory / "links" / f"{interface.scope}-{interface.ifindex}"
-
-    def _link(self, interface: abi.Interface, side: Side) -> None:
-        """Attaches both programs and pins the links."""
-        directory = self._link_dir(interface)
-        directory.mkdir()
-        with self._programs_for(interface.scope) as programs:
-            for program, where in zip(programs, _WAYS[side], strict=True):
-                with Link.attach(program, interface.ifindex, where) as link:
-                    link.pin(directory / program.name)
-
-    @contextlib.contextmanager
-    def _programs_for(self, scope: int) -> Iterator[tuple[Program, ...]]:
-        """The programs that serve a scope: the pinned ones, or copies made for another namespace."""
-        if scope == _HOST_SCOPE:
-            yield self._programs
-            return
-        with contextlib.ExitStack() as handles, Object.open(self._object_path) as compiled:
-            for existing in self._maps.values():
-                compiled.reuse(existing)
-            compiled.set_constants(_u32(scope))
-            compiled.load()
-            yield tuple(handles.enter_context(compiled.program(name)) for name in _PROGRAMS)
-
-    def _is_attached(self, interface: abi.Interface) -> bool:
-        """Whether both links still are on the interface that they were made for."""
-        directory = self._link_dir(interface)
-        for name in _PROGRAMS:
-            if not (directory / name).exists():
-                return False
-            with Link.open_pinned(directory / name) as link:
-                if link.interface() != interface.ifindex:
-                    return False
-        return True
+    def _close_ring(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
 
     def _detach(self, interface: abi.Interface) -> None:
-        _remove_links(self._link_dir(interface))
+        self._hold.detach(interface)
         self._maps["attachments"].delete(bytes(interface))
 
     def _attachment(self, interface: abi.Interface) -> abi.Attachment | None:
@@ -481,45 +451,26 @@ class Classifier:
 
     def _forget_lost_interfaces(self) -> None:
         """Interfaces that went away while no agent looked."""
-        known = set()
-        for interface, _ in self._entries():
-            if self._is_attached(interface):
-                known.add(self._link_dir(interface))
-            else:
+        known = [interface for interface, _ in self._entries()]
+        for interface in known:
+            if not self._hold.is_attached(interface):
                 self._detach(interface)
-        for directory in (self._directory / "links").iterdir():
-            if directory not in known:
-                _remove_links(directory)
+        self._hold.detach_all_but(known)
 
 
-def _remove_all(directory: Path) -> None:
-    """Links first: a program must not run on an interface that it has no entry for."""
-    for links in (directory / "links").iterdir():
-        _remove_links(links)
-    for name in ("links", "programs", "maps"):
-        _remove_tree(directory / name)
+def _chunk(entry: bytes) -> HelloChunk:
+    head = abi.HelloChunk.from_buffer_copy(entry.ljust(ctypes.sizeof(abi.HelloChunk), b"\0"))
+    begin = abi.HelloChunk.bytes.offset
+    return HelloChunk(
+        key=bytes(head.key),
+        opened_ns=head.opened,
+        position=head.position,
+        bytes=entry[begin : begin + head.length],
+    )
 
 
 def _u32(number: int) -> bytes:
     return number.to_bytes(4, sys.byteorder)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _remove_links(directory: Path) -> None:
-    if not directory.exists():
-        return
-    for pin in directory.iterdir():
-        with Link.open_pinned(pin) as link:
-            link.detach()
-    _remove_tree(directory)
-
-
-def _remove_tree(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
 
 
 def _address(raw: bytes) -> str:

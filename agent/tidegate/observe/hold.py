@@ -1,0 +1,288 @@
+"""The classifier's programs and maps in the kernel, and how they get onto interfaces and off them.
+
+A `Hold` is one of two kinds: `Pinned` (observe/pins.py) outlives the process, `Private` (observe/private.py) ends with
+it. Both attach by tcx links where the kernel has them (Linux 6.6), by clsact filters elsewhere, and before other
+people's programs: ours leave every packet to the next one, while one of theirs that decides would keep from ours what
+it lets pass. Knows programs, maps and constants by their names, and nothing of what the maps are for. Failures are
+KernelErrors.
+"""
+
+import abc
+import contextlib
+import enum
+import errno
+import hashlib
+import mmap
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, ParamSpec, TypeVar, assert_never
+
+from tidegate.kernel import interfaces, netns, tc
+from tidegate.kernel.bpf import AttachType, Map, Program
+from tidegate.kernel.bpf_object import Object, read_object
+from tidegate.kernel.errors import KernelError
+from tidegate.observe import abi
+
+PACKAGED_OBJECT = Path(__file__).parent.parent / "bpf" / "classifier.bpf.o"
+"""The compiled programs as the package ships them; `make -C bpf` makes them."""
+
+HOST_SCOPE = 0
+"""The scope of interfaces in the node's own namespace; others have the inode number of theirs."""
+
+HELLOS = "hellos"
+"""The ring buffer."""
+
+PROGRAMS = ("from_pod", "to_pod")
+_FLOWS = "flows"
+_SCRATCH = "scratch"
+OWNER = "tidegate"
+OWN_PID_NAMESPACE = Path("/proc/self/ns/pid")
+_NO_TCX = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+"""What kernels say to an attach type that they do not know."""
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Way(enum.Enum):
+    """Which packets of an interface a program sees."""
+
+    INGRESS = enum.auto()
+    EGRESS = enum.auto()
+
+
+class By(enum.Enum):
+    """What holds programs on an interface."""
+
+    TCX = enum.auto()
+    """Links, before all programs that were there."""
+    CLSACT = enum.auto()
+    """Filters, before all but those of the first priority."""
+
+
+BEST = (By.TCX, By.CLSACT)
+"""What is tried, in this order."""
+
+TCX_TYPES = {Way.INGRESS: AttachType.TCX_INGRESS, Way.EGRESS: AttachType.TCX_EGRESS}
+HOOKS = {Way.INGRESS: tc.Hook.INGRESS, Way.EGRESS: tc.Hook.EGRESS}
+
+
+class Variant(NamedTuple):
+    """The constants by which copies of the programs differ."""
+
+    scope: int
+    link_header: int
+    """Bytes before the IP header."""
+
+
+HOST = Variant(HOST_SCOPE, 14)
+
+
+class Compiled:
+    """The programs as they were when this process began: a package may be upgraded under it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._content = read_object(path)
+        self.digest = hashlib.sha256(self._content).hexdigest()[:16]
+        with self.opened() as compiled:
+            self.kept = tuple(
+                name
+                for name in compiled.map_names()
+                if name != HELLOS and not name.startswith(_SCRATCH)
+            )
+            """Names of the maps that all copies of the programs share."""
+            self.layout = _layout(compiled, self.kept)
+
+    def opened(self) -> Object:
+        return Object.open(self.path, self._content)
+
+    @contextlib.contextmanager
+    def loaded(
+        self,
+        variant: Variant,
+        shared: Iterable[Map] = (),
+        *,
+        report: bool = False,
+        flows: int | None = None,
+    ) -> Iterator[Object]:
+        """A copy of the programs, with maps that exist, or with maps of its own."""
+        with self.opened() as compiled:
+            constants = {"scope": variant.scope, "link_header": variant.link_header}
+            constants["report"] = int(report)
+            _set_constants(compiled, constants)
+            if flows is not None:
+                compiled.resize(_FLOWS, flows)
+            if HELLOS in compiled.map_names() and not report:
+                compiled.resize(HELLOS, mmap.PAGESIZE)
+            for existing in shared:
+                compiled.reuse(existing)
+            compiled.load()
+            yield compiled
+
+
+class Hold(abc.ABC):
+    """Maps, programs, and the interfaces that they are attached to."""
+
+    maps: dict[str, Map]
+    programs: tuple[Program, Program]
+    """What serves the node's own namespace: for packets from the pod, and for packets to it."""
+
+    def __init__(self, by: tuple[By, ...]) -> None:
+        self._by = by
+        self._began: tuple[str, ...] = ()
+        """What a person should know of how this began, a sentence each."""
+        self._beside: dict[tuple[int, int], tuple[str, ...]] = {}
+        """What there is to know of interfaces, by scope and index, likewise."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how this began, and of interfaces, a sentence each."""
+        return self._began + tuple(note for notes in self._beside.values() for note in notes)
+
+    def attach(self, interface: abi.Interface, ways: tuple[Way, Way]) -> None:
+        """Attaches both programs, each where its packets pass, in the calling thread's namespace."""
+        programs = self._copy(Variant(interface.scope, interfaces.link_header(interface.ifindex)))
+        sweep(interface.ifindex)
+        refused = KernelError(f"nothing is allowed to attach to interface {interface.ifindex}")
+        for by in self._by:
+            try:
+                match by:
+                    case By.TCX:
+                        self._attach_links(interface, programs, ways)
+                    case By.CLSACT:
+                        self._attach_filters(interface, programs, ways)
+                        self._note_earlier_filters(interface, tc.filters(interface.ifindex))
+                    case _:
+                        assert_never(by)
+            except KernelError as error:
+                self.detach(interface)
+                if by is By.TCX and error.errno in _NO_TCX:
+                    refused = error
+                    continue
+                raise
+            return
+        raise refused
+
+    @abc.abstractmethod
+    def is_attached(self, interface: abi.Interface) -> bool:
+        """Whether both programs still are on the interface that they were attached to.
+
+        For filters in the node's own namespace the calling thread has to be in that.
+        """
+
+    @abc.abstractmethod
+    def detach(self, interface: abi.Interface) -> None:
+        """Takes off what is on an interface; nothing is no error."""
+
+    @abc.abstractmethod
+    def detach_all_but(self, known: Iterable[abi.Interface]) -> None:
+        """Takes off what is on other interfaces than these."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Lets go of the kernel objects; what is pinned stays."""
+
+    @abc.abstractmethod
+    def remove(self) -> None:
+        """Takes everything out of the kernel."""
+
+    @abc.abstractmethod
+    def _copy(self, variant: Variant) -> tuple[Program, Program]:
+        """The programs with these constants."""
+
+    @abc.abstractmethod
+    def _attach_links(
+        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
+    ) -> None: ...
+
+    @abc.abstractmethod
+    def _attach_filters(
+        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
+    ) -> None: ...
+
+    def _has_filters(self, interface: abi.Interface, names: Mapping[int, str]) -> bool:
+        """Whether an interface has filters for both programs, of which these are the copies."""
+        found = in_scope(interface.scope, tc.filters, interface.ifindex) or ()
+        self._note_earlier_filters(interface, found)
+        return {names.get(each.program_id) for each in found} >= set(PROGRAMS)
+
+    def _note_earlier_filters(
+        self, interface: abi.Interface, filters: Collection[tc.Filter]
+    ) -> None:
+        """What decides before us may let packets pass that are then not seen."""
+        first = {
+            hook: min(
+                (each.priority for each in filters if each.hook is hook and _is_ours(each)),
+                default=0,
+            )
+            for hook in tc.Hook
+        }
+        self._beside[interface.scope, interface.ifindex] = tuple(
+            f"interface {interface.ifindex} has another program before the classifier "
+            f"({each.hook.name.lower()} filter {each.name or each.kind}, priority {each.priority}): "
+            "packets on which that decides are not seen"
+            for each in filters
+            if each.priority < first[each.hook]
+        )
+
+    def _forget_notes(self, interface: abi.Interface) -> None:
+        self._beside.pop((interface.scope, interface.ifindex), None)
+
+
+def _layout(compiled: Object, names: Iterable[str]) -> str:
+    """A digest of where everything is in the maps, and of what the numbers mean that are in them."""
+    texts = [compiled.layout(name) for name in sorted(names)]
+    for kind in (abi.Class, abi.Direction, abi.Role, abi.FlowFlag, abi.Verdict, abi.Counter):
+        texts.append(f"{kind.__name__} {[(each.name, int(each)) for each in kind]}")
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def _set_constants(compiled: Object, constants: Mapping[str, int]) -> None:
+    """Sets them; programs that do not have one are right where it says what they are made for."""
+    made_for = {"scope": HOST_SCOPE, "link_header": HOST.link_header, "report": 0}
+    known = compiled.constants()
+    compiled.set_constants(
+        **{
+            name: value
+            for name, value in constants.items()
+            if name in known or value != made_for[name]
+        }
+    )
+
+
+def in_scope(
+    scope: int, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+) -> _T | None:
+    """What a function returns in the namespace of a scope; None when that is gone."""
+    path = netns.CURRENT if scope == HOST_SCOPE else netns.path_of(scope)
+    return None if path is None else netns.run_in(path, function, *args, **kwargs)
+
+
+def detach_filters(interface: abi.Interface, program_ids: Collection[int]) -> None:
+    """Takes the filters off that run one of these programs."""
+    in_scope(interface.scope, tc.detach, interface.ifindex, program_ids)
+
+
+def _is_ours(each: tc.Filter) -> bool:
+    return each.owner == OWNER or _private_pid(each) is not None
+
+
+def _private_pid(each: tc.Filter) -> tuple[int, int] | None:
+    """Process and PID namespace of a private holder."""
+    named = re.fullmatch(rf"{OWNER}-(\d+)-(\d+)", each.owner)
+    return (int(named[1]), int(named[2])) if named else None
+
+
+def sweep(*ifindexes: int) -> None:
+    """Removes filters of private holders whose process is gone."""
+    own = OWN_PID_NAMESPACE.stat().st_ino
+    for ifindex in ifindexes:
+        left = []
+        for each in tc.filters(ifindex):
+            holder = _private_pid(each)
+            if holder and holder[1] == own and not Path(f"/proc/{holder[0]}").exists():
+                left.append(each)
+        tc.remove(ifindex, left)

@@ -1,0 +1,122 @@
+"""The classifier's programs, maps and links in one process: gone when it closes them, or when it is gone."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tidegate.kernel import tc
+from tidegate.kernel.bpf import Link, Program
+from tidegate.observe import abi
+from tidegate.observe.hold import (
+    BEST,
+    HELLOS,
+    HOOKS,
+    HOST,
+    OWN_PID_NAMESPACE,
+    OWNER,
+    PROGRAMS,
+    TCX_TYPES,
+    By,
+    Compiled,
+    Hold,
+    Variant,
+    Way,
+    detach_filters,
+    sweep,
+)
+
+
+class Private(Hold):
+    """Programs, maps and links that are gone when this is closed, or when the process is."""
+
+    def __init__(
+        self,
+        object_path: Path,
+        by: tuple[By, ...] = BEST,
+        *,
+        report: bool,
+        flows: int | None = None,
+    ) -> None:
+        """Loads the programs. With `report` they send ClientHellos; `flows` is the room in the flow map."""
+        super().__init__(by)
+        self._compiled = Compiled(object_path)
+        self._report, self._flows = report, flows
+        self._copies: dict[Variant, tuple[Program, Program]] = {}
+        self._links: dict[tuple[int, int], list[Link]] = {}
+        self._filters: set[tuple[int, int]] = set()
+        self._owner = f"{OWNER}-{os.getpid()}-{OWN_PID_NAMESPACE.stat().st_ino}"
+        with self._compiled.loaded(HOST, report=report, flows=flows) as compiled:
+            names = [
+                name
+                for name in compiled.map_names()
+                if name == HELLOS or name in self._compiled.kept
+            ]
+            self.maps = {name: compiled.map(name) for name in names}
+            self.programs = (compiled.program(PROGRAMS[0]), compiled.program(PROGRAMS[1]))
+            self._copies[HOST] = self.programs
+        sweep(*tc.interfaces())
+
+    def is_attached(self, interface: abi.Interface) -> bool:
+        key = interface.scope, interface.ifindex
+        if key in self._filters:
+            return self._has_filters(interface, self._names())
+        links = self._links.get(key, [])
+        return len(links) == len(PROGRAMS) and all(
+            link.interface() == interface.ifindex for link in links
+        )
+
+    def detach(self, interface: abi.Interface) -> None:
+        key = interface.scope, interface.ifindex
+        for link in self._links.pop(key, []):
+            link.close()
+        if key in self._filters:
+            detach_filters(interface, self._names())
+            self._filters.discard(key)
+            self._forget_notes(interface)
+
+    def detach_all_but(self, known: Iterable[abi.Interface]) -> None:
+        kept = {(interface.scope, interface.ifindex) for interface in known}
+        for scope, ifindex in {*self._links, *self._filters} - kept:
+            self.detach(abi.Interface(scope, ifindex))
+
+    def close(self) -> None:
+        self.detach_all_but(())
+        for programs in self._copies.values():
+            for program in programs:
+                program.close()
+        for each in self.maps.values():
+            each.close()
+
+    def remove(self) -> None:
+        self.close()
+
+    def _attach_links(
+        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
+    ) -> None:
+        links = self._links.setdefault((interface.scope, interface.ifindex), [])
+        for program, way in zip(programs, ways, strict=True):
+            links.append(Link.attach(program, interface.ifindex, TCX_TYPES[way]))
+
+    def _attach_filters(
+        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
+    ) -> None:
+        self._filters.add((interface.scope, interface.ifindex))
+        hooks = (HOOKS[way] for way in ways)
+        tc.attach(interface.ifindex, dict(zip(hooks, programs, strict=True)), self._owner)
+
+    def _copy(self, variant: Variant) -> tuple[Program, Program]:
+        if variant not in self._copies:
+            shared = self.maps.values()
+            with self._compiled.loaded(
+                variant, shared, report=self._report, flows=self._flows
+            ) as compiled:
+                self._copies[variant] = (
+                    compiled.program(PROGRAMS[0]),
+                    compiled.program(PROGRAMS[1]),
+                )
+        return self._copies[variant]
+
+    def _names(self) -> dict[int, str]:
+        return {
+            program.id: program.name for programs in self._copies.values() for program in programs
+        }

@@ -1,0 +1,1080 @@
+"""What the classifier has in the kernel: upgrades, crashes, filters beside other people's, and what is left behind."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from classifying import bpffs
+from namespaces import DEADLINE_S, Pair, serving
+
+from tidegate.kernel import interfaces, links, netns, tc, tun
+from tidegate.kernel.bpf import AttachType, Link, Map, Program, RingBuffer
+from tidegate.kernel.bpf_object import Object
+from tidegate.kernel.errors import KernelError
+from tidegate.kernel.libbpf import libbpf
+from tidegate.observe import abi, classifier, hold
+from tidegate.observe.classifier import Attachment, Classifier, Side
+from tidegate.observe.hold import HELLOS, PACKAGED_OBJECT, By
+from tidegate.observe.pins import ANOTHER_LAYOUT, LOST_MAP
+from tidegate.observe.private import Private
+
+WORKLOAD, OTHER_WORKLOAD = 7, 8
+PORT = 8080
+SOURCES = Path(__file__).parents[2] / "bpf"
+LIBBPF = ctypes.CDLL("libbpf.so.1")
+pytestmark = pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
+needs_tc = pytest.mark.skipif(not shutil.which("tc"), reason="needs the tc command")
+every_way = pytest.mark.parametrize("by", By)
+
+STUB = """
+#include "structs.h"
+#define TG_FLOWS_MAX 1024
+#define TG_PREFIXES_MAX 16
+#define TG_EDGES_MAX 1024
+#include "maps.h"
+struct count {
+#ifdef OTHER_LAYOUT
+	__u64 packets;
+	__u64 opened;
+#else
+	__u64 opened;
+	__u64 packets;
+#endif
+};
+/* By whether it was counted inside a workload's namespace. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct count);
+} seen SEC(".maps");
+const volatile __u32 scope = 0;
+const volatile __u32 link_header = 14;
+static __always_inline int see(struct __sk_buff *skb)
+{
+	__u32 index = scope != 0;
+	struct count *count = bpf_map_lookup_elem(&seen, &index);
+	__u8 flags = 0;
+
+	if (!count)
+		return -1;
+	__sync_fetch_and_add(&count->packets, 1);
+	bpf_skb_load_bytes(skb, link_header + 20 + 13, &flags, sizeof(flags));
+	if (skb->protocol == __builtin_bswap16(0x0800) && flags == 2)
+		__sync_fetch_and_add(&count->opened, 1);
+	return -1;
+}
+SEC("tc") int from_pod(struct __sk_buff *skb) { return see(skb); }
+SEC("tc") int to_pod(struct __sk_buff *skb) { return see(skb); }
+char LICENSE[] SEC("license") = "GPL";
+"""
+"""Programs that count SYNs, with the real maps, smaller: the real programs take the verifier a second."""
+
+FOREIGN = """
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} seen SEC(".maps");
+static __always_inline int see(int verdict)
+{
+	__u32 zero = 0;
+	__u64 *value = bpf_map_lookup_elem(&seen, &zero);
+
+	if (value)
+		__sync_fetch_and_add(value, 1);
+	return verdict;
+}
+SEC("tc") int passes(struct __sk_buff *skb) { return see(0); }
+SEC("tc") int drops(struct __sk_buff *skb)
+{
+	return skb->protocol == __builtin_bswap16(0x0800) ? see(2) : 0;
+}
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+TELLER = """
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 65536);
+} hellos SEC(".maps");
+const volatile __u8 small = 1;
+const volatile __u64 large = 2;
+const volatile __u32 scope = 0;
+const volatile __u32 report = 0;
+SEC("tc") int from_pod(struct __sk_buff *skb)
+{
+	__u8 entry[BYTES_AT + 3] = { 9 };
+
+	if (!report)
+		return 0;
+	*(__u32 *)&entry[8] = skb->len;
+	*(__u32 *)&entry[12] = 2;
+	entry[KEY_AT] = 5;
+	entry[BYTES_AT] = 'h';
+	entry[BYTES_AT + 1] = 'i';
+	bpf_ringbuf_output(&hellos, entry, BYTES_AT + 2, 0);
+	return 0;
+}
+SEC("tc") int to_pod(struct __sk_buff *skb) { return small * 100 + large * 10 + scope; }
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+def build(directory: Path, name: str, source: str | Path, *flags: str) -> Path:
+    if isinstance(source, str):
+        written = directory / f"{name}.bpf.c"
+        written.write_text(source)
+        source = written
+    compiled = directory / f"{name}.bpf.o"
+    machine = subprocess.run(
+        ["clang", "-print-multiarch"], check=False, capture_output=True, text=True
+    ).stdout.strip()
+    command = ["clang", "-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-I{SOURCES}", *flags]
+    subprocess.run(
+        [*command, f"-I/usr/include/{machine or 'x86_64-linux-gnu'}", "-c", source, "-o", compiled],
+        check=True,
+    )
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("stub"), "stub", STUB)
+
+
+@pytest.fixture(scope="module")
+def upgraded(tmp_path_factory: pytest.TempPathFactory, stub: Path) -> Path:
+    """The same programs in another file."""
+    other = tmp_path_factory.mktemp("upgraded") / "stub.bpf.o"
+    other.write_bytes(stub.read_bytes() + b"\0")
+    return other
+
+
+@pytest.fixture(scope="module")
+def other_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs with two fields of a map's value in each other's place: no size tells."""
+    return build(tmp_path_factory.mktemp("layout"), "stub", STUB, "-DOTHER_LAYOUT")
+
+
+@pytest.fixture(scope="module")
+def teller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs that send an entry to a ring buffer, and return their constants."""
+    places = [
+        f"-DKEY_AT={abi.HelloChunk.key.offset}",
+        f"-DBYTES_AT={abi.HelloChunk.bytes.offset}",
+    ]
+    return build(tmp_path_factory.mktemp("teller"), "teller", TELLER, *places)
+
+
+@pytest.fixture
+def bpf(tmp_path: Path) -> Iterator[Path]:
+    with bpffs(tmp_path / "bpf") as directory:
+        yield directory
+
+
+class Foreign:
+    """Somebody else's program on the node's end of a pair, at ingress."""
+
+    def __init__(self, pair: Pair, directory: Path, compiled: Path, name: str) -> None:
+        self._pair = pair
+        self._pin = directory / "foreign"
+        with Object.open(compiled) as opened:
+            opened.load()
+            self.seen = opened.map("seen")
+            self.program = opened.program(name)
+        self.program.pin(self._pin)
+        self._link = -1
+
+    def attach_by_tcx(self) -> None:
+        """As others do: behind who is there."""
+        self._link = netns.run_in(
+            self._pair.peer,
+            libbpf().bpf_link_create,
+            self.program.fd,
+            index(self._pair.peer, "host0"),
+            AttachType.TCX_INGRESS,
+            None,
+        )
+        assert self._link >= 0
+
+    def attach_by_tc(self, priority: int) -> None:
+        run_tc(self._pair.peer, "qdisc replace dev host0 clsact")
+        run_tc(
+            self._pair.peer,
+            f"filter add dev host0 ingress prio {priority} handle 1 bpf da pinned {self._pin}",
+        )
+
+    def count(self) -> int:
+        return int.from_bytes(self.seen.lookup(bytes(4)), "little")
+
+    def close(self) -> None:
+        if self._link >= 0:
+            os.close(self._link)
+        self.program.close()
+        self.seen.close()
+
+
+@pytest.fixture(scope="module")
+def foreign_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("foreign"), "foreign", FOREIGN)
+
+
+@pytest.fixture(params=["passes", "drops"])
+def foreign(
+    pair: Pair, bpf: Path, foreign_object: Path, request: pytest.FixtureRequest
+) -> Iterator[Foreign]:
+    with contextlib.closing(Foreign(pair, bpf, foreign_object, request.param)) as made:
+        yield made
+
+
+def run_tc(netns_path: str, arguments: str) -> str:
+    def run() -> str:
+        command = ["tc", *arguments.split()]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    return netns.run_in(netns_path, run)
+
+
+def index(netns_path: str, name: str) -> int:
+    return netns.run_in(netns_path, socket.if_nametoindex, name)
+
+
+def filters(netns_path: str, name: str) -> tuple[tc.Filter, ...]:
+    return netns.run_in(netns_path, tc.filters, index(netns_path, name))
+
+
+def qdiscs(netns_path: str) -> tuple[int, ...]:
+    return netns.run_in(netns_path, tc.interfaces)
+
+
+class Node:
+    """Classifiers as a node has them whose own namespace is the peer's; one workload there, and one inside."""
+
+    def __init__(self, pair: Pair, directory: Path, by: By, stub: Path) -> None:
+        self.pair, self.directory, self.by, self.stub = pair, directory, (by,), stub
+
+    def open(self, object_path: Path | None = None) -> Classifier:
+        return self.here(Classifier.open, self.directory, object_path or self.stub, by=self.by)
+
+    def private(self, flows: int | None = None) -> Classifier:
+        return self.here(
+            Classifier.private, report=False, flows=flows, object_path=self.stub, by=self.by
+        )
+
+    def here(self, function: Callable, *args: object, **kwargs: object):
+        return netns.run_in(self.pair.peer, function, *args, **kwargs)
+
+    def observe(self, classifier: Classifier) -> Attachment:
+        ifindex = index(self.pair.peer, "host0")
+        return self.here(classifier.attach, WORKLOAD, ifindex, Side.HOST, (PORT,))
+
+    def observe_inside(self, classifier: Classifier) -> Attachment:
+        ifindex = index(self.pair.pod, "eth0")
+        arguments = (OTHER_WORKLOAD, ifindex, Side.INSIDE, (PORT,))
+        return netns.run_in(self.pair.pod, classifier.attach, *arguments)
+
+    def attachments(self, classifier: Classifier) -> list[Attachment]:
+        found = self.here(classifier.attachments)
+        return sorted(found, key=lambda each: each.workload_key)
+
+    def remove(self, classifier: Classifier) -> None:
+        self.here(classifier.remove)
+
+    def programs(self) -> set[int]:
+        """Numbers of the programs that are attached, by links or filters."""
+        attached = {
+            each.program_id
+            for netns_path, name in ((self.pair.peer, "host0"), (self.pair.pod, "eth0"))
+            for each in filters(netns_path, name)
+        }
+        for pin in (self.directory / "classifier" / "links").glob("*/*_pod"):
+            with Link.open_pinned(pin) as link:
+                attached.add(link.program_id())
+        return attached
+
+    def kept(self) -> set[tuple[str, int]]:
+        """Kinds and numbers of all that is pinned."""
+        return {
+            (path.relative_to(self.directory / "classifier").parts[0], number_of(path))
+            for path in (self.directory / "classifier").rglob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture
+def node(pair: Pair, bpf: Path, by: By, stub: Path) -> Node:
+    return Node(pair, bpf, by, stub)
+
+
+def number_of(pin: Path) -> int:
+    """The kernel's number of a pinned program, link or map: the second field of all three info structures."""
+    fd = libbpf().bpf_obj_get(bytes(pin))
+    info, size = ctypes.create_string_buffer(256), ctypes.c_uint32(256)
+    try:
+        assert libbpf().bpf_obj_get_info_by_fd(fd, info, ctypes.byref(size)) == 0
+    finally:
+        os.close(fd)
+    return struct.unpack_from("=II", info)[1]
+
+
+def is_there(kind: str, number: int) -> bool:
+    fd = {
+        "programs": LIBBPF.bpf_prog_get_fd_by_id,
+        "links": LIBBPF.bpf_link_get_fd_by_id,
+        "maps": LIBBPF.bpf_map_get_fd_by_id,
+    }[kind](number)
+    if fd >= 0:
+        os.close(fd)
+    return fd >= 0
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+
+
+def connect(pair: Pair, timeout: float = DEADLINE_S) -> None:
+    """One connection from the pod to the peer and its end, with nothing said."""
+    netns.run_in(pair.pod, socket.create_connection, (pair.peer_ipv4, PORT), timeout).close()
+
+
+def connections(classifier: Classifier, inside: bool = False) -> int:
+    """How many SYNs the stub has counted."""
+    value = classifier._maps["seen"].lookup(struct.pack("=I", inside))
+    return struct.unpack("=QQ", value)[0]
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Runs it in a process of its own; its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+STEPS = (
+    (Program, "pin"), (Map, "pin"), (Link, "pin"), (Link, "attach"), (Link, "replace"), (Link, "detach"),
+    (Path, "mkdir"), (Path, "rmdir"), (shutil, "rmtree"), (tc, "attach"), (tc, "replace"), (tc, "detach"),
+)  # fmt: skip
+"""What changes the kernel."""
+
+
+def crashes(work: Callable[[], object]) -> Iterator[None]:
+    """Comes back after each of the places in which a process can be killed at this work."""
+    for step in range(1, 100):
+        if in_child(lambda step=step: die_at(step, work)) == 0:
+            return
+        yield
+    pytest.fail("this work has no end")
+
+
+def die_at(step: int, work: Callable[[], object]) -> None:
+    left = [step]
+
+    def dying(function: Callable) -> Callable:
+        def stepped(*args: object, **kwargs: object) -> object:
+            left[0] -= 1
+            if not left[0]:
+                os._exit(1)
+            return function(*args, **kwargs)
+
+        return stepped
+
+    for where, name in STEPS:
+        function = getattr(where, name)
+        setattr(where, name, dying(function))
+    work()
+
+
+@every_way
+def test_an_upgrade_replaces_every_program_and_goes_on_observing(
+    node: Node, upgraded: Path
+) -> None:
+    first = node.open()
+    before = [node.observe(first), node.observe_inside(first)]
+    generation, old = first.generation, node.programs()
+    first.close()
+    second = node.open(upgraded)
+    assert second.generation == generation
+    assert second.notes == ()
+    after = node.attachments(second)
+    assert [each.workload_key for each in after] == [WORKLOAD, OTHER_WORKLOAD]
+    for one, other in zip(before, after, strict=True):
+        assert other.attached_at == pytest.approx(one.attached_at, abs=0.1)
+    assert len(node.programs()) == 4
+    assert not node.programs() & old
+    eventually(lambda: not any(is_there("programs", number) for number in old))
+    with serving(node.pair.peer, "peer", [PORT]):
+        connect(node.pair)
+    assert connections(second) == connections(second, inside=True) == 1
+    node.remove(second)
+
+
+@every_way
+def test_no_connection_is_missed_while_programs_are_replaced(node: Node, upgraded: Path) -> None:
+    first = node.open()
+    node.observe(first)
+    first.close()
+    made, over = [], threading.Event()
+
+    def call() -> None:
+        while not over.is_set():
+            connect(node.pair)
+            made.append(1)
+
+    with serving(node.pair.peer, "peer", [PORT]):
+        caller = threading.Thread(target=call)
+        caller.start()
+        try:
+            for object_path in (upgraded, node.stub, upgraded):
+                so_far = len(made)
+                eventually(lambda so_far=so_far: len(made) > so_far)
+                node.open(object_path).close()
+        finally:
+            over.set()
+            caller.join()
+    last = node.open(upgraded)
+    assert connections(last) == len(made)
+    node.remove(last)
+
+
+@every_way
+def test_a_crash_at_any_step_of_an_upgrade_is_completed_by_the_next_start(
+    node: Node, upgraded: Path
+) -> None:
+    first = node.open()
+    node.observe(first)
+    node.observe_inside(first)
+    generation = first.generation
+    first.close()
+    here, there = node.stub, upgraded
+    for _ in crashes(lambda: node.open(there)):
+        assert len(node.programs()) >= 4, "each is attached, the old one or the new one"
+        completed = node.open(there)
+        assert len(node.attachments(completed)) == 2
+        assert completed.generation == generation
+        assert len(list((node.directory / "classifier" / "programs").iterdir())) == 2
+        pinned = {number for kind, number in node.kept() if kind == "programs"}
+        assert node.programs() == pinned
+        completed.close()
+        node.open(here).close()
+    last = node.open(here)
+    assert len(node.attachments(last)) == 2
+    node.remove(last)
+
+
+@every_way
+def test_a_crash_at_any_step_of_a_first_start_is_completed_by_the_next(node: Node) -> None:
+    def start() -> None:
+        classifier = node.open()
+        node.observe(classifier)
+        node.observe_inside(classifier)
+
+    for _ in crashes(start):
+        second = node.open()
+        assert second.notes == ()
+        node.observe(second)
+        node.observe_inside(second)
+        assert len(node.attachments(second)) == 2
+        assert len(node.programs()) == 4
+        node.remove(second)
+        assert node.programs() == set()
+        assert qdiscs(node.pair.peer) == qdiscs(node.pair.pod) == ()
+    node.remove(node.open())
+
+
+@every_way
+def test_a_crash_at_any_step_of_removing_is_completed_by_the_next(node: Node) -> None:
+    def start() -> Classifier:
+        classifier = node.open()
+        node.observe(classifier)
+        node.observe_inside(classifier)
+        return classifier
+
+    start().close()
+    for _ in crashes(lambda: node.remove(node.open())):
+        again = node.open()
+        node.remove(again)
+        assert node.programs() == set()
+        assert qdiscs(node.pair.peer) == qdiscs(node.pair.pod) == ()
+        start().close()
+
+
+@every_way
+def test_maps_of_another_layout_are_given_up_and_that_is_said(
+    node: Node, other_layout: Path
+) -> None:
+    first = node.open()
+    node.observe(first)
+    generation = first.generation
+    old = node.kept()
+    with serving(node.pair.peer, "peer", [PORT]):
+        connect(node.pair)
+    first.close()
+    second = node.open(other_layout)
+    assert second.notes == (ANOTHER_LAYOUT,)
+    assert second.generation != generation
+    assert connections(second) == 0
+    assert node.attachments(second) == []
+    assert node.programs() == set()
+    eventually(lambda: not any(is_there(*each) for each in old))
+    second.close()
+    third = node.open(other_layout)
+    assert third.notes == ()
+    node.remove(third)
+
+
+@every_way
+def test_a_crash_at_any_step_of_a_change_of_layout_is_completed_by_the_next_start(
+    node: Node, other_layout: Path
+) -> None:
+    def start(object_path: Path) -> str:
+        classifier = node.open(object_path)
+        node.observe(classifier)
+        classifier.close()
+        return classifier.generation
+
+    generation = start(node.stub)
+    for _ in crashes(lambda: node.open(other_layout)):
+        second = node.open(other_layout)
+        assert second.generation != generation
+        assert node.attachments(second) == []
+        assert node.programs() == set()
+        node.remove(second)
+        generation = start(node.stub)
+
+
+@pytest.mark.parametrize("by", [By.TCX])
+def test_maps_without_a_word_about_their_layout_are_not_used(node: Node) -> None:
+    first = node.open()
+    node.observe(first)
+    generation = first.generation
+    first.close()
+    (layout,) = (node.directory / "classifier").glob("layout-*")
+    layout.rmdir()
+    second = node.open()
+    assert second.notes == (ANOTHER_LAYOUT,)
+    assert second.generation != generation
+    node.remove(second)
+
+
+@pytest.mark.parametrize("by", [By.TCX])
+def test_a_map_that_is_not_what_it_is_called_is_not_used(node: Node) -> None:
+    node.open().close()
+    maps = node.directory / "classifier" / "maps"
+    for old, new in (("seen", "between"), ("flows", "seen"), ("between", "flows")):
+        (maps / old).rename(maps / new)
+    second = node.open()
+    assert second.notes == (ANOTHER_LAYOUT,)
+    assert connections(second) == 0
+    node.remove(second)
+
+
+@pytest.mark.parametrize("by", [By.TCX])
+def test_a_lost_map_is_told(node: Node) -> None:
+    node.open().close()
+    (node.directory / "classifier" / "maps" / "flows").unlink()
+    second = node.open()
+    assert second.notes == (LOST_MAP,)
+    node.remove(second)
+
+
+@every_way
+def test_programs_that_the_kernel_refuses_leave_those_that_run(node: Node, tmp_path: Path) -> None:
+    first = node.open()
+    node.observe(first)
+    first.close()
+    attached = node.programs()
+    source = STUB.replace("return -1", "return *(int *)(long)skb->data")
+    refused = build(tmp_path, "refused", source)
+    with pytest.raises(KernelError, match="the verifier rejects from_pod"):
+        node.open(refused)
+    assert node.programs() == attached
+    second = node.open()
+    assert len(node.attachments(second)) == 1
+    assert second.notes == ()
+    node.remove(second)
+
+
+@pytest.mark.parametrize("by", [By.TCX])
+def test_a_package_that_is_upgraded_under_a_running_agent_changes_nothing_until_its_next_start(
+    node: Node, tmp_path: Path
+) -> None:
+    installed = tmp_path / "classifier.bpf.o"
+    shutil.copy(node.stub, installed)
+    first = node.open(installed)
+    installed.write_text("half of a new package")
+    node.observe(first)
+    node.observe_inside(first)
+    programs = list((node.directory / "classifier" / "programs").iterdir())
+    assert len({each.name.partition("-")[0] for each in programs}) == 1
+    node.remove(first)
+
+
+@every_way
+def test_removing_leaves_nothing_in_the_kernel(node: Node) -> None:
+    before = (qdiscs(node.pair.peer), qdiscs(node.pair.pod))
+    classifier = node.open()
+    node.observe(classifier)
+    node.observe_inside(classifier)
+    kept, attached = node.kept(), node.programs()
+    assert {kind for kind, _ in kept} == {"maps", "programs"} | (
+        {"links"} if by_links(node) else set()
+    )
+    assert len(attached) == 4
+    node.remove(classifier)
+    assert not (node.directory / "classifier").exists()
+    assert (qdiscs(node.pair.peer), qdiscs(node.pair.pod)) == before == ((), ())
+    assert filters(node.pair.peer, "host0") == filters(node.pair.pod, "eth0") == ()
+    gone = kept | {("programs", number) for number in attached}
+    eventually(lambda: not any(is_there(*each) for each in gone))
+
+
+def by_links(node: Node) -> bool:
+    return node.by == (By.TCX,)
+
+
+@every_way
+def test_copies_for_a_namespace_go_with_its_last_interface(node: Node) -> None:
+    classifier = node.open()
+    node.observe(classifier)
+    programs = node.directory / "classifier" / "programs"
+    alone = set(programs.iterdir())
+    node.observe_inside(classifier)
+    assert len(list(programs.iterdir())) == 2
+    node.here(classifier.detach, OTHER_WORKLOAD)
+    assert set(programs.iterdir()) == alone
+    assert len(node.attachments(classifier)) == 1
+    node.remove(classifier)
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.TCX])
+@pytest.mark.parametrize("foreign_first", [True, False])
+@pytest.mark.parametrize("how", ["tcx", "tc"])
+def test_another_program_beside_links_keeps_its_verdict_and_hides_nothing(
+    node: Node, foreign: Foreign, foreign_first: bool, how: str
+) -> None:
+    attach = foreign.attach_by_tcx if how == "tcx" else lambda: foreign.attach_by_tc(1)
+    beside(node, foreign, attach, foreign_first)
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.CLSACT])
+@pytest.mark.parametrize("foreign_first", [True, False])
+def test_another_filter_beside_filters_keeps_its_verdict_and_hides_nothing(
+    node: Node, foreign: Foreign, foreign_first: bool
+) -> None:
+    beside(node, foreign, lambda: foreign.attach_by_tc(50), foreign_first)
+
+
+def beside(node: Node, foreign: Foreign, attach: Callable[[], None], foreign_first: bool) -> None:
+    classifier = node.open()
+    if foreign_first:
+        attach()
+    node.observe(classifier)
+    if not foreign_first:
+        attach()
+    assert classifier.notes == ()
+    with serving(node.pair.peer, "peer", [PORT]):
+        if foreign.program.name == "drops":
+            with pytest.raises(TimeoutError):
+                connect(node.pair, timeout=0.2)
+        else:
+            connect(node.pair)
+    assert foreign.count() > 0
+    assert connections(classifier) == 1
+    node.here(classifier.detach, WORKLOAD)
+    before = foreign.count()
+    with serving(node.pair.peer, "peer", [PORT]), contextlib.suppress(TimeoutError):
+        connect(node.pair, timeout=0.2)
+    assert foreign.count() > before, "it is still there"
+    node.remove(classifier)
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.CLSACT])
+@pytest.mark.parametrize("foreign", ["passes"], indirect=True)
+def test_a_filter_that_comes_before_all_others_is_told(node: Node, foreign: Foreign) -> None:
+    foreign.attach_by_tc(1)
+    classifier = node.open()
+    node.observe(classifier)
+    (note,) = classifier.notes
+    assert "another program before the classifier (ingress filter" in note
+    assert node.private().notes == ()
+    again = node.open()
+    assert node.attachments(again)
+    assert again.notes == classifier.notes
+    again.close()
+    with serving(node.pair.peer, "peer", [PORT]):
+        connect(node.pair)
+    assert foreign.count() > 0
+    node.remove(classifier)
+    (left,) = filters(node.pair.peer, "host0")
+    assert (left.priority, left.handle) == (1, 1)
+    assert len(qdiscs(node.pair.peer)) == 1
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.CLSACT])
+@pytest.mark.parametrize("foreign", ["passes"], indirect=True)
+def test_a_priority_that_somebody_has_is_not_taken(node: Node, foreign: Foreign) -> None:
+    foreign.attach_by_tc(2)
+    classifier = node.open()
+    node.observe(classifier)
+    places = {(each.hook, each.priority) for each in filters(node.pair.peer, "host0")}
+    assert places == {(tc.Hook.INGRESS, 2), (tc.Hook.INGRESS, 3), (tc.Hook.EGRESS, 2)}
+    node.remove(classifier)
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.CLSACT])
+def test_a_qdisc_that_was_there_stays(node: Node) -> None:
+    run_tc(node.pair.peer, "qdisc add dev host0 clsact")
+    classifier = node.open()
+    node.observe(classifier)
+    node.remove(classifier)
+    assert filters(node.pair.peer, "host0") == ()
+    assert len(qdiscs(node.pair.peer)) == 1
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.CLSACT])
+@pytest.mark.parametrize("foreign", ["passes"], indirect=True)
+def test_a_qdisc_that_somebody_uses_meanwhile_stays(node: Node, foreign: Foreign) -> None:
+    classifier = node.open()
+    node.observe(classifier)
+    foreign.attach_by_tc(50)
+    node.remove(classifier)
+    assert [each.priority for each in filters(node.pair.peer, "host0")] == [50]
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.CLSACT])
+def test_a_qdisc_that_leaves_no_room_is_told_and_nothing_stays(node: Node) -> None:
+    run_tc(node.pair.peer, "qdisc add dev host0 ingress")
+    classifier = node.open()
+    with pytest.raises(KernelError, match="a qdisc of kind ingress"):
+        node.observe(classifier)
+    assert node.attachments(classifier) == []
+    assert list((node.directory / "classifier" / "links").iterdir()) == []
+    node.remove(classifier)
+
+
+@every_way
+def test_a_returning_agent_finds_links_and_filters_again(node: Node) -> None:
+    first = node.open()
+    before = [node.observe(first), node.observe_inside(first)]
+    attached = node.programs()
+    first.close()
+    second = node.open()
+    found = node.attachments(second)
+    assert [(each.workload_key, each.side, each.scope) for each in found] == [
+        (each.workload_key, each.side, each.scope) for each in before
+    ]
+    again = [node.observe(second), node.observe_inside(second)]
+    assert [each.attached_at for each in again] == [each.attached_at for each in found]
+    assert node.programs() == attached
+    node.remove(second)
+
+
+@needs_tc
+@pytest.mark.parametrize("by", [By.CLSACT])
+def test_filters_that_somebody_removed_are_missed_and_put_back(node: Node) -> None:
+    classifier = node.open()
+    first = node.observe(classifier)
+    run_tc(node.pair.peer, "filter del dev host0 egress")
+    assert node.attachments(classifier) == []
+    second = node.observe(classifier)
+    assert second.attached_at > first.attached_at
+    assert len(filters(node.pair.peer, "host0")) == 2
+    run_tc(node.pair.peer, "qdisc del dev host0 clsact")
+    assert node.attachments(classifier) == []
+    node.observe(classifier)
+    node.remove(classifier)
+    assert qdiscs(node.pair.peer) == ()
+
+
+@every_way
+def test_an_interface_that_went_takes_its_attachment_along(node: Node) -> None:
+    classifier = node.open()
+    node.observe(classifier)
+    node.observe_inside(classifier)
+    links.delete_link(node.pair.pod, "eth0")
+    assert node.attachments(classifier) == []
+    classifier.close()
+    second = node.open()
+    assert list((node.directory / "classifier" / "links").iterdir()) == []
+    assert len(list((node.directory / "classifier" / "programs").iterdir())) == 1
+    node.remove(second)
+
+
+def test_a_kernel_without_links_is_given_filters(
+    pair: Pair, bpf: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kernel before 6.6 refuses them."""
+
+    def no_links(program: Program, ifindex: int, _where: AttachType) -> Link:
+        raise KernelError(f"cannot attach {program.name} to interface {ifindex}", 22)
+
+    monkeypatch.setattr(Link, "attach", no_links)
+    classifier = netns.run_in(pair.peer, Classifier.open, bpf, stub)
+    ifindex = index(pair.peer, "host0")
+    netns.run_in(pair.peer, classifier.attach, WORKLOAD, ifindex, Side.HOST, ())
+    assert len(filters(pair.peer, "host0")) == 2
+    netns.run_in(pair.peer, classifier.remove)
+    assert qdiscs(pair.peer) == ()
+
+
+@every_way
+def test_a_private_classifier_pins_nothing_and_is_gone_when_it_is_closed(node: Node) -> None:
+    classifier = node.private()
+    node.observe(classifier)
+    node.observe_inside(classifier)
+    assert len(node.attachments(classifier)) == 2
+    with serving(node.pair.peer, "peer", [PORT]):
+        connect(node.pair)
+    assert connections(classifier) == connections(classifier, inside=True) == 1
+    made = {("programs", program.id) for program in classifier.programs}
+    assert not (node.directory / "classifier").exists()
+    node.here(classifier.close)
+    eventually(lambda: not any(is_there(*each) for each in made))
+    assert qdiscs(node.pair.peer) == qdiscs(node.pair.pod) == ()
+
+
+@every_way
+def test_a_private_classifier_beside_a_pinned_one_takes_nothing_from_it(node: Node) -> None:
+    pinned, private = node.open(), node.private()
+    node.observe(pinned)
+    node.observe(private)
+    with serving(node.pair.peer, "peer", [PORT]):
+        connect(node.pair)
+    assert connections(pinned) == connections(private) == 1
+    node.here(private.close)
+    with serving(node.pair.peer, "peer", [PORT]):
+        connect(node.pair)
+    assert connections(pinned) == 2
+    assert len(node.attachments(pinned)) == 1
+    node.remove(pinned)
+    assert qdiscs(node.pair.peer) == ()
+
+
+@pytest.mark.parametrize("by", [By.CLSACT])
+def test_whoever_goes_last_takes_the_qdisc_along(node: Node) -> None:
+    pinned, private = node.open(), node.private()
+    node.observe(pinned)
+    node.observe(private)
+    node.remove(pinned)
+    assert len(node.attachments(private)) == 1
+    node.here(private.close)
+    assert qdiscs(node.pair.peer) == ()
+
+
+@every_way
+def test_what_a_killed_private_classifier_left_goes_with_the_next_start(node: Node) -> None:
+    def hold() -> None:
+        classifier = node.private()
+        node.observe(classifier)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(hold) == -signal.SIGKILL
+    assert len(filters(node.pair.peer, "host0")) == (0 if by_links(node) else 2)
+    mine = node.private()
+    node.observe(mine)
+    node.open().close()
+    owners = {each.owner for each in filters(node.pair.peer, "host0")}
+    assert owners <= {f"tidegate-{os.getpid()}-{Path('/proc/self/ns/pid').stat().st_ino}"}
+    assert len(node.attachments(mine)) == 1, "one that lives is left alone"
+    node.here(mine.close)
+    assert qdiscs(node.pair.peer) == ()
+    node.remove(node.open())
+
+
+@pytest.mark.parametrize("by", [By.TCX])
+def test_the_flow_map_of_a_private_classifier_can_be_small(node: Node) -> None:
+    classifier = node.private(flows=64)
+    assert classifier._maps["flows"].max_entries == 64
+    node.observe_inside(classifier)
+    assert len(node.attachments(classifier)) == 1
+    node.here(classifier.close)
+
+
+@pytest.fixture
+def told(teller: Path) -> Iterator[tuple[Program, RingBuffer]]:
+    """A program that reports, and what reads its reports."""
+    with contextlib.closing(Private(teller, report=True)) as private:
+        ring = RingBuffer(private.maps[HELLOS])
+        yield private.programs[0], ring
+        ring.close()
+
+
+def test_chunks_of_hellos_come_as_the_programs_sent_them(told: tuple[Program, RingBuffer]) -> None:
+    from_pod, ring = told
+    assert ring.drain() == []
+    for length in (60, 61):
+        from_pod.test_run(bytes(length))
+    first, second = (classifier._chunk(entry) for entry in ring.drain())
+    assert first.key == bytes([5]).ljust(ctypes.sizeof(abi.FlowKey), b"\0")
+    assert (first.opened_ns, first.position, first.bytes) == (9, 60, b"hi")
+    assert (second.position, second.bytes) == (61, b"hi")
+    assert ring.drain() == []
+
+
+def test_a_reader_of_hellos_takes_so_many_at_a_time_and_then_the_others(
+    told: tuple[Program, RingBuffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_pod, ring = told
+    monkeypatch.setattr(RingBuffer, "_MOST", 2)
+    from_pod.test_run(bytes(60), 5)
+    assert [len(ring.drain()) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_without_report_the_programs_send_nothing(teller: Path) -> None:
+    with contextlib.closing(Private(teller, report=False)) as private:
+        private.programs[0].test_run(bytes(60))
+        ring = RingBuffer(private.maps[HELLOS])
+        assert ring.drain() == []
+        ring.close()
+
+
+def test_constants_are_set_by_name_and_the_others_stay(teller: Path) -> None:
+    with Object.open(teller) as compiled:
+        assert set(compiled.constants()) == {"small", "large", "scope", "report"}
+        compiled.set_constants(large=7, small=3)
+        with pytest.raises(KernelError, match="has no constant nothing"):
+            compiled.set_constants(nothing=1)
+        compiled.load()
+        with compiled.program("to_pod") as program:
+            assert program.test_run(bytes(60)).returned == 370
+
+
+def test_programs_that_cannot_report_are_not_taken_for_ones_that_do(foreign_object: Path) -> None:
+    with pytest.raises(KernelError, match="has no constant report"):
+        Private(foreign_object, report=True)
+
+
+def test_a_layout_is_all_that_a_map_and_its_values_are(stub: Path, other_layout: Path) -> None:
+    with Object.open(stub) as one, Object.open(other_layout) as other:
+        assert one.layout("flows") == other.layout("flows")
+        assert one.definition("seen") == other.definition("seen")
+        assert one.layout("seen") != other.layout("seen")
+        one.resize("flows", 1)
+        assert one.layout("flows") != other.layout("flows")
+
+
+def test_a_change_of_what_a_number_means_is_another_layout(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Object.open(stub) as compiled:
+        before = hold._layout(compiled, ["seen"])
+        assert hold._layout(compiled, ["seen"]) == before
+        monkeypatch.setattr(abi, "Class", abi.Direction)
+        assert hold._layout(compiled, ["seen"]) != before
+
+
+def test_the_packaged_programs_are_upgraded_too(pair: Pair, bpf: Path, tmp_path: Path) -> None:
+    other = tmp_path / "classifier.bpf.o"
+    other.write_bytes(PACKAGED_OBJECT.read_bytes() + b"\0")
+    node = Node(pair, bpf, By.TCX, PACKAGED_OBJECT)
+    first = node.open()
+    before = node.observe(first)
+    attached = node.programs()
+    first.close()
+    second = node.open(other)
+    (after,) = node.attachments(second)
+    assert after.attached_at == pytest.approx(before.attached_at, abs=0.1)
+    assert second.notes == ()
+    assert not node.programs() & attached
+    node.remove(second)
+
+
+REJECTED = {
+    "int *end = (void *)(long)skb->data; return *end;": (
+        "the verifier rejects wrong: R1 offset is outside of the packet",
+        "at instruction 1: (61) r0 = *(u32 *)(r1 +0)",
+        "source: int *end = (void *)(long)skb->data; return *end;",
+    ),
+    "char to[4]; bpf_skb_load_bytes(skb, 0, to, skb->len); return to[0];": (
+        "the verifier rejects wrong: R4 ",
+        "at instruction 4: (85) call bpf_skb_load_bytes",
+        "source: char to[4]; bpf_skb_load_bytes(skb, 0, to, skb->len)",
+    ),
+    'int i = skb->len; while (i != 7) asm volatile("" : "+r"(i)); return i;': (
+        "the verifier rejects wrong: infinite loop detected at insn 3",
+        "at instruction 2: ",
+        "source: int i = skb->len; while (i != 7)",
+    ),
+}
+"""Bodies of programs, and what is said of them."""
+
+
+@pytest.mark.parametrize("body", REJECTED)
+def test_what_the_verifier_rejects_is_one_line_with_reason_instruction_and_source(
+    tmp_path: Path, body: str
+) -> None:
+    source = (
+        "#include <linux/bpf.h>\n#include <bpf/bpf_helpers.h>\n"
+        f'SEC("tc") int wrong(struct __sk_buff *skb)\n{{\n\t{body}\n}}\n'
+        'char LICENSE[] SEC("license") = "GPL";\n'
+    )
+    wrong = build(tmp_path, "wrong", source)
+    with Object.open(wrong) as compiled, pytest.raises(KernelError) as refused:
+        compiled.load()
+    message = str(refused.value)
+    assert message.startswith("cannot load wrong.bpf.o: ")
+    for part in REJECTED[body]:
+        assert part in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("by", [By.TCX])
+def test_an_interface_whose_packets_begin_with_ip_has_a_copy_of_its_own(node: Node) -> None:
+    classifier = node.open()
+
+    def observe() -> None:
+        with tun.opened("tg-tun"):
+            classifier.attach(WORKLOAD, socket.if_nametoindex("tg-tun"), Side.HOST, ())
+            assert len(classifier.attachments()) == 1
+
+    node.here(observe)
+    copies = (node.directory / "classifier" / "programs").iterdir()
+    assert {each.name.partition("-")[2] for each in copies} == {"0-14", "0-0"}
+    node.remove(classifier)
+
+
+def test_a_header_before_ip_is_where_an_interface_has_one(
+    pair: Pair,
+) -> None:
+    assert netns.run_in(pair.pod, interfaces.link_header, index(pair.pod, "eth0")) == 14
+    assert interfaces.link_header(1) == 14
+
+    def of_a_tun() -> int:
+        with tun.opened("tg-tun"):
+            return interfaces.link_header(socket.if_nametoindex("tg-tun"))
+
+    assert netns.run_in(pair.pod, of_a_tun) == 0
+    with pytest.raises(KernelError, match="interface 4000000"):
+        interfaces.link_header(4_000_000)
