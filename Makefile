@@ -21,7 +21,7 @@ PACKAGES := python3 python3-venv libbpf1 libnftables1 iptables \
 STAMP := $(VENV)/ready
 FINGERPRINT = $$(echo "$(CURDIR)" | cat - pyproject.toml | sha256sum | cut -d' ' -f1)
 
-.PHONY: help setup packages venv bpf demo test lint unit bench soak clean
+.PHONY: help setup packages venv bpf demo test lint unit bench fuzz soak vm live clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,10 +68,20 @@ lint: setup ## style and types
 bench: setup ## measurements, as ratios with medians
 	@$(BIN)/python -m tests.bench
 
+fuzz: setup ## the classifier against its reference: a million random streams, STREAMS and SEED to choose others
+	@$(BIN)/python -m tests.fuzz --streams $${STREAMS:-1000000} --seed $${SEED:-$$RANDOM}
+
 soak: setup ## long runs: 2,000 apply and remove cycles, 500 random policies
 	@TIDEGATE_SOAK=1 $(BIN)/pytest -q --timeout 1800 tests/kernel/test_redirect_faults.py
 	@TIDEGATE_POLICIES=500 TIDEGATE_SEED=$$RANDOM $(BIN)/pytest -q --timeout 1800 \
 	    tests/kernel/test_redirect_properties.py
+
+vm: setup ## a choice of tests under Debian's kernel 6.1, in a virtual machine
+	@$(BIN)/python -m tests.vm
+
+live: setup ## real clients against real servers; tshark and `tidegate classify` have to agree
+	@[ "$$(id -u)" = 0 ] || { echo "the servers run in network namespaces: run sudo make live" >&2; exit 1; }
+	@TIDEGATE_LIVE=1 $(BIN)/pytest -q tests/live
 
 clean: ## remove what setup and the tests made in this checkout
 	@rm -rf .venv build agent/tidegate/bpf agent/tidegate.egg-info \

@@ -1,0 +1,31 @@
+"""Streams in, the same answer out as from the reference: what ever made a difference, and a few thousand more."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fuzz import cases, streams
+from fuzz.differential import BATCH, Differential
+
+SEED = 4
+STREAMS = 3000
+
+
+@pytest.fixture(scope="module")
+def differential() -> Iterator[Differential]:
+    with Differential.open() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "path", sorted(cases.DIRECTORY.glob("*.json")), ids=lambda path: str(path.stem)
+)
+def test_what_once_made_a_difference_makes_none(differential: Differential, path: Path) -> None:
+    assert [str(each) for each in differential.compare([cases.read(path)])] == []
+
+
+@pytest.mark.parametrize("first", range(0, STREAMS, BATCH))
+def test_the_kernel_and_the_reference_agree(differential: Differential, first: int) -> None:
+    batch = [streams.make(SEED, number) for number in range(first, first + BATCH)]
+    assert [str(each) for each in differential.compare(batch)] == []
