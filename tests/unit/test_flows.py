@@ -1,10 +1,11 @@
 """Edges as people read them: both ends named, each connection told once."""
 
+import msgspec
 import pytest
 
 from tidegate.intent.annotations import policy_from_annotations
 from tidegate.intent.policy import DEFAULT
-from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass, Instance, Workload
+from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass, Hint, Instance, Workload
 from tidegate.node.flows import OUTSIDE_SIDECARS, THROUGH_SIDECAR, row, told_once
 from tidegate.observe.labels import Labels
 
@@ -187,3 +188,13 @@ def test_the_order_does_not_depend_on_the_order_of_the_nodes_answers(labels):
         for port in (8080, 8081)
     ]
     assert told_once(rows, ()) == told_once(reversed(rows), ())
+
+
+def test_the_hints_of_all_that_is_told_as_one_are_united_in_their_order(labels):
+    four = row(edge(hints=(Hint.KAFKA,)), API, None, labels)
+    six = row(edge(peer="fd00:2::3", hints=(Hint.HTTP1, Hint.KAFKA)), API, None, labels)
+    assert four.hints == (Hint.KAFKA,)
+    for order in ((four, six), (six, four)):
+        [merged] = told_once(order, ())
+        assert merged.hints == (Hint.HTTP1, Hint.KAFKA)
+        assert b'"hints":["http1","kafka"]' in msgspec.json.encode(merged)

@@ -75,3 +75,28 @@ def test_an_edge_names_client_and_server_by_its_direction(direction):
     labelled = LABELS.label(Edge(key=key, count=count), own)
     ends = (labelled.client, labelled.server)
     assert ends == ((NEW, own) if direction is Direction.INBOUND else (own, NEW))
+
+
+def test_the_moments_at_which_an_address_changes_its_owner_are_known():
+    assert LABELS.changes(0.0, 1e9) == {"10.0.0.7": (295.0,)}
+    assert LABELS.changes(0.0, 294.0) == {}
+    assert LABELS.changes(295.0, 1e9) == {}
+
+
+@pytest.mark.parametrize(
+    ("seen_until", "seen_from", "moment"),
+    [
+        (200.0, 300.0, 295.0),
+        (200.0, 206.0, 203.0),
+        (200.0, 200.0, 200.0),
+        (200.0, 150.0, 150.0),
+        (0.0, 150.0, 150.0),
+    ],
+)
+def test_right_after_that_moment_the_address_is_the_later_owners(seen_until, seen_from, moment):
+    former = instance("former", ["10.0.0.1"], 100.0, seen_until)
+    later = instance("later", ["10.0.0.1"], seen_from)
+    labels = Labels([later, former])
+    assert labels.changes(0.0, 1e9) == {"10.0.0.1": (moment,)}
+    assert labels.at("10.0.0.1", moment + 0.01) == later
+    assert labels.at("10.0.0.1", moment - 0.01) != later

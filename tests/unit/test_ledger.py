@@ -1,27 +1,33 @@
 """The history: nothing lost, nothing counted twice, whatever happens to agent, kernel map and file."""
 
+import random
 import resource
+import sqlite3
 import stat
-from contextlib import contextmanager
+import zlib
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidegate.model import (
+    CountedEdge,
     Direction,
-    Edge,
     EdgeCount,
     EdgeKey,
     FlowClass,
+    Hint,
     Interval,
     Workload,
     workload_key,
 )
-from tidegate.observe import coverage
+from tidegate.observe import coverage, history
+from tidegate.observe.counting import HINT_BITS
 from tidegate.observe.history import EVICTED_EDGES, Limits
-from tidegate.observe.ledger import REFUSED_EDGES, Ledger
+from tidegate.observe.ledger import REFUSED_EDGES, Ledger, LedgerError
 from tidegate.verdict.intervals import clip, gaps, total, union
 
 T0 = 1_700_000_000.0
@@ -34,15 +40,19 @@ def key(peer="10.0.0.1", flow_class=FlowClass.PLAINTEXT, workload=1, direction=D
     )
 
 
-def edge(at, connections, edge_key=None, sent=0, first=T0):
+def edge(at, connections, edge_key=None, sent=0, first=T0, hints=(), **counter):
+    """What the kernel's counter of an edge says; each edge has one of its own unless told otherwise."""
     count = EdgeCount(
         connections=connections,
         bytes_to_server=sent,
         bytes_to_client=2 * sent,
         first_seen=first,
         last_seen=at,
+        hints=hints,
     )
-    return Edge(key=edge_key or key(), count=count)
+    edge_key = edge_key or key()
+    own = {"slot": zlib.crc32(repr(edge_key).encode()), "generation": 0, "live": True}
+    return CountedEdge(key=edge_key, count=count, **{**own, **counter})
 
 
 def workload(name="api-1", service="api", **fields):
@@ -164,19 +174,84 @@ def test_a_minute_or_an_hour_counts_whole_in_a_window_that_begins_within_it(ledg
 @settings(max_examples=40, deadline=None)
 def test_a_window_never_misses_what_was_added_in_it(tmp_path_factory, rounds, ago):
     ledger = Ledger.open(tmp_path_factory.mktemp("l") / "ledger.db")
-    now, cumulative, history = T0, 0, []
+    now, cumulative, recorded = T0, 0, []
     for step, added in rounds:
         now += step
         cumulative += added
-        history.append((now, added))
+        recorded.append((now, added))
         ledger.record(now, "g", [edge(now, cumulative)], {})
     since = now - ago
-    truth = sum(added for at, added in history if at >= since)
+    truth = sum(added for at, added in recorded if at >= since)
     [seen] = ledger.window(None, None, since, now)
     coarse = 3600 if ago > 25 * 3600 else 60 if ago > 300 else 0
-    loose = sum(added for at, added in history if at >= since - coarse - 10)
+    loose = sum(added for at, added in recorded if at >= since - coarse - 10)
     assert truth <= seen.count.connections <= loose
     ledger.close()
+
+
+def test_any_window_of_the_last_minutes_is_exact_to_a_round(ledger):
+    recorded = []
+    for number in range(150):
+        now = T0 + number * 1.7
+        ledger.record(now, "g", [edge(now, (number + 1) ** 2)], {})
+        recorded.append((now, (number + 1) ** 2 - number**2))
+    for first in range(0, 150, 7):
+        for last in range(first, 150, 11):
+            since, until = recorded[first][0], recorded[last][0]
+            truth = sum(added for at, added in recorded if since <= at <= until)
+            assert connections(ledger, since, until) == {key(): truth}
+
+
+def test_a_clock_that_steps_loses_and_repeats_nothing(ledger):
+    now, steps = T0, [1, 1, 7200, 1, -7300, 1, 1, 90, -30, 86_400, 1, -86_500, 2, 400]
+    for number, step in enumerate(steps, start=1):
+        now += step
+        ledger.record(now, "g", [edge(now, number)], {})
+    assert connections(ledger) == {key(): len(steps)}
+    assert ledger.problems() == ()
+
+
+def test_hints_are_kept_with_the_edge_and_survive_a_restart(path):
+    for now, hints in ((T0, (Hint.HTTP1,)), (T0 + 1, (Hint.HTTP1, Hint.KAFKA)), (T0 + 2, ())):
+        ledger = Ledger.open(path)
+        ledger.record(now, "g", [edge(now, 1, hints=hints)], {})
+        ledger.close()
+    ledger = Ledger.open(path)
+    ledger.record(T0 + 3, "h", [], {})
+    [seen] = ledger.window(None, None, 0, 1e11)
+    assert seen.count.hints == (Hint.HTTP1, Hint.KAFKA)
+    ledger.close()
+
+
+def test_every_hint_has_a_number_of_its_own():
+    assert sorted(HINT_BITS.values()) == [1 << n for n in range(len(Hint))]
+    assert list(HINT_BITS) == list(Hint)
+
+
+def test_an_edge_whose_peer_changed_is_told_in_parts_that_add_up(ledger):
+    for number in range(100):
+        now = T0 + number
+        ledger.record(now, "g", [edge(now, number + 1, sent=number + 1)], {})
+    cuts = {"10.0.0.1": (T0 + 20, T0 + 70.5), "10.0.0.2": (T0 + 30,)}
+    parts = ledger.window(None, None, T0 + 5, T0 + 90, cuts)
+    assert [part.count.connections for part in parts] == [15, 51, 20]
+    assert [part.count.bytes_to_client for part in parts] == [30, 102, 40]
+    assert [part.count.last_seen for part in parts] == [T0 + 19, T0 + 70, T0 + 90]
+    assert [part.count.first_seen for part in parts] == [T0, T0 + 20, T0 + 70.5]
+
+
+def test_parts_of_what_is_in_minutes_and_hours_add_up_too(ledger):
+    for number in range(200):
+        now = T0 + number * 1000
+        ledger.record(now, "g", [edge(now, number + 1)], {})
+    cut = T0 + 100 * 1000
+    parts = ledger.window(None, None, T0, now, {"10.0.0.1": (cut, T0 + 199_500)})
+    before, after, _ = (
+        [part.count for part in parts] if len(parts) == 3 else [*[p.count for p in parts], None]
+    )
+    assert before.connections + after.connections == 200
+    assert abs(before.connections - 100) <= 4
+    assert before.last_seen < cut <= after.first_seen
 
 
 # Restarts, takeovers, generations
@@ -188,6 +263,7 @@ STEPS = st.lists(
         st.tuples(st.just("round")),
         st.tuples(st.just("restart")),
         st.tuples(st.just("new map")),
+        st.tuples(st.just("give back"), st.sampled_from(KEYS)),
         st.tuples(st.just("full disk")),
         st.tuples(st.just("idle"), st.sampled_from([1.0, 70.0, 4000.0, 2 * DAY])),
     ),
@@ -201,9 +277,28 @@ def test_the_sum_of_history_is_the_sum_of_what_the_kernel_counted(tmp_path_facto
     path = tmp_path_factory.mktemp("l") / "ledger.db"
     ledger = Ledger.open(path)
     kernel, truth, generation, now = {}, {}, 0, T0
+    slots, given_back, taken = {}, [], 0
+
+    def counter(counted):
+        """The slot and generation that count an edge; a few slots, so that they are soon another's."""
+        nonlocal taken
+        if counted not in slots:
+            taken += 1
+            busy = {slot for slot, _ in (*slots.values(), *(gone[1] for gone in given_back))}
+            slots[counted] = (min(set(range(9)) - busy), taken)
+        return slots[counted]
 
     def record():
-        ledger.record(now, f"g{generation}", [edge(now, n, k) for k, n in kernel.items()], {})
+        told = [
+            edge(now, n, k, slot=counter(k)[0], generation=counter(k)[1]) for k, n in kernel.items()
+        ]
+        last = [
+            edge(now, n, k, slot=slot, generation=number, live=False)
+            for k, (slot, number), n in given_back
+        ]
+        ledger.record(now, f"g{generation}", [*last, *told], {})
+        if not ledger.problems():
+            given_back.clear()
 
     record()
     for step, *values in steps:
@@ -212,7 +307,7 @@ def test_the_sum_of_history_is_the_sum_of_what_the_kernel_counted(tmp_path_facto
                 counted, more = values
                 if counted.flow_class is not FlowClass.EMPTY:
                     more = abs(more)
-                more = max(more, -kernel.get(counted, 0))
+                more = max(more, -truth.get(counted, 0))
                 kernel[counted] = kernel.get(counted, 0) + more
                 truth[counted] = truth.get(counted, 0) + more
             case "round":
@@ -224,6 +319,11 @@ def test_the_sum_of_history_is_the_sum_of_what_the_kernel_counted(tmp_path_facto
             case "new map":
                 record()
                 kernel, generation = {}, generation + 1
+                slots, given_back = {}, []
+            case "give back":
+                if values[0] in kernel and len(given_back) < 3:
+                    given_back.append((values[0], counter(values[0]), kernel.pop(values[0])))
+                    del slots[values[0]]
             case "full disk":
                 with no_room_on_disk():
                     record()
@@ -250,9 +350,61 @@ def test_a_killed_agent_that_comes_back_to_the_same_map_counts_nothing_twice(pat
 
 def test_a_departed_workload_keeps_its_history_and_frees_its_counters(ledger):
     ledger.record(T0, "g", [edge(T0, 5), edge(T0, 3, key(workload=2))], {})
-    ledger.forget(1)
-    ledger.record(T0 + 1, "g", [edge(T0 + 1, 4, key(workload=2))], {})
-    assert connections(ledger) == {key(): 5, key(workload=2): 4}
+    ledger.record(T0 + 1, "g", [edge(T0, 5, live=False)], {})
+    ledger.record(T0 + 2, "g", [edge(T0 + 2, 4, key(workload=2))], {})
+    ledger.record(T0 + 70, "g", [edge(T0 + 70, 5, key(workload=2))], {})
+    assert connections(ledger) == {key(): 5, key(workload=2): 5}
+    assert ledger._counting.edges.keys() == {key(workload=2)}
+
+
+def test_counts_of_a_counter_that_began_anew_are_added(ledger):
+    ledger.record(T0, "g", [edge(T0, 5, slot=1, generation=1)], {})
+    last = edge(T0 + 1, 6, slot=1, generation=1, live=False)
+    anew = edge(T0 + 1, 2, slot=2, generation=1)
+    ledger.record(T0 + 1, "g", [last, anew], {})
+    ledger.record(T0 + 2, "g", [edge(T0 + 2, 4, slot=2, generation=1)], {})
+    again = edge(T0 + 3, -1, slot=1, generation=2)
+    ledger.record(T0 + 3, "g", [edge(T0 + 3, 4, slot=2, generation=1, live=False), again], {})
+    assert connections(ledger) == {key(): 9}
+
+
+def test_last_counts_that_are_told_again_by_the_next_agent_too_are_not_counted_again(path):
+    for now in (T0, T0 + 1, T0 + 2):
+        ledger = Ledger.open(path)
+        for _ in range(3):
+            ledger.record(now, "g", [edge(T0, 5, live=False)], {})
+        assert connections(ledger) == {key(): 5}
+        ledger.close()
+
+
+def test_a_round_says_which_edges_connections_came_to_or_left(ledger):
+    empty, plain = key(flow_class=FlowClass.EMPTY), key()
+    assert ledger.record(T0, "g", [edge(T0, 3, empty)], {}) == [(empty, 3)]
+    moved = ledger.record(T0 + 1, "g", [edge(T0 + 1, 1, empty), edge(T0 + 1, 2, plain)], {})
+    assert moved == [(empty, -2), (plain, 2)]
+    with no_room_on_disk():
+        assert ledger.record(T0 + 2, "g", [edge(T0 + 2, 3, plain)], {}) == [(plain, 1)]
+    assert not ledger.is_stored
+    assert ledger.record(T0 + 3, "g", [edge(T0 + 3, 3, plain)], {}) == []
+    assert ledger.is_stored
+
+
+def test_counters_of_idle_edges_are_dispensable_once_they_are_stored(ledger):
+    idle, busy = key(peer="a"), key(peer="b")
+    told = [edge(T0, 1, idle, slot=3, generation=7), edge(T0 + 601, 1, busy, slot=4)]
+    ledger.record(T0 + 601, "g", told, {})
+    assert ledger.dispensable(T0 + 601, 1000) == [(3, 7)]
+    ledger.record(T0 + 602, "g", [edge(T0, 1, idle, slot=3, generation=7, live=False)], {})
+    assert ledger.dispensable(T0 + 603, 1000) == []
+
+
+def test_a_flood_of_one_workload_costs_no_other_its_counters(ledger):
+    flood = [edge(T0 + n / 10, 1, key(peer=f"f{n}"), slot=n) for n in range(90)]
+    quiet = [edge(T0, 1, key(peer=f"q{n}", workload=2), slot=100 + n) for n in range(10)]
+    ledger.record(T0 + 30, "g", [*flood, *quiet], {})
+    assert ledger.dispensable(T0 + 30, 200) == []
+    gone = ledger.dispensable(T0 + 30, 100)
+    assert [slot for slot, _ in gone] == list(range(90 - 37)), "the longest idle beyond its share"
 
 
 # Losses and limits
@@ -297,7 +449,8 @@ def test_an_edge_that_the_kernel_still_counts_is_not_forgotten_however_old(path)
     ledger = Ledger.open(path, Limits(edges=3))
     counted, departed = [key(peer="a"), key(peer="b")], key(peer="c", workload=2)
     ledger.record(T0, "g", [edge(T0 + 1, 1, departed), *(edge(T0, 1, k) for k in counted)], {})
-    ledger.forget(2)
+    ledger.record(T0 + 1, "g", [edge(T0 + 1, 1, departed, live=False)], {})
+    ledger.record(T0 + 2, "g", [], {})
     ledger.record(T0 + 20, "g", [edge(T0 + 20, 1, key(peer="d"))], {})
     assert connections(ledger).keys() == {*counted, key(peer="d")}
     ledger.close()
@@ -309,8 +462,8 @@ def test_history_stays_within_its_limits_and_keeps_its_sums(path):
         now = T0 + number * 11
         ledger.record(now, "g", [edge(now, number + 1)], {})
     rows = dict(ledger._db.execute("SELECT tier, count(*) FROM delta GROUP BY tier").fetchall())
-    assert rows[0] <= 21
-    assert rows[1] <= 31
+    assert history.count_entries(ledger._db) <= 20
+    assert rows[1] <= 30
     assert connections(ledger) == {key(): 400}
     ledger.close()
 
@@ -500,6 +653,98 @@ def test_a_file_of_another_layout_is_set_aside(path):
     ledger.close()
     ledger = Ledger.open(path)
     assert "layout 99" in ledger.problems()[0]
+    ledger.close()
+
+
+def test_history_of_the_former_layout_goes_on(path):
+    db = sqlite3.connect(path)
+    db.executescript((Path(__file__).parent / "golden" / "ledger-layout-1.sql").read_text())
+    db.close()
+    ledger = Ledger.open(path)
+    assert ledger.problems() == ()
+    assert connections(ledger) == {key(): 12, key(peer="10.0.0.2"): 4}
+    assert ledger.coverage(workload().key) == (Interval(T0, T0 + 90),)
+    assert ledger.losses(0, 1e11) == {"flow_not_stored": 1}
+    ledger.record(T0 + 100, "a new map", [edge(T0 + 100, 3)], {"flow_not_stored": 2})
+    assert connections(ledger)[key()] == 15
+    assert ledger.losses(0, 1e11) == {"flow_not_stored": 3}
+    ledger.close()
+    ledger = Ledger.open(path)
+    assert connections(ledger)[key()] == 15
+    ledger.close()
+
+
+def test_while_somebody_else_holds_the_file_history_waits(ledger, path):
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    ledger.record(T0 + 1, "g", [edge(T0 + 1, 2)], {})
+    assert "locked" in ledger.problems()[0]
+    assert connections(ledger) == {key(): 2}
+    other.execute("ROLLBACK")
+    other.close()
+    ledger.record(T0 + 2, "g", [edge(T0 + 2, 3)], {})
+    assert ledger.problems() == ()
+    assert connections(ledger) == {key(): 3}
+
+
+def test_whichever_page_is_damaged_the_agent_goes_on(path, tmp_path):
+    ledger = Ledger.open(path)
+    many = [key(peer=f"10.0.{n // 250}.{n % 250}") for n in range(400)]
+    for number in range(8):
+        now = T0 + number * 20
+        ledger.extend(workload(), T0, now)
+        ledger.record(now, "g", [edge(now, number + 1, each) for each in many], {"l": number})
+    ledger.close()
+    whole = path.read_bytes()
+    told = [edge(now + 1, 9, each) for each in many]
+    pages = len(whole) // 4096
+    for page in sorted({*range(12), *range(12, pages, 9), pages - 1}):
+        damaged = tmp_path / f"{page}" / "ledger.db"
+        damaged.parent.mkdir()
+        noise = random.Random(page).randbytes(4096)
+        damaged.write_bytes(whole[: page * 4096] + noise + whole[(page + 1) * 4096 :])
+        ledger = Ledger.open(damaged)
+        for later in (1, 2, 3):
+            ledger.extend(workload(), T0, now + later)
+            ledger.record(now + later, "g", told, {"l": 8})
+            with suppress(LedgerError):
+                ledger.window(None, None, 0, 1e11)
+                ledger.losses(0, 1e11)
+                ledger.coverage(workload().key)
+        assert set(connections(ledger).values()) == {9}, page
+        ledger.close()
+
+
+def test_a_month_keeps_minutes_for_a_day_and_hours_for_thirty_days_in_bounds(path):
+    """One edge that is always in use, and another one each hour, from 32 days ago until now."""
+    ledger = Ledger.open(path)
+    end, number, now = T0 + 32 * DAY, 0, T0
+    recorded = []
+    while now < end:
+        number += 1
+        hour = key(peer=f"h{int(now - T0) // 3600}")
+        told = [
+            edge(now, number, slot=1),
+            edge(now, 1, hour, first=now, slot=2, generation=zlib.crc32(repr(hour).encode())),
+        ]
+        ledger.record(now, "g", told, {})
+        recorded.append(now)
+        now += 1800 if now < end - 26 * 3600 else 120
+    now = recorded[-1]
+
+    def truth(since):
+        return sum(at >= since for at in recorded)
+
+    for ago, span in ((3600, 60), (DAY, 60), (3 * DAY, 3600), (29 * DAY, 3600)):
+        found = connections(ledger, now - ago, now)[key()]
+        assert truth(now - ago) <= found <= truth(now - ago - span)
+    rows = dict(ledger._db.execute("SELECT tier, count(*) FROM delta GROUP BY tier").fetchall())
+    assert 1000 < rows[1] <= 25 * 60 + 60
+    assert 1000 < rows[2] <= 3 * (30 * 24 + 2)
+    edges = ledger._db.execute("SELECT count(*) FROM edge").fetchone()[0]
+    assert edges <= 30 * 24 + 3
+    assert path.stat().st_size < 2 << 20
     ledger.close()
 
 

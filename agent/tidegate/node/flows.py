@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 from tidegate.intent.policy import Policy
-from tidegate.model import Direction, Edge, FlowClass, Instance, Workload
+from tidegate.model import Direction, Edge, FlowClass, Hint, Instance, Workload
 from tidegate.observe.labels import Labels
 
 THROUGH_SIDECAR = "sidecar"
@@ -42,6 +42,8 @@ class FlowRow(msgspec.Struct, frozen=True, kw_only=True):
     bytes_to_client: int
     first_seen: float
     last_seen: float
+    hints: tuple[Hint, ...] = ()
+    """Protocols that were recognised, in the order of Hint."""
 
 
 def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> FlowRow:
@@ -76,6 +78,7 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
         bytes_to_client=max(count.bytes_to_client, 0),
         first_seen=count.first_seen,
         last_seen=count.last_seen,
+        hints=count.hints,
     )
 
 
@@ -120,6 +123,7 @@ def _sum(one: FlowRow, other: FlowRow) -> FlowRow:
         bytes_to_client=one.bytes_to_client + other.bytes_to_client,
         first_seen=min(one.first_seen, other.first_seen),
         last_seen=latest.last_seen,
+        hints=tuple(hint for hint in Hint if hint in one.hints or hint in other.hints),
     )
 
 

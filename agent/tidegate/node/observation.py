@@ -4,9 +4,9 @@ Each round reads Envoy's counters first and the kernel's edges after; the witnes
 belongs to one thread at a time: the daemon calls everything here from its one worker.
 """
 
+import contextlib
 import socket
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from tidegate.enforce.sidecar.envoy import Phase
 from tidegate.errors import TidegateError
@@ -17,6 +17,8 @@ from tidegate.model import (
     DEFAULT_INBOUND_PORT,
     Direction,
     Edge,
+    EdgeCount,
+    EdgeKey,
     Instance,
     MutualTLSMode,
     Workload,
@@ -29,8 +31,21 @@ from tidegate.node.mesh import NodeEvidence, NodeFlows
 from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
 from tidegate.observe.labels import Labels
 from tidegate.observe.ledger import Ledger
-from tidegate.observe.witness import SidecarCounts, WitnessState, advance, count_chains
+from tidegate.observe.witness import (
+    ChainCounts,
+    LedgerCounts,
+    SidecarCounts,
+    WitnessState,
+    advance,
+    count_chains,
+)
 from tidegate.verdict.evidence import REDIRECTION_REPAIRED, EdgeEvidence, InstanceEvidence
+
+EDGES = 65_536
+"""How many counters of edges the kernel has (bpf/maps.h)."""
+
+GIVE_BACK_S = 5.0
+"""How often counters are given back."""
 
 log = Log("observation")
 
@@ -50,6 +65,13 @@ class Observation:
         """The description by which each workload was attached."""
         self._witnesses: dict[int, WitnessState] = {}
         self._problems: dict[int, str] = {}
+        self._defects: dict[tuple[int, str], str] = {}
+        """By workload and by what could not be done for it."""
+        self._counted: dict[int, LedgerCounts] = {}
+        """Connections to the sidecars' filter chains since this agent runs, by the kernel."""
+        self._to_forget: set[int] = set()
+        """Workloads that are gone and whose counters the kernel still has."""
+        self._given_back_at = 0.0
         self.labels = Labels()
 
     def close(self) -> None:
@@ -64,11 +86,16 @@ class Observation:
 
     def problem(self, workload: Workload) -> str:
         """Why a workload is not observed; empty when it is."""
-        return self._problems.get(workload.key, "")
+        return "; ".join(self._problems_of(workload.key))
+
+    def _problems_of(self, workload_key: int) -> tuple[str, ...]:
+        defects = [text for (key, _), text in self._defects.items() if key == workload_key]
+        known = self._problems.get(workload_key)
+        return (*((known,) if known else ()), *defects)
 
     def problems(self) -> tuple[str, ...]:
         """What costs evidence on this node."""
-        return (*self._problems.values(), *self._ledger.problems())
+        return (*self._problems.values(), *self._defects.values(), *self._ledger.problems())
 
     def look(self, living: Iterable[Workload]) -> None:
         """Asks the kernel what is being observed, and forgets problems of workloads that are gone; the
@@ -77,9 +104,33 @@ class Observation:
         self._attachments = {each.workload_key: each for each in found}
         keys = {workload.key for workload in living}
         self._problems = {key: text for key, text in self._problems.items() if key in keys}
+        self._defects = {
+            about: text
+            for about, text in self._defects.items()
+            if about[0] in keys | self._attachments.keys()
+        }
 
     def attach(self, workload: Workload) -> None:
         """Sees to it that a workload's interface is observed; a failure is kept as its problem."""
+        self._to_forget.discard(workload.key)
+        with self._defects_told(workload.key, workload.name, "observed"):
+            self._keep_attached(workload)
+
+    @contextlib.contextmanager
+    def _defects_told(self, workload_key: int, name: str, what: str) -> Iterator[None]:
+        """A defect in what is done for one workload is that workload's problem: the others' evidence goes on."""
+        about = workload_key, what
+        try:
+            yield
+        except Exception as error:
+            problem = f"{name} is not {what}, by a defect of the agent; see its log ({error!r})"
+            if self._defects.get(about) != problem:
+                log.exception(problem, error)
+            self._defects[about] = problem
+        else:
+            self._defects.pop(about, None)
+
+    def _keep_attached(self, workload: Workload) -> None:
         if workload.key in self._attachments and self._attached_for.get(workload.key) == workload:
             return
         try:
@@ -109,13 +160,17 @@ class Observation:
 
     def detach(self, workload_key: int) -> None:
         """The workload is gone: its last counts go to the ledger, then it leaves the kernel."""
+        name = f"workload {workload_key:016x}, which is gone,"
+        with self._defects_told(workload_key, name, "let go"):
+            self._let_go(workload_key)
+
+    def _let_go(self, workload_key: int) -> None:
         self._classifier.detach(workload_key)
-        self._read(time.time())
-        self._classifier.forget_edges(workload_key)
-        self._ledger.forget(workload_key)
+        self._to_forget.add(workload_key)
         self._attachments.pop(workload_key, None)
         self._attached_for.pop(workload_key, None)
         self._witnesses.pop(workload_key, None)
+        self._counted.pop(workload_key, None)
         self._problems.pop(workload_key, None)
 
     def unclaimed(self, living: Iterable[Workload]) -> tuple[int, ...]:
@@ -125,25 +180,47 @@ class Observation:
 
     def collect(self, now: float, keepers: Iterable[Keeper]) -> None:
         """One round: sidecars' counters, then kernel edges, into ledger and witnesses."""
-        counted = [(keeper, self._sidecar_counts(keeper)) for keeper in keepers]
-        for keeper, _ in counted:
-            attachment = self._attachments.get(keeper.workload.key)
+        counted: list[tuple[Keeper, SidecarCounts | None]] = []
+        for keeper in keepers:
+            key, name = keeper.workload.key, keeper.workload.name
+            attachment = self._attachments.get(key)
             if attachment is not None:
                 self._ledger.extend(keeper.workload, attachment.attached_at, now)
-        by_workload: dict[int, list[Edge]] = {}
-        for edge in self._read(now):
-            by_workload.setdefault(edge.key.workload, []).append(edge)
+            counts = None
+            with self._defects_told(key, name, "asked for its sidecar's counters"):
+                counts = self._sidecar_counts(keeper)
+            counted.append((keeper, counts))
+        moved: dict[int, list[Edge]] = {}
+        for edge_key, connections in self._read(now):
+            moved.setdefault(edge_key.workload, []).append(_moved(edge_key, connections))
+        generation = self._classifier.generation
         for keeper, counts in counted:
-            key = keeper.workload.key
-            if counts is not None:
-                self._witnesses[key] = self._advance(keeper, now, counts, by_workload.get(key, []))
+            key, name = keeper.workload.key, keeper.workload.name
+            with self._defects_told(key, name, "compared with its sidecar"):
+                self._compare(keeper, now, counts, moved.get(key, []), generation)
+        self._give_back(now)
 
-    def _read(self, now: float) -> list[Edge]:
-        """Everything the kernel counted, also written to the ledger."""
-        edges = self._classifier.edges()
+    def _read(self, now: float) -> list[tuple[EdgeKey, int]]:
+        """What the kernel counted since the last round, written to the ledger; returns how many connections came
+        to edges or left them."""
+        counters = self._classifier.changed_edges()
         losses = self._classifier.losses()
-        self._ledger.record(now, self._classifier.generation, edges, losses.lost_by_name())
-        return edges
+        return self._ledger.record(
+            now, self._classifier.generation, counters, losses.lost_by_name()
+        )
+
+    def _give_back(self, now: float) -> None:
+        """Counters that are not needed go back to the kernel, as soon as all they said is stored."""
+        if not self._ledger.is_stored:
+            return
+        for workload_key in self._to_forget:
+            self._classifier.forget_edges(workload_key)
+        self._to_forget.clear()
+        if not 0 <= now - self._given_back_at < GIVE_BACK_S:
+            self._given_back_at = now
+            slots = self._ledger.dispensable(now, EDGES)
+            if slots:
+                self._classifier.forget(slots)
 
     def _sidecar_counts(self, keeper: Keeper) -> SidecarCounts | None:
         state = keeper.sidecar
@@ -162,21 +239,33 @@ class Observation:
             epoch=f"{state.pid} {keeper.mode}",
         )
 
-    def _advance(
-        self, keeper: Keeper, now: float, counts: SidecarCounts, edges: list[Edge]
-    ) -> WitnessState:
+    def _compare(
+        self,
+        keeper: Keeper,
+        now: float,
+        counts: SidecarCounts | None,
+        moved: list[Edge],
+        generation: str,
+    ) -> None:
+        """One round of both witnesses. What fails half-way is forgotten: the comparison begins anew."""
+        key = keeper.workload.key
+        state = self._witnesses.pop(key, WitnessState())
+        chains = _added(self._counted.pop(key, None), self._count(keeper, moved, generation))
+        self._counted[key] = chains
+        self._witnesses[key] = state if counts is None else advance(state, now, counts, chains)
+
+    def _count(self, keeper: Keeper, moved: list[Edge], generation: str) -> LedgerCounts:
+        """Connections that came to the workload's filter chains or left them, by the policy in force."""
         policy, workload = keeper.policy, keeper.workload
         permissive = keeper.mode is MutualTLSMode.PERMISSIVE and workload.port
-        ledger = count_chains(
-            edges,
+        return count_chains(
+            moved,
             permissive_ports={workload.port} if permissive else set(),
             excluded_ports=_ranges(policy) if policy else (),
             excluded_sources=policy.inbound_sources_left_alone() if policy else (),
             inbound_port=policy.inbound.port if policy else 0,
-            generation=self._classifier.generation,
+            generation=generation,
         )
-        state = self._witnesses.get(workload.key, WitnessState())
-        return advance(state, now, counts, ledger)
 
     def evidence(
         self, service: str, since: float, until: float, keepers: Mapping[str, Keeper]
@@ -248,18 +337,20 @@ class Observation:
         )
 
     def _edges(self, workload: Workload, since: float, until: float) -> tuple[EdgeEvidence, ...]:
-        found = self._ledger.window([workload.key], Direction.INBOUND, since, until)
+        cuts = self.labels.changes(since, until)
+        found = self._ledger.window([workload.key], Direction.INBOUND, since, until, cuts)
         return tuple(EdgeEvidence.of(edge) for edge in found)
 
     def flows(self, since: float, until: float, keepers: Mapping[str, Keeper]) -> NodeFlows:
         """This node's edges in [since, until], named."""
         own = {keeper.workload.key: keeper for keeper in keepers.values()}
         rows: list[FlowRow] = []
-        for edge in self._ledger.window(list(own), None, since, until):
+        cuts = self.labels.changes(since, until)
+        for edge in self._ledger.window(list(own), None, since, until, cuts):
             keeper = own[edge.key.workload]
-            rows.append(
-                row(edge, keeper.workload, keeper.policy if keeper.in_mesh else None, self.labels)
-            )
+            with self._defects_told(keeper.workload.key, keeper.workload.name, "told of"):
+                policy = keeper.policy if keeper.in_mesh else None
+                rows.append(row(edge, keeper.workload, policy, self.labels))
         return NodeFlows(
             node=self._config.node,
             observed=tuple(
@@ -268,6 +359,33 @@ class Observation:
             flows=tuple(rows),
             problems=self.problems(),
         )
+
+
+def _moved(key: EdgeKey, connections: int) -> Edge:
+    """An edge to which that many connections came, or which they left."""
+    count = EdgeCount(
+        connections=connections,
+        bytes_to_server=0,
+        bytes_to_client=0,
+        first_seen=0.0,
+        last_seen=0.0,
+    )
+    return Edge(key=key, count=count)
+
+
+def _added(before: LedgerCounts | None, more: LedgerCounts) -> LedgerCounts:
+    """Both together; what another map counted is not a beginning."""
+    if before is None or before.generation != more.generation:
+        return more
+    return LedgerCounts(
+        permissive=_sum(before.permissive, more.permissive),
+        public=_sum(before.public, more.public),
+        generation=more.generation,
+    )
+
+
+def _sum(one: ChainCounts, other: ChainCounts) -> ChainCounts:
+    return ChainCounts(nonempty=one.nonempty + other.nonempty, all=one.all + other.all)
 
 
 def published(keeper: Keeper, config: AgentConfig) -> Instance:

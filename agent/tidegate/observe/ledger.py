@@ -1,16 +1,16 @@
 """The history of who talked to whom: kernel counts in, evidence for any window out.
 
-The kernel counts each edge since its map was made (a generation); every round stores what was added
-since the last one, with the counts it was computed from, in one transaction, so that neither a
-restart nor a takeover of the maps loses or repeats anything. Knows nothing of packets, names or
-verdicts; tables and their bounds are in history.py. A full disk or a damaged file costs history,
-never the agent, and is told by `problems`.
+Every round stores what was added since the last one, with the counters that it was computed from, in one transaction,
+so that neither a restart nor a takeover of the maps, nor a kill at any moment, loses or repeats anything. Knows nothing
+of packets, names or verdicts. What counters mean is in counting.py, tables and their bounds in history.py. A full disk
+or a damaged file costs history, never the agent, and is told by `problems`.
 """
 
+import bisect
 import os
 import sqlite3
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,26 @@ from typing import Any
 import msgspec
 
 from tidegate.errors import TidegateError
-from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, Interval, Workload
-from tidegate.observe import coverage, history
-from tidegate.observe.history import DEFAULT_LIMITS, ROUNDS_KEPT_S, Limits, ms, signed
+from tidegate.model import (
+    CountedEdge,
+    Direction,
+    Edge,
+    EdgeCount,
+    EdgeKey,
+    Interval,
+    Workload,
+)
+from tidegate.observe import budget, coverage, history, windows
+from tidegate.observe.counting import NO_SLOT, Counting, EdgeState, hints_of
+from tidegate.observe.history import (
+    DEFAULT_LIMITS,
+    MINUTES,
+    ROUNDS_KEPT_S,
+    Entry,
+    Limits,
+    ms,
+    signed,
+)
 from tidegate.verdict.intervals import union
 
 MAINTENANCE_S = 10.0
@@ -35,24 +52,41 @@ class LedgerError(TidegateError):
     """The history cannot be read at the moment."""
 
 
-class _Added(msgspec.Struct):
-    """What was added to one edge since the last successful write."""
-
-    connections: int
-    bytes_to_server: int
-    bytes_to_client: int
-    first_seen: float
-    last_seen: float
-
-
 class _Staged(msgspec.Struct):
-    """What waits to be written: normally one round, more while writing fails, then merged and so
+    """What waits to be written beside counters: normally one round, more while writing fails, then merged and so
     bounded.
     """
 
-    added: dict[EdgeKey, _Added] = {}
     losses: dict[str, int] = {}
     covered: dict[int, tuple[Workload, Interval]] = {}
+
+
+class _Written(msgspec.Struct, kw_only=True):
+    """What is in the file as soon as the transaction is."""
+
+    at: int
+    rows: list[EdgeState]
+    """Of edges that did not know their row: what is to be known of it."""
+    folded: bool
+    """Whether the minute before is in rows."""
+    entries: int
+
+
+class _Sum(msgspec.Struct, gc=False):
+    """What was added to an edge in a span, or in a part of one."""
+
+    at: int = 0
+    """When that was last added to, in milliseconds."""
+    connections: int = 0
+    to_server: int = 0
+    to_client: int = 0
+
+    def add(self, at: int, connections: int, to_server: int, to_client: int) -> None:
+        if at > self.at:
+            self.at = at
+        self.connections += connections
+        self.to_server += to_server
+        self.to_client += to_client
 
 
 class Ledger:
@@ -67,9 +101,15 @@ class Ledger:
         self._limit_problem = ""
         self._maintained_at = 0.0
         self._generation = ""
-        self._stored_generation = ""
-        self._counts: dict[EdgeKey, EdgeCount] = {}
-        self._ids: dict[EdgeKey, int] = {}
+        self._counting = Counting(limits.edges)
+        self._minute = 0
+        """Start of the minute, in milliseconds, whose rounds are not in rows yet: those of `_recent`."""
+        self._recent: dict[int, EdgeState] = {}
+        """The edges that changed in it, by number."""
+        self._exact_from = 0
+        """Since when the file has every round, in milliseconds."""
+        self._latest_at = 0
+        """The date of the latest round."""
         self._losses: dict[str, int] = {}
         self._covered: dict[int, tuple[Workload, Interval]] = {}
         self._db = self._connect()
@@ -109,49 +149,44 @@ class Ledger:
         self,
         now: float,
         generation: str,
-        edges: Sequence[Edge],
+        counters: Iterable[CountedEdge],
         losses: Mapping[str, int],
-    ) -> None:
-        """Stores one round: counts and losses are cumulative since `generation` began.
+    ) -> list[tuple[EdgeKey, int]]:
+        """Stores one round: counters and losses are cumulative since `generation` began.
 
-        A generation is the identity of the kernel map; in a new one all counts start at 0. Counts
-        may go down where a connection moved from one class to another. An edge that is absent has
-        not changed.
+        A generation is the identity of the kernel map; in a new one all counters are new. A counter that is
+        absent has not changed; one that is not live is absent from the next round on. Returns the edges whose
+        connections have changed since the last round, stored or not, with how many came or (below zero) left.
         """
-        self._stage(generation, edges, losses)
+        moved = self._stage(generation, counters, losses)
         try:
             with self._transaction() as db:
-                ids = self._write(db, now)
+                done = self._write(db, ms(now))
         except sqlite3.OperationalError as failed:
             self._write_problem = (
                 f"history cannot be written to {self._path}: {failed}; "
                 "it is kept in memory and tried again"
             )
-            return
+            return moved
         except sqlite3.DatabaseError as damaged:
             self._set_aside(damaged)
-            return
+            return moved
         self._write_problem = ""
-        self._ids.update(ids)
-        self._stored_generation = generation
-        self._covered.update(self._staged.covered)
-        self._staged = _Staged()
+        self._written(done)
         if not 0 <= now - self._maintained_at < MAINTENANCE_S:
             self._maintain(now)
+        return moved
 
-    def forget(self, workload_key: int) -> None:
-        """Says that the edges of a departed workload were taken out of the kernel map; their
-        history stays.
+    @property
+    def is_stored(self) -> bool:
+        """Whether everything that was recorded is in the file, or in the memory that stands for it."""
+        return not self._write_problem and not self._counting.waiting
+
+    def dispensable(self, now: float, room: int) -> list[tuple[int, int]]:
+        """Counters (slot and generation) that the kernel may give back, everything of them being stored: of
+        edges long out of use, and of workloads that have more than their share of `room` counters.
         """
-        for key in [key for key in self._counts if key.workload == workload_key]:
-            del self._counts[key]
-            self._ids.pop(key, None)
-        self._covered.pop(workload_key, None)
-        self._change(
-            "UPDATE edge SET counted = 0, connections = 0, bytes_to_server = 0, bytes_to_client = 0 "
-            "WHERE workload = ?",
-            (signed(workload_key),),
-        )
+        return budget.dispensable(self._counting.counters.values(), now, room)
 
     # Asking
 
@@ -161,41 +196,38 @@ class Ledger:
         direction: Direction | None,
         since: float,
         until: float,
+        cuts: Mapping[str, Sequence[float]] | None = None,
     ) -> list[Edge]:
         """Edges that were in use in [since, until], with what was added to them in that time.
 
         None stands for every workload or direction. Counts are exact to one round for the last
         ROUNDS_KEPT_S, else to a minute or an hour, and then rather too high than too low. An edge
-        that was in use without a new connection has connections 0. Raises LedgerError while the
+        that was in use without a new connection has connections 0. Hints are those of the edge's
+        whole life. `cuts` has moments, ascending, by address: an edge whose peer has that address
+        is told in parts, one for each span between them in which something was added; a minute
+        or hour that a moment divides belongs to the part before it. Raises LedgerError while the
         file cannot be read.
         """
-        keys = None if workload_keys is None else [signed(key) for key in workload_keys]
-        rows = self._read(
-            history.WINDOW,
-            {
-                "workloads": None if keys is None else msgspec.json.encode(keys).decode(),
-                "direction": direction,
-                "since": since,
-                "until": until,
-                "since_ms": ms(since),
-                "until_ms": ms(until),
-            },
-        )
-        found: dict[EdgeKey, EdgeCount] = {}
-        for row in rows:
-            first, last, at, connections, to_server, to_client = row[5:]
-            found[history.edge_key(row[:5])] = EdgeCount(
-                connections=connections,
-                bytes_to_server=to_server,
-                bytes_to_client=to_client,
-                first_seen=first,
-                last_seen=last if last <= until else max(at, since, first),
-            )
-        for key, added in self._staged.added.items():
-            asked = workload_keys is None or key.workload in workload_keys
-            if asked and direction in (None, key.direction) and since <= added.last_seen <= until:
-                found[key] = _sum(found.get(key), added)
-        return [Edge(key=key, count=count) for key, count in found.items()]
+        found = self._edges_of(workload_keys, direction, since)
+        span = windows.sources(ms(since), ms(until), self._extent)
+        asked = {**_names(workload_keys, direction, since), **_rows(span)}
+        sums: dict[int, _Sum] = {}
+        for number, *added in self._read(history.SUMS, asked):
+            sums[number] = _Sum(*added)
+        for number, at, connections, to_server, to_client in self._added_in(span, found):
+            known = sums.get(number)
+            if known is None:
+                sums[number] = _Sum(at, connections, to_server, to_client)
+            else:
+                known.add(at, connections, to_server, to_client)
+        told = {}
+        for number, edge in found.items():
+            count = _count(edge, sums.get(number), since, until)
+            if count is not None:
+                told[edge.key] = count
+        self._add_waiting(told, workload_keys, direction, since, until)
+        edges = [Edge(key=key, count=count) for key, count in told.items()]
+        return self._divided(edges, found, since, until, cuts) if cuts else edges
 
     def losses(self, since: float, until: float) -> dict[str, int]:
         """What observation lost in [since, until], by name, only names with losses. Raises
@@ -225,31 +257,138 @@ class Ledger:
         rows = self._read("SELECT json FROM workload WHERE service = ?", (service,))
         return [msgspec.json.decode(row[0], type=Workload) for row in rows]
 
+    # Inside: asking
+
+    @property
+    def _extent(self) -> windows.Extent:
+        return windows.Extent(
+            exact_from=self._exact_from, latest=self._latest_at, minute=self._minute
+        )
+
+    def _edges_of(
+        self, workload_keys: Collection[int] | None, direction: Direction | None, since: float
+    ) -> dict[int, EdgeState]:
+        """Edges that were in use at `since` or later, by number."""
+        rows = self._read(history.LEFT, _names(workload_keys, direction, since))
+        found = {row[0]: history.edge_of(row) for row in rows}
+        for edge in self._counting.edges.values():
+            key = edge.key
+            if edge.last_seen < since or not edge.number:
+                found.pop(edge.number, None)
+            elif (workload_keys is None or key.workload in workload_keys) and (
+                direction is None or key.direction is direction
+            ):
+                found[edge.number] = edge
+        return found
+
+    def _added_in(
+        self, span: windows.Sources, wanted: Container[int]
+    ) -> Iterator[tuple[int, int, int, int, int]]:
+        """What was added to `wanted` edges apart from rows: number, when (ms), connections, bytes each way."""
+        if span.present:
+            for number, edge in self._recent.items():
+                if number in wanted:
+                    yield number, edge.changed_at, edge.connections, edge.to_server, edge.to_client
+        for first, last in span.rounds:
+            rounds = self._read(
+                "SELECT at, entries FROM round WHERE at >= ? AND at <= ? ORDER BY at", (first, last)
+            )
+            for at, stored in rounds:
+                for number, connections, to_server, to_client in self._added_by(stored, wanted):
+                    yield number, at, connections, to_server, to_client
+
+    def _add_waiting(
+        self,
+        told: dict[EdgeKey, EdgeCount],
+        workload_keys: Collection[int] | None,
+        direction: Direction | None,
+        since: float,
+        until: float,
+    ) -> None:
+        """What could not be written yet is evidence too."""
+        for counter in self._counting.waiting:
+            edge = counter.edge
+            asked = workload_keys is None or edge.key.workload in workload_keys
+            if (
+                asked
+                and direction in (None, edge.key.direction)
+                and since <= edge.last_seen <= until
+            ):
+                before = told.get(edge.key) or EdgeCount(
+                    connections=0,
+                    bytes_to_server=0,
+                    bytes_to_client=0,
+                    first_seen=edge.first_seen,
+                    last_seen=edge.last_seen,
+                    hints=hints_of(edge.hints),
+                )
+                told[edge.key] = EdgeCount(
+                    connections=before.connections
+                    + counter.connections
+                    - counter.stored_connections,
+                    bytes_to_server=before.bytes_to_server
+                    + counter.to_server
+                    - counter.stored_to_server,
+                    bytes_to_client=before.bytes_to_client
+                    + counter.to_client
+                    - counter.stored_to_client,
+                    first_seen=min(before.first_seen, edge.first_seen),
+                    last_seen=max(before.last_seen, edge.last_seen),
+                    hints=before.hints,
+                )
+
+    def _divided(
+        self,
+        edges: list[Edge],
+        found: Mapping[int, EdgeState],
+        since: float,
+        until: float,
+        cuts: Mapping[str, Sequence[float]],
+    ) -> list[Edge]:
+        """The edges, those that are in use on both sides of a cut in parts."""
+        moments = {
+            edge.key: within
+            for edge in edges
+            if (
+                within := [
+                    cut
+                    for cut in cuts.get(edge.key.peer, ())
+                    if max(edge.count.first_seen, since) < cut <= edge.count.last_seen
+                ]
+            )
+        }
+        numbers = {number for number, edge in found.items() if edge.key in moments}
+        if not numbers:
+            return edges
+        span = windows.in_detail(ms(since), ms(until), self._extent)
+        asked = {"edges": msgspec.json.encode(sorted(numbers)).decode(), **_rows(span)}
+        parts: dict[EdgeKey, dict[int, _Sum]] = {}
+        for number, at, *added in (
+            *self._read(history.STEPS, asked),
+            *self._added_in(span, numbers),
+        ):
+            key = found[number].key
+            part = bisect.bisect_right(moments[key], at / 1000)
+            sums = parts.setdefault(key, {})
+            sums.setdefault(part, _Sum()).add(at, *added)
+        told: list[Edge] = []
+        for edge in edges:
+            told.extend(
+                _parts(edge, moments[edge.key], parts[edge.key]) if edge.key in parts else [edge]
+            )
+        return told
+
     # Inside: staging and writing
 
-    def _stage(self, generation: str, edges: Sequence[Edge], losses: Mapping[str, int]) -> None:
-        """Compares cumulative counts with those of the last round and adds the differences to what
-        is staged.
-        """
+    def _stage(
+        self, generation: str, counters: Iterable[CountedEdge], losses: Mapping[str, int]
+    ) -> list[tuple[EdgeKey, int]]:
+        """Takes in what the kernel says; all of it waits to be written then."""
         if generation != self._generation:
             self._generation = generation
-            self._counts.clear()
-            self._ids.clear()
+            self._counting.forget_map()
             self._losses.clear()
-        refused = 0
-        counts, added, limit = self._counts, self._staged.added, self._limits.edges
-        for edge in edges:
-            key, count = edge.key, edge.count
-            before = counts.get(key)
-            if before == count:
-                continue
-            if (before is None and len(counts) >= limit) or (
-                len(added) >= limit and key not in added
-            ):
-                refused += 1
-                continue
-            counts[key] = count
-            _add(added, key, before, count)
+        moved, refused = self._counting.take(counters)
         if refused:
             self._lose(REFUSED_EDGES, refused)
         for name, total in losses.items():
@@ -257,59 +396,90 @@ class Ledger:
             self._losses[name] = total
             if lost > 0:
                 self._lose(name, lost)
+        return moved
 
     def _lose(self, name: str, count: int) -> None:
         self._staged.losses[name] = self._staged.losses.get(name, 0) + count
 
-    def _write(self, db: sqlite3.Connection, now: float) -> dict[EdgeKey, int]:
-        """Writes what is staged; returns the ids of edges that were not known in this
-        generation."""
-        if self._generation != self._stored_generation:
-            db.execute(
-                "UPDATE edge SET counted = 0, connections = 0, bytes_to_server = 0, bytes_to_client = 0 "
-                "WHERE counted"
-            )
+    def _write(self, db: sqlite3.Connection, at: int) -> _Written:
+        """Writes what is staged; memory is left as it is, since the transaction can still fail."""
+        new_map = self._generation != self._stored_generation
+        if new_map:
             db.execute("DELETE FROM loss_counted")
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?)", (self._generation,))
-        new_ids: dict[EdgeKey, int] = {}
-        updates: list[tuple[object, ...]] = []
-        deltas: list[tuple[int, ...]] = []
-        at = ms(now)
-        for key, added in self._staged.added.items():
-            edge_id = self._ids.get(key)
-            if edge_id is None:
-                edge_id = history.edge_id(db, key, added.first_seen, added.last_seen)
-                new_ids[key] = edge_id
-            total = self._counts.get(key)
-            updates.append(
-                (
-                    added.first_seen,
-                    added.last_seen,
-                    total is not None,
-                    total.connections if total else 0,
-                    total.bytes_to_server if total else 0,
-                    total.bytes_to_client if total else 0,
-                    edge_id,
-                )
+        folded = new_map or (bool(self._recent) and _minute(at) != self._minute)
+        if folded:
+            self._fold(db)
+        rows = history.store_edges(db, self._counting.altered.values())
+        numbers = {row.key: row.number for row in rows}
+        counts: list[int] = []
+        times: list[float] = []
+        for counter in self._counting.waiting:
+            edge = counter.edge
+            counts += (
+                counter.slot,
+                counter.generation,
+                counter.live,
+                edge.number or numbers[edge.key],
+                counter.connections - counter.stored_connections,
+                counter.to_server - counter.stored_to_server,
+                counter.to_client - counter.stored_to_client,
             )
-            deltas.append(
-                (
-                    at,
-                    edge_id,
-                    added.connections,
-                    added.bytes_to_server,
-                    added.bytes_to_client,
-                )
+            times.append(edge.last_seen)
+        if times:
+            db.execute(
+                "INSERT INTO round (at, entries) VALUES (?, ?)", (at, history.pack(counts, times))
             )
-        db.executemany(
-            "UPDATE edge SET first_seen = min(first_seen, ?), last_seen = max(last_seen, ?), counted = ?, "
-            "connections = ?, bytes_to_server = ?, bytes_to_client = ? WHERE id = ?",
-            updates,
-        )
-        db.executemany(history.ADD_DELTA, deltas)
         self._write_losses(db, at)
         self._write_coverage(db)
-        return new_ids
+        return _Written(at=at, rows=rows, folded=folded, entries=len(times))
+
+    def _fold(self, db: sqlite3.Connection) -> None:
+        """Adds the present minute to the rows, and what counters said up to now to what is counted."""
+        history.add_minute(db, self._minute, self._recent.values())
+        counts: list[int] = []
+        times: list[float] = []
+        for counter in self._counting.counters.values():
+            edge = counter.edge
+            if edge.number:
+                counts += (
+                    counter.slot,
+                    counter.generation,
+                    counter.live,
+                    edge.number,
+                    counter.stored_connections,
+                    counter.stored_to_server,
+                    counter.stored_to_client,
+                )
+                times.append(edge.last_seen)
+        history.store_counted(db, self._generation, history.pack(counts, times))
+
+    def _written(self, done: _Written) -> None:
+        """The round is in the file: now memory may say so."""
+        for row in done.rows:
+            edge = self._counting.altered[row.key]
+            edge.number = row.number
+            edge.first_seen = min(edge.first_seen, row.first_seen)
+            edge.last_seen = max(edge.last_seen, row.last_seen)
+            edge.hints |= row.hints
+        for edge in self._counting.altered.values():
+            edge.counted = edge.counters > 0
+        if done.folded:
+            self._folded()
+        if done.entries:
+            self._minute = _minute(done.at)
+            self._latest_at = max(self._latest_at, done.at)
+        for edge in self._counting.stored(done.at):
+            self._recent[edge.number] = edge
+        if done.folded:
+            self._counting.forget_left(self._recent)
+        self._stored_generation = self._generation
+        self._covered.update(self._staged.covered)
+        self._staged = _Staged()
+
+    def _folded(self) -> None:
+        for edge in self._recent.values():
+            edge.connections = edge.to_server = edge.to_client = 0
+        self._recent = {}
 
     def _write_losses(self, db: sqlite3.Connection, at: int) -> None:
         db.executemany(
@@ -341,16 +511,38 @@ class Ledger:
                 )
 
     def _maintain(self, now: float) -> None:
+        """What keeps the history within its bounds."""
         self._maintained_at = now
         try:
-            with self._transaction() as db:
-                evicted = history.condense(db, now, self._limits)
+            self._drop_rounds(now)
+            self._condense(now)
         except sqlite3.OperationalError as failed:
             self._limit_problem = f"history in {self._path} cannot be condensed: {failed}"
-            return
         except sqlite3.DatabaseError as damaged:
             self._set_aside(damaged)
-            return
+
+    def _drop_rounds(self, now: float) -> None:
+        before = ms(now - ROUNDS_KEPT_S)
+        with self._transaction() as db:
+            before = max(before, history.excess_rounds(db, self._limits.rounds))
+            folded = bool(self._recent) and before > self._minute
+            if folded:
+                self._fold(db)
+            history.drop_rounds(db, before)
+            exact_from = history.exact_from(db)
+        if folded:
+            self._folded()
+        self._exact_from = exact_from
+
+    def _condense(self, now: float) -> None:
+        with self._transaction() as db:
+            history.drop_rounds(db, history.coarsen(db, now, self._limits))
+            gone, evicted = history.forget(db, now, self._limits)
+            exact_from = history.exact_from(db)
+        self._exact_from = exact_from
+        for number in gone & self._recent.keys():
+            del self._recent[number]
+        self._counting.forget_rows(gone)
         for key in [
             key for key, (_, last) in self._covered.items() if now - last.end > ROUNDS_KEPT_S
         ]:
@@ -403,23 +595,51 @@ class Ledger:
         return db
 
     def _take_up(self, db: sqlite3.Connection) -> None:
-        """Continues where the last agent left off: the counts that its history was computed
-        from."""
-        row = db.execute("SELECT value FROM meta WHERE name = 'generation'").fetchone()
-        self._generation = self._stored_generation = row[0] if row else ""
-        self._counts, self._ids = {}, {}
-        for number, key, count in history.counted_edges(db):
-            self._counts[key] = count
-            self._ids[key] = number
+        """Continues where the last agent left off: the counters that its history was computed from."""
+        counted = history.counted(db)
+        counting = Counting(self._limits.edges)
+        by_number = {edge.number: edge for edge in history.counted_edges(db)}
+        counting.edges = {edge.key: edge for edge in by_number.values()}
+        for entry in counted.entries:
+            if entry[3] in by_number:
+                _resume(counting, entry, by_number[entry[3]])
+        recent: dict[int, EdgeState] = {}
+        minute = 0
+        for at, entries in history.rounds_after(db, counted.round):
+            minute = _minute(at)
+            for entry in history.unpack(entries):
+                number = entry[3]
+                edge = recent.get(number)
+                if edge is None:
+                    edge = by_number.get(number) or history.edge_numbered(db, number)
+                    if edge is None:
+                        continue
+                    by_number[number] = recent[number] = edge
+                    counting.edges[edge.key] = edge
+                _resume(counting, entry, edge)
+                edge.connections += entry[4]
+                edge.to_server += entry[5]
+                edge.to_client += entry[6]
+                edge.changed_at = at
+        counting.altered.update(
+            {edge.key: edge for edge in by_number.values() if edge.counted and not edge.counters}
+        )
+        self._generation = self._stored_generation = counted.generation
+        self._counting, self._recent, self._minute = counting, recent, minute
+        self._exact_from = history.exact_from(db)
+        self._latest_at = history.latest_round(db)
         self._losses = dict(db.execute("SELECT name, count FROM loss_counted").fetchall())
         self._covered = {}
 
     def _set_aside(self, damaged: sqlite3.DatabaseError) -> None:
-        """Begins a new file; what the kernel still counts comes back whole with the next round."""
+        """Begins a new file; what the kernel still counts goes into it whole with the next round."""
         self._db.close()
         self._move_aside(damaged)
         self._staged = _Staged()
+        counting, generation = self._counting, self._generation
         self._db = self._connect()
+        counting.forget_file()
+        self._counting, self._generation = counting, generation
 
     def _move_aside(self, damaged: sqlite3.DatabaseError) -> None:
         aside = self._path.with_name(f"{self._path.name}.corrupt-{time.time_ns()}")
@@ -449,14 +669,14 @@ class Ledger:
                 self._db.execute("ROLLBACK")
             raise
 
-    def _change(self, statement: str, values: tuple[object, ...]) -> None:
+    def _added_by(
+        self, stored: bytes, wanted: Container[int]
+    ) -> Iterator[tuple[int, int, int, int]]:
         try:
-            with self._transaction() as db:
-                db.execute(statement, values)
-        except sqlite3.OperationalError as failed:
-            self._write_problem = f"history cannot be written to {self._path}: {failed}"
+            return history.added_by(stored, wanted)
         except sqlite3.DatabaseError as damaged:
             self._set_aside(damaged)
+            raise LedgerError(f"history in {self._path} was damaged: {damaged}") from damaged
 
     def _read(self, statement: str, values: tuple[object, ...] | dict[str, object]) -> list[Any]:
         try:
@@ -478,33 +698,78 @@ class Ledger:
         return Interval(*rows[0]) if rows else None
 
 
-def _add(
-    added: dict[EdgeKey, _Added], key: EdgeKey, before: EdgeCount | None, count: EdgeCount
-) -> None:
-    """Adds what came to an edge between two cumulative counts to what waits to be written."""
-    more = added.get(key)
-    if more is None:
-        more = added[key] = _Added(0, 0, 0, count.first_seen, count.last_seen)
-    more.connections += count.connections - (before.connections if before else 0)
-    more.bytes_to_server += count.bytes_to_server - (before.bytes_to_server if before else 0)
-    more.bytes_to_client += count.bytes_to_client - (before.bytes_to_client if before else 0)
-    more.first_seen = min(more.first_seen, count.first_seen)
-    more.last_seen = max(more.last_seen, count.last_seen)
+def _minute(at: int) -> int:
+    return at - at % MINUTES.span_ms
 
 
-def _sum(stored: EdgeCount | None, added: _Added) -> EdgeCount:
-    if stored is None:
-        return EdgeCount(
-            connections=added.connections,
-            bytes_to_server=added.bytes_to_server,
-            bytes_to_client=added.bytes_to_client,
-            first_seen=added.first_seen,
-            last_seen=added.last_seen,
-        )
+def _names(
+    workload_keys: Collection[int] | None, direction: Direction | None, since: float
+) -> dict[str, object]:
+    """What every question to the edges' rows asks for."""
+    keys = None if workload_keys is None else [signed(key) for key in workload_keys]
+    return {
+        "workloads": None if keys is None else msgspec.json.encode(keys).decode(),
+        "direction": direction,
+        "since": since,
+    }
+
+
+def _rows(span: windows.Sources) -> dict[str, object]:
+    return {
+        "minutes_from": span.minutes_from,
+        "hours_from": span.hours_from,
+        "rows_until": span.rows_until,
+    }
+
+
+def _count(edge: EdgeState, added: _Sum | None, since: float, until: float) -> EdgeCount | None:
+    """What an edge got in a window; None where it was not in use then."""
+    if added is None and edge.last_seen > until:
+        return None
+    sums = added or _Sum()
+    last = edge.last_seen
     return EdgeCount(
-        connections=stored.connections + added.connections,
-        bytes_to_server=stored.bytes_to_server + added.bytes_to_server,
-        bytes_to_client=stored.bytes_to_client + added.bytes_to_client,
-        first_seen=min(stored.first_seen, added.first_seen),
-        last_seen=max(stored.last_seen, added.last_seen),
+        connections=sums.connections,
+        bytes_to_server=sums.to_server,
+        bytes_to_client=sums.to_client,
+        first_seen=edge.first_seen,
+        last_seen=last if last <= until else max(sums.at / 1000, since, edge.first_seen),
+        hints=hints_of(edge.hints) if edge.hints else (),
     )
+
+
+def _parts(edge: Edge, moments: Sequence[float], sums: Mapping[int, _Sum]) -> Iterator[Edge]:
+    """An edge in parts: `sums` by how many of the moments are before."""
+    for part, added in sorted(sums.items()):
+        is_first, is_last = part == 0, part == len(moments)
+        first = edge.count.first_seen if is_first else moments[part - 1]
+        last = edge.count.last_seen if is_last else max(added.at / 1000, first)
+        yield Edge(
+            key=edge.key,
+            count=EdgeCount(
+                connections=added.connections,
+                bytes_to_server=added.to_server,
+                bytes_to_client=added.to_client,
+                first_seen=first,
+                last_seen=last,
+                hints=edge.count.hints,
+            ),
+        )
+
+
+def _resume(counting: Counting, entry: Entry, edge: EdgeState) -> None:
+    """Adds a stored entry to its counter, if it has one still."""
+    slot, generation, live, _, connections, to_server, to_client, last_seen = entry
+    if last_seen > edge.last_seen:
+        edge.last_seen = last_seen
+    if slot == NO_SLOT:
+        return
+    counter = counting.counters.get(slot)
+    if counter is None or counter.generation != generation or counter.live != live:
+        counter = counting.resume(slot, generation, edge, live=bool(live))
+    counter.connections += connections
+    counter.to_server += to_server
+    counter.to_client += to_client
+    counter.stored_connections = counter.connections
+    counter.stored_to_server = counter.to_server
+    counter.stored_to_client = counter.to_client
