@@ -4,8 +4,9 @@
  *
  * Theory of operation. Two programs watch a workload's interface, one for each way. A SYN opens a flow, counted as
  * empty. The client's first bytes are put together by stream position (prefix.h) and looked at as they grow
- * (hello.h), until they are or are not a TLS ClientHello; meanwhile the flow is unknown. Then it is settled and its
- * connection moves to the edge of its class (edges.h). Settled flows only count bytes.
+ * (proxy.h, hello.h), until they are or are not a TLS ClientHello; meanwhile the flow is unknown. Then its class is
+ * decided, and its connection moves to the edge of that class (edges.h). A flow of TLS is settled and only counts
+ * bytes; one that is not may get a hint (hints.h), and is looked at again where an upgrade to TLS can be (turn.h).
  *
  * The programs stand in the path of the packets: what a server acknowledges has been here before. If it
  * acknowledges bytes that were not seen, they never will be, and the flow is unknown.
@@ -21,6 +22,8 @@ enum { NEXT_PROGRAM = -1 };
 
 /* Which network namespace this copy of the program serves; see struct tg_interface. */
 const volatile __u32 scope = 0;
+
+const volatile __u32 report = 0;
 
 enum way {
 	FROM_POD,

@@ -11,8 +11,8 @@
 #include "packet.h"
 
 enum {
-	/* A verdict changes three times at most: server-first or unknown, then another class, then settled. */
-	SETTLE_TRIES = 4,
+	/* A verdict changes four times at most: for the time being, decided, decided by an upgrade, settled. */
+	SETTLE_TRIES = 5,
 	ADVANCE_TRIES = 8,
 	/* RFC 7323 2.3: no window is larger. */
 	WINDOW_MAX = 1 << 30,
@@ -26,6 +26,11 @@ static __always_inline enum tg_class flow_class(const struct tg_flow *flow)
 static __always_inline int is_settled(const struct tg_flow *flow)
 {
 	return flow->verdict & TG_VERDICT_SETTLED;
+}
+
+static __always_inline int is_decided(const struct tg_flow *flow)
+{
+	return flow->verdict & (TG_VERDICT_DECIDED | TG_VERDICT_SETTLED);
 }
 
 static __always_inline void set_flag(struct tg_flow *flow, enum tg_flow_flag flag)
@@ -144,7 +149,7 @@ static __noinline int flush(const struct tg_flow_key *key, struct tg_flow *flow)
 	return 0;
 }
 
-/* Gives the flow another verdict, unless it is settled, and moves its connection to the edge of the new class. */
+/* Gives the flow another verdict, unless it is surer of the one it has, and moves its connection to the edge of the new class. */
 static __noinline int give_verdict(const struct tg_flow_key *key, struct tg_flow *flow, __u32 verdict)
 {
 	enum tg_class class = verdict & TG_VERDICT_CLASS, before;
@@ -155,6 +160,8 @@ static __noinline int give_verdict(const struct tg_flow_key *key, struct tg_flow
 	for (i = 0; i < SETTLE_TRIES; i++) {
 		old = flow->verdict;
 		if (old & TG_VERDICT_SETTLED || old == verdict)
+			return 0;
+		if (old & TG_VERDICT_DECIDED && !(verdict & (TG_VERDICT_DECIDED | TG_VERDICT_SETTLED)))
 			return 0;
 		if (__sync_val_compare_and_swap(&flow->verdict, old, verdict) == old)
 			break;
@@ -222,8 +229,19 @@ static __always_inline void count_bytes(const struct tg_flow_key *key, struct tg
 		add_bytes(key, flow, role == TG_CLIENT ? bytes : 0, role == TG_SERVER ? bytes : 0);
 		return;
 	}
+	if (is_decided(flow)) {
+		add(&flow->credited[role], bytes);
+		add_bytes(key, flow, role == TG_CLIENT ? bytes : 0, role == TG_SERVER ? bytes : 0);
+		return;
+	}
 	add(&flow->pending[role], bytes);
 	flush(key, flow);
+}
+
+/* The flow's protocol is known. */
+static __always_inline void note_hint(const struct tg_flow_key *key, struct tg_flow *flow, enum tg_hint hint)
+{
+	flow->hint = hint;
 }
 
 #endif

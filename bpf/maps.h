@@ -40,6 +40,12 @@ struct {
 	__type(value, struct tg_prefix);
 } prefixes SEC(".maps");
 
+/* ClientHellos, for a reader that asks for them; see report.h. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, TG_HELLOS_BYTES);
+} hellos SEC(".maps");
+
 /* What is reported. Never evicts: what does not fit is counted in overflow. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -64,12 +70,12 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-/* A prefix too large for the stack; TC programs run with bottom halves off, so one per processor is enough. */
+/* TC programs run with bottom halves off, so one scratch per processor is enough. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct tg_prefix);
+	__type(value, struct tg_scratch);
 } scratch SEC(".maps");
 
 static __always_inline void count(enum tg_counter counter)

@@ -53,6 +53,17 @@ struct tg_flow {
 	__u32 profile;
 	__u8 direction;
 	__u8 pad[3];
+
+	__u32 base;			/* where the client's own bytes begin: behind a PROXY header */
+	__u32 spoke_at;			/* how far the client's stream was when the server began */
+	__u32 turn;			/* sequence number where the client's turn begins */
+	__u32 turn_known;		/* one bit per byte of turn_bytes */
+	__u8 turn_bytes[TG_TURN_BYTES];
+	__u8 turn_state;		/* enum tg_turn */
+	__u8 looking;			/* enum tg_looking */
+	__u8 hint;			/* enum tg_hint */
+	__u8 pad2;
+	__u32 pad3;
 };
 
 struct tg_edge_key {
@@ -81,6 +92,9 @@ struct tg_profile {
 	__u32 alpn_count;
 	struct tg_text suffixes[TG_NAMES];	/* lower case, beginning with a dot */
 	struct tg_text alpns[TG_NAMES];
+
+	__u32 port_count;
+	__u16 ports[TG_PROXY_PORTS];		/* every ClientHello to one of these is the mesh's */
 };
 
 /* Where the walk through a ClientHello stands; see hello.h. */
@@ -102,16 +116,40 @@ struct tg_hello {
 	__u8 name[TG_NAME_BYTES];
 };
 
-/* The beginning of a client's stream, until its class is decided. */
+/*
+ * A part of a client's stream while it is looked at. Positions count from the stream's beginning, or from that of a
+ * turn; the byte at a position is kept at the position modulo TG_PREFIX_BYTES.
+ */
 struct tg_prefix {
 	__u64 owner;				/* tg_flow.opened */
 	__u32 lock;
 	__u32 have;				/* bytes known from the start, without a gap */
 	__u32 profile;
-	__u32 pad;
+	__u32 base;				/* where a ClientHello would begin */
+	__u32 told;				/* up to where the hello was reported */
+	__u32 searched;				/* up to where there is no line feed */
+	__u16 port;				/* of the server */
+	__u8 turned;				/* enum tg_turn: the client's turn was found in it */
+	__u8 pad[5];
 	struct tg_hello hello;
-	__u64 known[TG_PREFIX_BYTES / 64];	/* one bit per byte */
+	__u64 known[TG_PREFIX_BYTES / 64];	/* one bit per byte, of those behind the first gap */
+	__u8 again[128];			/* bytes of a word that come a second time, perhaps */
 	__u8 bytes[TG_PREFIX_BYTES + 64];	/* room for the bytes of a word at any position */
+};
+
+/* A part of a ClientHello, as the ring buffer has it: only `length` of the bytes are sent. */
+struct tg_hello_chunk {
+	__u64 opened;				/* tg_flow.opened */
+	__u32 position;				/* from the hello's first record header on */
+	__u32 length;
+	struct tg_flow_key key;
+	__u8 bytes[TG_PREFIX_BYTES];
+};
+
+/* What is too large for the stack. */
+struct tg_scratch {
+	struct tg_prefix prefix;
+	struct tg_hello_chunk chunk;
 };
 
 #endif

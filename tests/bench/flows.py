@@ -84,8 +84,8 @@ class _Steps:
     def __init__(self, compiled: Path, at: int, by: int) -> None:
         self._at, self._by = at, by
         with contextlib.ExitStack() as handles, Object.open(compiled) as opened:
-            # .rodata: scope of the classifier, then step_at and step_by.
-            opened.set_constants(struct.pack("=III", 0, at, by))
+            # .rodata: scope and report of the classifier, then step_at and step_by.
+            opened.set_constants(struct.pack("=IIII", 0, 0, at, by))
             opened.load()
             self._nothing, self._only_step, self._step_and_observe, self._from_pod = (
                 handles.enter_context(opened.program(name))

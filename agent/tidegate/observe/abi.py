@@ -11,6 +11,10 @@ SERVICE_PORTS = 16
 NAMES = 8
 TEXT_BYTES = 128
 PREFIX_BYTES = 4096
+PROXY_PORTS = 8
+TURN_BYTES = 24
+HINT_BYTES = 1024
+HELLOS_BYTES = 1 << 20
 
 
 class Class(enum.IntEnum):
@@ -44,30 +48,63 @@ class FlowFlag(enum.IntFlag):
     TLS_HEADERS = 1 << 7
     PREFIX_STORED = 1 << 8
     OVERFLOW = 1 << 9
+    SERVER_SPOKE = 1 << 10
+    PROXY = 1 << 11
+    SSLV2 = 1 << 12
+    OVERLAP = 1 << 13
 
 
 class Verdict(enum.IntFlag):
     CLASS = 0xFF
     SETTLED = 1 << 8
+    DECIDED = 1 << 9
+
+
+class Looking(enum.IntEnum):
+    AT_BEGINNING = 0
+    AT_HINT = 1
+    AT_REPORT = 2
+    AT_NOTHING = 3
+
+
+class Turn(enum.IntEnum):
+    OVER = 0
+    OPEN = 1
+    TAKEN = 2
+
+
+class Hint(enum.IntEnum):
+    NONE = 0
+    HTTP1 = 1
+    H2C = 2
+    POSTGRES = 3
+    MYSQL = 4
+    REDIS = 5
+    KAFKA = 6
+    SSH = 7
+    AMQP = 8
+    MONGODB = 9
+    CASSANDRA = 10
 
 
 class Counter(enum.IntEnum):
     NOT_IP = 0
     NOT_TCP = 1
     JOINED_MIDSTREAM = 2
-    HELLO_TOO_LONG = 3
-    HELLO_MALFORMED = 4
-    BAD_HEADERS = 5
-    OUT_OF_WINDOW = 6
-    NO_WORKLOAD = 7
-    TCP_FRAGMENT = 8
-    TOO_MANY_HEADERS = 9
-    FLOW_NOT_STORED = 10
-    PREFIX_NOT_STORED = 11
-    PREFIX_EVICTED = 12
-    PREFIX_BUSY = 13
-    BYTES_MISSED = 14
-    RACE_LOST = 15
+    HELLO_MALFORMED = 3
+    BAD_HEADERS = 4
+    OUT_OF_WINDOW = 5
+    NO_WORKLOAD = 6
+    HELLO_NOT_REPORTED = 7
+    HINT_LOST = 8
+    TCP_FRAGMENT = 9
+    TOO_MANY_HEADERS = 10
+    FLOW_NOT_STORED = 11
+    PREFIX_NOT_STORED = 12
+    PREFIX_EVICTED = 13
+    PREFIX_BUSY = 14
+    BYTES_MISSED = 15
+    RACE_LOST = 16
 
 
 COUNTER_LOSSES = Counter.TCP_FRAGMENT
@@ -118,6 +155,16 @@ class Flow(ctypes.Structure):
         ("profile", _u32),
         ("direction", _u8),
         ("pad", _u8 * 3),
+        ("base", _u32),
+        ("spoke_at", _u32),
+        ("turn", _u32),
+        ("turn_known", _u32),
+        ("turn_bytes", _u8 * TURN_BYTES),
+        ("turn_state", _u8),
+        ("looking", _u8),
+        ("hint", _u8),
+        ("pad2", _u8),
+        ("pad3", _u32),
     )
 
 
@@ -151,4 +198,16 @@ class Profile(ctypes.Structure):
         ("alpn_count", _u32),
         ("suffixes", Text * NAMES),
         ("alpns", Text * NAMES),
+        ("port_count", _u32),
+        ("ports", _u16 * PROXY_PORTS),
+    )
+
+
+class HelloChunk(ctypes.Structure):
+    _fields_ = (
+        ("opened", _u64),
+        ("position", _u32),
+        ("length", _u32),
+        ("key", FlowKey),
+        ("bytes", _u8 * PREFIX_BYTES),
     )

@@ -75,6 +75,8 @@ class MeshProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Ends of the server name, at a dot: ".internal.x" is the end of "a.internal.x", not of "b-internal.x"."""
     alpn: tuple[str, ...] = ()
     """Protocol names that nobody but the mesh offers."""
+    ports: tuple[int, ...] = ()
+    """Ports of the mesh's own proxies: every ClientHello to one of them is the mesh's."""
 
 
 def consul_profile(trust_domain: str) -> MeshProfile:
@@ -116,11 +118,12 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
     not_ip: int = 0
     not_tcp: int = 0
     joined_midstream: int = 0
-    hello_too_long: int = 0
     hello_malformed: int = 0
     bad_headers: int = 0
     out_of_window: int = 0
     no_workload: int = 0
+    hello_not_reported: int = 0
+    hint_lost: int = 0
     tcp_fragment: int = 0
     too_many_headers: int = 0
     flow_not_stored: int = 0
@@ -233,7 +236,7 @@ class Classifier:
             if len(pinned) == len(names) and all((program_dir / p).exists() for p in _PROGRAMS):
                 from_pod, to_pod = (Program.open_pinned(program_dir / p) for p in _PROGRAMS)
             else:
-                compiled.set_constants(_u32(_HOST_SCOPE))
+                compiled.set_constants(_u32(_HOST_SCOPE) + _u32(0))
                 compiled.load()
                 for name in names:
                     if name not in pinned:
@@ -271,6 +274,15 @@ class Classifier:
                 )
             for text, name in zip(texts, names, strict=False):
                 _set_text(text, name, profile, field)
+        if len(profile.ports) > abi.PROXY_PORTS:
+            raise InputError(
+                f"{len(profile.ports)} ports",
+                source=f"profile {profile.name}",
+                field="ports",
+                expected=f"at most {abi.PROXY_PORTS}",
+            )
+        value.port_count = len(profile.ports)
+        value.ports[: len(profile.ports)] = profile.ports
         self._maps["profiles"].update(_u32(_PROFILE), bytes(value))
 
     def attach(
@@ -441,7 +453,7 @@ class Classifier:
         with contextlib.ExitStack() as handles, Object.open(self._object_path) as compiled:
             for existing in self._maps.values():
                 compiled.reuse(existing)
-            compiled.set_constants(_u32(scope))
+            compiled.set_constants(_u32(scope) + _u32(0))
             compiled.load()
             yield tuple(handles.enter_context(compiled.program(name)) for name in _PROGRAMS)
 
