@@ -18,7 +18,7 @@ enum tg_limit {
 	TG_NAME_BYTES = 256,	/* RFC 1035 2.3.4: 255 for a name; RFC 7301 3.1: 255 for a protocol */
 	TG_PREFIX_BYTES = 4096,
 
-	TG_PROXY_PORTS = 8,	/* of one profile */
+	TG_PROXY_PORTS = 16,	/* of one profile */
 	TG_TURN_BYTES = 24,	/* four records of one byte each: the headers of any ClientHello */
 	TG_HINT_BYTES = 1024,	/* how far a hint is looked for */
 	TG_HELLOS_BYTES = 1 << 20,

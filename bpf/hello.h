@@ -10,8 +10,7 @@
  * Until both headers were complete, a byte that contradicts TLS makes the stream plaintext. After that it is TLS,
  * however broken: what follows only decides between the mesh's and the application's own.
  *
- * A hello of the SSLv2-compatible form (RFC 5246 E.2) has one header, and nothing that could be the mesh's but the
- * port that it goes to.
+ * A hello of the SSLv2-compatible form (RFC 5246 E.2) has one header, and never is the mesh's.
  */
 #ifndef TIDEGATE_HELLO_H
 #define TIDEGATE_HELLO_H
@@ -238,10 +237,10 @@ static __always_inline long enter_hello(struct tg_prefix *prefix, __u32 left)
 
 	hello->hello_left = left;
 	hello->flags |= TG_HELLO_HEADERS;
-	if (is_mesh_port(prefix->port, prefix->profile))
-		return decide_early(hello, TG_MESH_HELLO);
 	if (hello->flags & TG_HELLO_SSLV2)
 		return decide_early(hello, TG_OTHER_HELLO);
+	if (is_mesh_port(prefix->port, prefix->profile))
+		return decide_early(hello, TG_MESH_HELLO);
 	return expect(hello, FIELD_VERSION, 2);
 }
 

@@ -78,6 +78,9 @@ static __always_inline void apply_outcome(const struct tg_flow_key *key, struct 
 
 	switch (hello->outcome) {
 	case TG_MORE:
+		/* Behind a word of the server it makes no difference whose hello it is. */
+		if ((hello->flags & TG_HELLO_HEADERS) && (flow->flags & TG_FLOW_SERVER_FIRST))
+			break;
 		return;
 	case TG_NOT_TLS:
 		class = after_server(flow, TG_PLAINTEXT);
@@ -92,7 +95,7 @@ static __always_inline void apply_outcome(const struct tg_flow_key *key, struct 
 		break;
 	}
 	class = flow->turn_state == TG_TURN_TAKEN ? TG_STARTTLS : after_server(flow, class);
-	if (hello->flags & TG_HELLO_ENDED) {
+	if (!report || (hello->flags & TG_HELLO_ENDED)) {
 		give_verdict(key, flow, class | TG_VERDICT_SETTLED);
 	} else {
 		flow->looking = TG_AT_REPORT;
@@ -340,7 +343,7 @@ static __always_inline void hear_client(struct __sk_buff *skb, const struct tg_f
 	if (flow->turn_state == TG_TURN_OPEN && !is_settled(flow) && hear_turn(skb, flow, segment))
 		upgrade(skb, key, flow, segment);
 	/* Payload that does not decide yet. If nothing follows, the flow was not empty and is not known. */
-	if (!is_settled(flow) && flow_class(flow) == TG_EMPTY)
+	if (!is_decided(flow))
 		give_verdict(key, flow, TG_UNKNOWN);
 }
 
@@ -350,7 +353,7 @@ static __always_inline void client_finished(const struct tg_flow_key *key, struc
 {
 	__u32 end = segment->sequence + segment->length;
 
-	if (end != flow->next[TG_CLIENT])
+	if ((__s32)(end - flow->next[TG_CLIENT]) < 0)
 		return;
 	flow->fin = end - flow->isn[TG_CLIENT] - 1;
 	set_flag(flow, TG_FLOW_CLIENT_FIN | TG_FLOW_CLOSED);

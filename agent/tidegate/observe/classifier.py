@@ -75,7 +75,7 @@ class MeshProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Ends of the server name, at a dot: ".internal.x" is the end of "a.internal.x", not of "b-internal.x"."""
     alpn: tuple[str, ...] = ()
     """Protocol names that nobody but the mesh offers."""
-    ports: tuple[int, ...] = ()
+    proxy_ports: tuple[int, ...] = ()
     """Ports of the mesh's own proxies: every ClientHello to one of them is the mesh's."""
 
 
@@ -274,15 +274,15 @@ class Classifier:
                 )
             for text, name in zip(texts, names, strict=False):
                 _set_text(text, name, profile, field)
-        if len(profile.ports) > abi.PROXY_PORTS:
+        if len(profile.proxy_ports) > abi.PROXY_PORTS:
             raise InputError(
-                f"{len(profile.ports)} ports",
+                f"{len(profile.proxy_ports)} ports",
                 source=f"profile {profile.name}",
-                field="ports",
+                field="proxy_ports",
                 expected=f"at most {abi.PROXY_PORTS}",
             )
-        value.port_count = len(profile.ports)
-        value.ports[: len(profile.ports)] = profile.ports
+        value.port_count = len(profile.proxy_ports)
+        value.ports[: len(profile.proxy_ports)] = profile.proxy_ports
         self._maps["profiles"].update(_u32(_PROFILE), bytes(value))
 
     def attach(
