@@ -55,7 +55,7 @@ static __always_inline enum tg_role sender(const struct tg_flow *flow, enum way 
 }
 
 /* Stores the flow, and counts its connection if no other processor was faster. */
-static __noinline struct tg_flow *store(const struct tg_flow_key *key, struct tg_flow *fresh)
+static __always_inline struct tg_flow *store(const struct tg_flow_key *key, struct tg_flow *fresh)
 {
 	struct tg_flow *flow;
 	long error;
@@ -71,11 +71,10 @@ static __noinline struct tg_flow *store(const struct tg_flow_key *key, struct tg
 	return flow;
 }
 
-/* A SYN without ACK: the sender is the client. Returns the flow that it belongs to. */
-static __noinline struct tg_flow *open_flow(const struct tg_attachment *attachment,
-					    const struct tg_flow_key *key,
-					    const struct tg_segment *segment, enum way way,
-					    struct tg_flow *old)
+/* A flow that begins with this SYN. */
+static __noinline struct tg_flow *new_flow(const struct tg_attachment *attachment,
+					   const struct tg_flow_key *key,
+					   const struct tg_segment *segment, enum way way)
 {
 	struct tg_flow fresh = {
 		.opened = bpf_ktime_get_boot_ns(),
@@ -87,9 +86,18 @@ static __noinline struct tg_flow *open_flow(const struct tg_attachment *attachme
 		.direction = way == FROM_POD ? TG_OUTBOUND : TG_INBOUND,
 	};
 
+	return store(key, &fresh);
+}
+
+/* A SYN without ACK: the sender is the client. Returns the flow that it belongs to. */
+static __always_inline struct tg_flow *open_flow(const struct tg_attachment *attachment,
+						 const struct tg_flow_key *key,
+						 const struct tg_segment *segment, enum way way,
+						 struct tg_flow *old)
+{
 	if (old) {
 		if (sender(old, way) == TG_CLIENT && (old->flags & TG_FLOW_SYN_SEEN) &&
-		    old->isn[TG_CLIENT] == fresh.isn[TG_CLIENT])
+		    old->isn[TG_CLIENT] == segment->sequence - 1)
 			return old;
 		/* RFC 9293 3.5, figure 7: both ends opened at once; the first SYN made the flow. */
 		if (sender(old, way) == TG_SERVER && (old->flags & TG_FLOW_SYN_SEEN) &&
@@ -99,7 +107,7 @@ static __noinline struct tg_flow *open_flow(const struct tg_attachment *attachme
 			conclude(key, old);
 		bpf_map_delete_elem(&flows, key);
 	}
-	return store(key, &fresh);
+	return new_flow(attachment, key, segment, way);
 }
 
 static __always_inline enum tg_direction guess_direction(const struct tg_attachment *attachment,

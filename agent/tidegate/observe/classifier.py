@@ -20,7 +20,7 @@ import msgspec
 from tidegate.errors import InputError
 from tidegate.kernel.bpf import AttachType, Link, Map, Object, Program
 from tidegate.kernel.errors import KernelError
-from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass
+from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass, Hint
 from tidegate.observe import abi
 
 PACKAGED_OBJECT = Path(__file__).parent.parent / "bpf" / "classifier.bpf.o"
@@ -44,6 +44,7 @@ _CLASSES: dict[int, FlowClass] = {
     abi.Class.STARTTLS: FlowClass.STARTTLS,
     abi.Class.UNKNOWN: FlowClass.UNKNOWN,
 }
+_HINTS: dict[int, Hint | None] = {0: None, **dict(enumerate(Hint, start=1))}
 _DIRECTIONS: dict[int, Direction] = {
     abi.Direction.INBOUND: Direction.INBOUND,
     abi.Direction.OUTBOUND: Direction.OUTBOUND,
@@ -165,6 +166,7 @@ class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
     flags: abi.FlowFlag
     opened: float
     """Seconds since the Unix epoch."""
+    hint: Hint | None = None
 
 
 class _Clock:
@@ -417,6 +419,7 @@ class Classifier:
                     settled=bool(flow.verdict & abi.Verdict.SETTLED),
                     flags=abi.FlowFlag(flow.flags),
                     opened=self._clock.unix(flow.opened),
+                    hint=_HINTS[flow.hint],
                 )
             )
         return records
