@@ -22,7 +22,7 @@ static __always_inline enum tg_class after_server(const struct tg_flow *flow, en
 /* The client's stream has ended, or will never be whole: what was seen of it has to do. */
 static __always_inline void conclude(const struct tg_flow_key *key, struct tg_flow *flow)
 {
-	__u32 sent = flow->next[TG_CLIENT] - flow->isn[TG_CLIENT] - 1;
+	__u32 sent = bytes_of(flow, TG_CLIENT);
 	enum tg_class class = TG_PLAINTEXT;
 
 	if (!sent)
@@ -195,7 +195,7 @@ static __always_inline void client_finished(const struct tg_flow_key *key, struc
 {
 	__u32 end = segment->sequence + segment->length;
 
-	if (end != flow->next[TG_CLIENT])
+	if (end != next_of(flow, TG_CLIENT))
 		return;
 	flow->fin = end - flow->isn[TG_CLIENT] - 1;
 	set_flag(flow, TG_FLOW_CLIENT_FIN | TG_FLOW_CLOSED);
@@ -205,21 +205,15 @@ static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_ke
 				  struct tg_flow *flow, const struct tg_segment *segment)
 {
 	struct part part;
-	__u32 gain;
 
-	if (!(flow->flags & TG_FLOW_CLIENT_SEQ)) {
-		flow->next[TG_CLIENT] = segment->sequence;
-		set_flag(flow, TG_FLOW_CLIENT_SEQ);
-	}
-	gain = advance(flow, TG_CLIENT, segment);
+	learn_isn(flow, TG_CLIENT, segment);
+	take_in(key, flow, TG_CLIENT, segment);
 	if (!is_settled(flow) && segment->length && part_of(flow, segment, &part) &&
 	    !first_byte_decides(skb, key, flow, &part))
 		collect(skb, key, flow, &part);
 	/* Payload that does not decide yet. If nothing follows, the flow was not empty and is not known. */
 	if (segment->length && !is_settled(flow) && flow_class(flow) == TG_EMPTY)
 		give_verdict(key, flow, TG_UNKNOWN);
-	if (gain)
-		count_bytes(key, flow, TG_CLIENT, gain);
 	if (is_settled(flow))
 		return 0;
 	if (segment->flags & TCP_FIN)
@@ -247,38 +241,24 @@ static __always_inline __s32 acknowledged(const struct tg_flow *flow, const stru
 	return bytes;
 }
 
-static __always_inline void learn_server_sequence(struct tg_flow *flow, const struct tg_segment *segment)
-{
-	if (flow->flags & TG_FLOW_SERVER_SEQ)
-		return;
-	if (segment->flags & TCP_SYN)
-		flow->isn[TG_SERVER] = segment->sequence - 1;
-	else if (!segment->length)
-		return;
-	flow->next[TG_SERVER] = segment->sequence;
-	set_flag(flow, TG_FLOW_SERVER_SEQ);
-}
-
 static __noinline int from_server(const struct tg_flow_key *key, struct tg_flow *flow,
 				  const struct tg_segment *segment)
 {
 	__s32 acked;
 	__u32 gain;
 
-	learn_server_sequence(flow, segment);
-	gain = flow->flags & TG_FLOW_SERVER_SEQ ? advance(flow, TG_SERVER, segment) : 0;
+	learn_isn(flow, TG_SERVER, segment);
+	gain = take_in(key, flow, TG_SERVER, segment);
 	if (!is_settled(flow)) {
 		acked = acknowledged(flow, segment);
 		if (acked > 0 && acked > (__s32)flow->contiguous) {
 			count(TG_BYTES_MISSED);
 			settle(key, flow, TG_UNKNOWN);
-		} else if (gain && flow->next[TG_CLIENT] == flow->isn[TG_CLIENT] + 1) {
+		} else if (gain && !bytes_of(flow, TG_CLIENT)) {
 			set_flag(flow, TG_FLOW_SERVER_FIRST);
 			give_verdict(key, flow, TG_SERVER_FIRST);
 		}
 	}
-	if (gain)
-		count_bytes(key, flow, TG_SERVER, gain);
 	if (segment->flags & TCP_RST) {
 		set_flag(flow, TG_FLOW_CLOSED);
 		if (!is_settled(flow))
