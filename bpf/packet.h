@@ -20,7 +20,11 @@
 enum {
 	VLAN_TAGS_MAX = 2,
 	EXTENSION_HEADERS_MAX = 8,
+	LINEAR_HEADERS_MAX = 4,		/* of those, in the linear part and of the usual kinds */
 };
+
+/* The kinds of extension headers that are passed over where they are, as bits. */
+#define LINEAR_HEADERS (1ULL << IPPROTO_HOPOPTS | 1ULL << IPPROTO_ROUTING | 1ULL << IPPROTO_DSTOPTS)
 
 enum {
 	IPV4_FRAGMENT = 0x3fff,		/* more fragments, and the offset */
@@ -227,8 +231,8 @@ static __always_inline __be16 bare_protocol(__u8 first)
 }
 
 /* Reads headers of any kind, wherever they are. */
-static __noinline int parse_any(struct __sk_buff *skb, enum way way, struct tg_flow_key *key,
-				struct tg_segment *segment)
+__noinline int parse_any(struct __sk_buff *skb, enum way way, struct tg_flow_key *key,
+			 struct tg_segment *segment)
 {
 	__u32 offset = link_header;
 	struct vlan_tag vlan;
@@ -237,6 +241,8 @@ static __noinline int parse_any(struct __sk_buff *skb, enum way way, struct tg_f
 	__u8 first;
 	int i = 0;
 
+	if (!key || !segment)
+		return -1;
 	if (link_header) {
 		if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
 			return refuse(TG_BAD_HEADERS);
@@ -261,32 +267,59 @@ static __noinline int parse_any(struct __sk_buff *skb, enum way way, struct tg_f
 	return refuse(i == VLAN_TAGS_MAX ? TG_TOO_MANY_HEADERS : TG_NOT_IP);
 }
 
+/* Reads IPv6 headers that are in the linear part; hands over what is not or is rarer. */
+__noinline int parse_linear_ipv6(struct __sk_buff *skb, enum way way, struct tg_flow_key *key,
+				 struct tg_segment *segment)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	struct ipv6hdr *ip = data + link_header;
+	__u32 offset = link_header + sizeof(*ip), end;
+	struct extension_header *extension;
+	struct tcphdr *tcp;
+	__u8 next;
+	int i;
+
+	if (!key || !segment)
+		return -1;
+	if ((void *)(ip + 1) > data_end || ip->version != 6)
+		return parse_any(skb, way, key, segment);
+	next = ip->nexthdr;
+	for (i = 0; next != IPPROTO_TCP; i++) {
+		extension = data + offset;
+		if (i == LINEAR_HEADERS_MAX || (void *)(extension + 1) > data_end ||
+		    next > IPPROTO_DSTOPTS || !(LINEAR_HEADERS >> next & 1))
+			return parse_any(skb, way, key, segment);
+		offset += (extension->length + 1) * 8;
+		next = extension->next;
+	}
+	tcp = data + offset;
+	if ((void *)(tcp + 1) > data_end)
+		return parse_any(skb, way, key, segment);
+	if (take_ipv6(skb, ip, link_header, way, key, &end))
+		return -1;
+	return take_tcp(tcp, offset, end, way, key, segment);
+}
+
 /* Fills in the segment and, but for the interface, the key; -1 for anything that is not a whole TCP segment. */
 static __always_inline int parse_packet(struct __sk_buff *skb, enum way way, struct tg_flow_key *key,
 					struct tg_segment *segment)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
-	struct iphdr *four = data + link_header;
-	struct ipv6hdr *six = data + link_header;
-	__u32 offset = link_header, end;
+	struct iphdr *ip = data + link_header;
 	__be16 protocol;
+	__u32 end;
 
-	if ((void *)(four + 1) + sizeof(struct tcphdr) > data_end)
+	if ((void *)(ip + 1) + sizeof(struct tcphdr) > data_end)
 		return parse_any(skb, way, key, segment);
 	protocol = link_header ? ((struct ethhdr *)data)->h_proto : bare_protocol(*(__u8 *)data);
-	if (protocol == bpf_htons(ETH_P_IP) && four->version == 4 && four->ihl == 5 &&
-	    four->protocol == IPPROTO_TCP && !(four->frag_off & bpf_htons(IPV4_FRAGMENT))) {
-		if (take_ipv4(skb, four, offset, way, key, &end))
+	if (protocol == bpf_htons(ETH_P_IP) && ip->version == 4 && ip->ihl == 5 &&
+	    ip->protocol == IPPROTO_TCP && !(ip->frag_off & bpf_htons(IPV4_FRAGMENT))) {
+		if (take_ipv4(skb, ip, link_header, way, key, &end))
 			return -1;
-		return take_tcp((void *)(four + 1), offset + sizeof(*four), end, way, key, segment);
+		return take_tcp((void *)(ip + 1), link_header + sizeof(*ip), end, way, key, segment);
 	}
-	if (protocol == bpf_htons(ETH_P_IPV6) &&
-	    (void *)(six + 1) + sizeof(struct tcphdr) <= data_end && six->version == 6 &&
-	    six->nexthdr == IPPROTO_TCP) {
-		if (take_ipv6(skb, six, offset, way, key, &end))
-			return -1;
-		return take_tcp((void *)(six + 1), offset + sizeof(*six), end, way, key, segment);
-	}
+	if (protocol == bpf_htons(ETH_P_IPV6))
+		return parse_linear_ipv6(skb, way, key, segment);
 	return parse_any(skb, way, key, segment);
 }
 

@@ -133,6 +133,7 @@ class FlowKey(ctypes.Structure):
         ("peer", _Address),
         ("local_port", _u16),
         ("peer_port", _u16),
+        ("pad", _u32),
     )
 
 
