@@ -9,9 +9,12 @@ import contextlib
 import ctypes
 import enum
 import errno
+import fcntl
 import hashlib
 import itertools
 import shutil
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,6 +37,9 @@ _SCRATCH = "scratch"
 _PROGRAMS = ("from_pod", "to_pod")
 _HOST_SCOPE = 0
 _LINK_HEADER = 14
+_SIOCGIFHWADDR = 0x8927
+_WITH_ETHERNET = (1, 772)
+"""ARPHRD_ETHER, ARPHRD_LOOPBACK"""
 _COMMON_PROFILE = 0
 """The profile of all attachments that have none of their own."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -472,21 +478,22 @@ class Classifier:
         """Attaches both programs and pins the links."""
         directory = self._link_dir(interface)
         directory.mkdir()
-        with self._programs_for(interface.scope) as programs:
+        header = _link_header(interface.ifindex)
+        with self._programs_for(interface.scope, header) as programs:
             for program, where in zip(programs, _WAYS[side], strict=True):
                 with Link.attach(program, interface.ifindex, where) as link:
                     link.pin(directory / program.name)
 
     @contextlib.contextmanager
-    def _programs_for(self, scope: int) -> Iterator[tuple[Program, ...]]:
+    def _programs_for(self, scope: int, link_header: int) -> Iterator[tuple[Program, ...]]:
         """The programs that serve a scope: the pinned ones, or copies made for another namespace."""
-        if scope == _HOST_SCOPE:
+        if scope == _HOST_SCOPE and link_header == _LINK_HEADER:
             yield self._programs
             return
         with contextlib.ExitStack() as handles, Object.open(self._object_path) as compiled:
             for existing in self._maps.values():
                 compiled.reuse(existing)
-            compiled.set_constants(_u32(_LINK_HEADER) + _u32(scope))
+            compiled.set_constants(_u32(link_header) + _u32(scope))
             compiled.load()
             yield tuple(handles.enter_context(compiled.program(name)) for name in _PROGRAMS)
 
@@ -543,6 +550,18 @@ def _remove_all(directory: Path) -> None:
         _remove_links(links)
     for name in ("links", "programs", "maps"):
         _remove_tree(directory / name)
+
+
+def _link_header(ifindex: int) -> int:
+    """Bytes in front of the IP header on an interface of the current namespace (linux/if_arp.h)."""
+    try:
+        name = socket.if_indextoname(ifindex)
+    except OSError as error:
+        raise KernelError(f"there is no interface {ifindex}", error.errno or 0) from None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        answer = fcntl.ioctl(asking, _SIOCGIFHWADDR, struct.pack("16s24x", name.encode()))
+    (kind,) = struct.unpack_from("=H", answer, 16)
+    return _LINK_HEADER if kind in _WITH_ETHERNET else 0
 
 
 def _u32(number: int) -> bytes:
