@@ -127,7 +127,9 @@ class _Steps:
         """Connections and bytes to the server of a class."""
         connections = to_server = 0
         for slot in range(_SLOTS):
-            edge = abi.Edge.from_buffer_copy(self._edges.lookup(slot.to_bytes(4, sys.byteorder)) or b"")
+            edge = abi.Edge.from_buffer_copy(
+                self._edges.lookup(slot.to_bytes(4, sys.byteorder)) or b""
+            )
             if edge.state == abi.EdgeState.LIVE and edge.key.flow_class == flow_class:
                 connections += edge.tally[abi.Tally.CONNECTION]
                 to_server += edge.tally[abi.Role.CLIENT]

@@ -39,7 +39,10 @@ NUMBERS = {
     "TG_CLASSES": len(abi.Class),
     "TG_COUNTERS": len(abi.Counter),
     "TG_COUNTER_LOSSES": abi.COUNTER_LOSSES,
-    **{f"TG_{member.name}": member for member in (*abi.Direction, *abi.Role, *abi.Tally, *abi.Counter)},
+    **{
+        f"TG_{member.name}": member
+        for member in (*abi.Direction, *abi.Role, *abi.Tally, *abi.Counter)
+    },
     **{prefix + member.name: member for prefix, kind in ENUMS.items() for member in kind},
 }
 

@@ -414,7 +414,8 @@ class Classifier:
         """What an entry of the flow map says: struct tg_flow_key, struct tg_flow."""
         where, flow = abi.FlowKey.from_buffer_copy(key), abi.Flow.from_buffer_copy(value)
         to_server, to_client = (
-            flow.tally[role] & ((1 << abi.Place.SHIFT) - 1) for role in (abi.Role.CLIENT, abi.Role.SERVER)
+            flow.tally[role] & ((1 << abi.Place.SHIFT) - 1)
+            for role in (abi.Role.CLIENT, abi.Role.SERVER)
         )
         return FlowRecord(
             key=key,
