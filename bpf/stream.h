@@ -35,7 +35,7 @@ static __always_inline enum tg_class after_server(const struct tg_flow *flow, en
 /* The client's stream has ended, or will never be whole: what was seen of it has to do. */
 static __always_inline void conclude(const struct tg_flow_key *key, struct tg_flow *flow)
 {
-	__u32 sent = flow->next[TG_CLIENT] - flow->isn[TG_CLIENT] - 1;
+	__u64 sent = bytes_of(flow, TG_CLIENT);
 	enum tg_class class = TG_PLAINTEXT;
 
 	if (is_decided(flow)) {
@@ -291,7 +291,7 @@ static __noinline int collect(struct __sk_buff *skb, const struct tg_flow_key *k
 /* The sequence number that the positions of a flow's prefix count from. */
 static __always_inline __u32 looking_from(const struct tg_flow *flow)
 {
-	return flow->turn_state == TG_TURN_TAKEN ? flow->turn : flow->isn[TG_CLIENT] + 1;
+	return flow->turn_state == TG_TURN_TAKEN ? flow->turn : first_of(flow, TG_CLIENT);
 }
 
 /* Cuts the segment's payload down to the part of the stream that is wanted. */
@@ -343,7 +343,7 @@ static __always_inline void hear_client(struct __sk_buff *skb, const struct tg_f
 	if (flow->turn_state == TG_TURN_OPEN && !is_settled(flow) && hear_turn(skb, flow, segment))
 		upgrade(skb, key, flow, segment);
 	/* Payload that does not decide yet. If nothing follows, the flow was not empty and is not known. */
-	if (!is_decided(flow))
+	if (!is_decided(flow) && bytes_of(flow, TG_CLIENT))
 		give_verdict(key, flow, TG_UNKNOWN);
 }
 
@@ -353,26 +353,19 @@ static __always_inline void client_finished(const struct tg_flow_key *key, struc
 {
 	__u32 end = segment->sequence + segment->length;
 
-	if ((__s32)(end - flow->next[TG_CLIENT]) < 0)
+	if ((__s32)(end - next_of(flow, TG_CLIENT)) < 0)
 		return;
-	flow->fin = end - flow->isn[TG_CLIENT] - 1;
+	flow->fin = end - first_of(flow, TG_CLIENT);
 	set_flag(flow, TG_FLOW_CLIENT_FIN | TG_FLOW_CLOSED);
 }
 
 static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_key *key,
 				  struct tg_flow *flow, const struct tg_segment *segment)
 {
-	__u32 gain;
-
-	if (!(flow->flags & TG_FLOW_CLIENT_SEQ)) {
-		flow->next[TG_CLIENT] = segment->sequence;
-		set_flag(flow, TG_FLOW_CLIENT_SEQ);
-	}
-	gain = advance(flow, TG_CLIENT, segment);
+	learn_isn(flow, TG_CLIENT, segment);
+	take_in(key, flow, TG_CLIENT, segment);
 	if (segment->length && !is_settled(flow))
 		hear_client(skb, key, flow, segment);
-	if (gain)
-		count_bytes(key, flow, TG_CLIENT, gain);
 	if (is_settled(flow))
 		return 0;
 	if (segment->flags & TCP_FIN)
@@ -391,7 +384,7 @@ static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_ke
 /* How many bytes of the client's stream the server has, by its own words. */
 static __always_inline __s32 acknowledged(const struct tg_flow *flow, const struct tg_segment *segment)
 {
-	__s32 bytes = segment->acknowledged - flow->isn[TG_CLIENT] - 1;
+	__s32 bytes = segment->acknowledged - first_of(flow, TG_CLIENT);
 
 	if (!(segment->flags & TCP_ACK) || (segment->flags & TCP_RST))
 		return 0;
@@ -400,22 +393,10 @@ static __always_inline __s32 acknowledged(const struct tg_flow *flow, const stru
 	return bytes;
 }
 
-static __always_inline void learn_server_sequence(struct tg_flow *flow, const struct tg_segment *segment)
-{
-	if (flow->flags & TG_FLOW_SERVER_SEQ)
-		return;
-	if (segment->flags & TCP_SYN)
-		flow->isn[TG_SERVER] = segment->sequence - 1;
-	else if (!segment->length)
-		return;
-	flow->next[TG_SERVER] = segment->sequence;
-	set_flag(flow, TG_FLOW_SERVER_SEQ);
-}
-
 /* New payload of the server while the client's beginning is undecided. */
 static __always_inline void hear_early_server(const struct tg_flow_key *key, struct tg_flow *flow)
 {
-	__u32 sent = flow->next[TG_CLIENT] - flow->isn[TG_CLIENT] - 1;
+	__u64 sent = bytes_of(flow, TG_CLIENT);
 
 	if (!(flow->flags & TG_FLOW_SERVER_SPOKE)) {
 		flow->spoke_at = sent;
@@ -436,7 +417,7 @@ static __always_inline void hear_acknowledgment(const struct tg_flow_key *key, s
 	if (flow->turn_state == TG_TURN_OPEN)
 		server_acknowledged(flow, segment->acknowledged);
 	if ((flow->flags & TG_FLOW_CLIENT_FIN) &&
-	    segment->acknowledged == flow->isn[TG_CLIENT] + 1 + flow->fin + 1) {
+	    segment->acknowledged == first_of(flow, TG_CLIENT) + flow->fin + 1) {
 		/* There is nothing to come from the client. */
 		settle(key, flow, flow_class(flow));
 		return;
@@ -452,8 +433,8 @@ static __noinline int from_server(const struct tg_flow_key *key, struct tg_flow 
 	__s32 acked;
 	__u32 gain;
 
-	learn_server_sequence(flow, segment);
-	gain = flow->flags & TG_FLOW_SERVER_SEQ ? advance(flow, TG_SERVER, segment) : 0;
+	learn_isn(flow, TG_SERVER, segment);
+	gain = take_in(key, flow, TG_SERVER, segment);
 	if (!is_settled(flow)) {
 		acked = acknowledged(flow, segment);
 		if (is_decided(flow))
@@ -465,8 +446,6 @@ static __noinline int from_server(const struct tg_flow_key *key, struct tg_flow 
 		if (gain)
 			server_spoke(flow);
 	}
-	if (gain)
-		count_bytes(key, flow, TG_SERVER, gain);
 	if (segment->flags & TCP_RST) {
 		set_flag(flow, TG_FLOW_CLOSED);
 		if (!is_settled(flow))

@@ -29,7 +29,7 @@ static __always_inline void open_turn(struct tg_flow *flow, __u32 sequence)
 /* The server sent new payload. */
 static __always_inline void server_spoke(struct tg_flow *flow)
 {
-	__u32 sequence = flow->next[TG_CLIENT];
+	__u32 sequence = next_of(flow, TG_CLIENT);
 
 	if (flow->turn_state == TG_TURN_OPEN && flow->turn == sequence && !flow->turn_known)
 		return;
@@ -173,7 +173,7 @@ static __always_inline void turn_at(struct tg_flow *flow, struct tg_prefix *pref
 {
 	struct turning turning = { .flow = flow, .prefix = prefix, .position = position };
 
-	open_turn(flow, flow->isn[TG_CLIENT] + 1 + position);
+	open_turn(flow, first_of(flow, TG_CLIENT) + position);
 	bpf_loop(TG_TURN_BYTES, keep_turn_byte, &turning, 0);
 }
 

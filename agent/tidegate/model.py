@@ -99,7 +99,7 @@ def workload_key(workload_id: str) -> int:
     return int.from_bytes(hashlib.sha256(workload_id.encode()).digest()[:8], "big")
 
 
-class EdgeKey(msgspec.Struct, frozen=True, kw_only=True, order=True):
+class EdgeKey(msgspec.Struct, frozen=True, kw_only=True, order=True, gc=False):
     """Who talks to whom, and how, as seen at one workload's interface."""
 
     workload: int
@@ -112,7 +112,7 @@ class EdgeKey(msgspec.Struct, frozen=True, kw_only=True, order=True):
     flow_class: FlowClass
 
 
-class EdgeCount(msgspec.Struct, frozen=True, kw_only=True):
+class EdgeCount(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How much, and when, on one edge. Byte counts are TCP payload."""
 
     connections: int
@@ -124,7 +124,25 @@ class EdgeCount(msgspec.Struct, frozen=True, kw_only=True):
     """Protocols that were recognised, in the order of Hint."""
 
 
-class Edge(msgspec.Struct, frozen=True, kw_only=True):
+class Edge(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    key: EdgeKey
+    count: EdgeCount
+
+
+class CountedEdge(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What one counter of the kernel has counted since it was taken for an edge.
+
+    The kernel gives counters of idle edges back and takes others for them when they return: an edge's sum is
+    that of all its counters. Counts can be below zero, where connections left that came when another counter
+    was the edge's.
+    """
+
+    slot: int
+    """Which counter."""
+    generation: int
+    """Tells apart what the same counter was taken for, one after the other."""
+    live: bool
+    """False: these are its last counts."""
     key: EdgeKey
     count: EdgeCount
 

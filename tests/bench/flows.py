@@ -43,6 +43,8 @@ _ROUNDS = 25
 
 _SOURCES = Path(__file__).parents[2] / "bpf"
 _PROGRAMS = Path(__file__).parent / "steps.bpf.c"
+_SLOTS = 1000
+"""More edges than these packets make."""
 _LOOPBACK = 1
 """The interface that BPF_PROG_TEST_RUN says a packet is on."""
 _WORKLOAD = 0x7E57
@@ -84,8 +86,8 @@ class _Steps:
     def __init__(self, compiled: Path, at: int, by: int) -> None:
         self._at, self._by = at, by
         with contextlib.ExitStack() as handles, Object.open(compiled) as opened:
-            # .rodata: scope and report of the classifier, then step_at and step_by.
-            opened.set_constants(struct.pack("=IIII", 0, 0, at, by))
+            # .rodata: link_header, scope and report of the classifier, then step_at and step_by.
+            opened.set_constants(struct.pack("=IIIII", _ETHERNET, 0, 0, at, by))
             opened.load()
             self._nothing, self._only_step, self._step_and_observe, self._from_pod = (
                 handles.enter_context(opened.program(name))
@@ -124,11 +126,13 @@ class _Steps:
     def counted(self, flow_class: abi.Class) -> tuple[int, int]:
         """Connections and bytes to the server of a class."""
         connections = to_server = 0
-        for key, value in self._edges.items():
-            if abi.EdgeKey.from_buffer_copy(key).flow_class == flow_class:
-                count = abi.EdgeCount.from_buffer_copy(value)
-                connections += count.connections
-                to_server += count.bytes[abi.Role.CLIENT]
+        for slot in range(_SLOTS):
+            edge = abi.Edge.from_buffer_copy(
+                self._edges.lookup(slot.to_bytes(4, sys.byteorder)) or b""
+            )
+            if edge.state == abi.EdgeState.LIVE and edge.key.flow_class == flow_class:
+                connections += edge.tally[abi.Tally.CONNECTION]
+                to_server += edge.tally[abi.Role.CLIENT]
         return connections, to_server
 
     def _before(self, packet: Packet, first: int) -> bytes:
