@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import itertools
+import os
 import random
 import selectors
 import shutil
@@ -598,7 +599,16 @@ class Stepper:
 
 
 def at_once(*actions: Callable[[], None]) -> None:
-    threads = [threading.Thread(target=action) for action in actions]
+    """Each on a processor of its own, as far as there are enough."""
+    ready = threading.Barrier(len(actions))
+    processors = sorted(os.sched_getaffinity(0))
+
+    def act(number: int, action: Callable[[], None]) -> None:
+        os.sched_setaffinity(0, {processors[number % len(processors)]})
+        ready.wait()
+        action()
+
+    threads = [threading.Thread(target=act, args=each) for each in enumerate(actions)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -608,21 +618,25 @@ def at_once(*actions: Callable[[], None]) -> None:
 SEQUENCE_AT, SERVER_AT = 14 + 20 + 4, 14 + 16
 
 
-def test_two_processors_count_the_bytes_of_one_flow_once(
+def test_two_processors_count_the_bytes_of_one_flow_and_of_one_edge_once(
     bench: Bench, maps: Path, stepping: Path
 ) -> None:
-    talk, step, rounds = talk_of(), 10, 100_000
-    bench.play(exchange(talk), Direction.OUTBOUND)
+    first, second = talk_of(4, 40_000), talk_of(4, 40_001)
+    step, rounds = 10, 500_000
+    bench.play([*exchange(first), *exchange(second)], Direction.OUTBOUND)
     stepper = Stepper(bench, maps, stepping, SEQUENCE_AT, step)
-    ways = (talk.up(len(HTTP), b"x" * step), talk.down(0, b"y" * step, len(HTTP)))
-    at_once(*(functools.partial(stepper.play, packet, rounds) for packet in (*ways, ways[0])))
+    more = [talk.up(len(HTTP), b"x" * step) for talk in (first, second)]
+    answer = first.down(0, b"y" * step, len(HTTP))
+    for packets in (more, [answer, answer]):
+        at_once(*(functools.partial(stepper.play, packet, rounds) for packet in packets))
     stepper.close()
     (edge,) = bench.edges()
-    expected = len(HTTP) + rounds * step, rounds * step
-    assert (edge.count.bytes_to_server, edge.count.bytes_to_client) == expected
-    flow = only_flow(bench)
-    assert (flow.bytes_to_server, flow.bytes_to_client) == expected
-    assert flow.segments == 4 + 3 * rounds
+    sent = len(HTTP) + rounds * step
+    assert (edge.count.bytes_to_server, edge.count.bytes_to_client) == (2 * sent, rounds * step)
+    flows = {flow.local_port: flow for flow in bench.flows()}
+    assert [flows[port].bytes_to_server for port in (40_000, 40_001)] == [sent, sent]
+    assert flows[40_000].bytes_to_client == rounds * step
+    assert [flows[port].segments - 4 for port in (40_000, 40_001)] == [3 * rounds, rounds]
     assert bench.counted() == {}
 
 
@@ -630,7 +644,7 @@ def test_two_processors_open_and_decide_the_same_connections_once(
     bench: Bench, maps: Path, stepping: Path
 ) -> None:
     """Each connection is to another server, so each has edges of its own, which both want to make."""
-    talk, servers = talk_of(), 5000
+    talk, servers = talk_of(), 10_000
     stepper = Stepper(bench, maps, stepping, SERVER_AT, 1)
     play = functools.partial(stepper.play, repetitions=servers)
     at_once(*(functools.partial(play, talk.syn()) for _ in range(2)))
