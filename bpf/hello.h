@@ -97,32 +97,60 @@ enum {
 struct match {
 	const struct tg_text *text;
 	const struct tg_hello *hello;
-	__u32 offset;		/* where in the name the text has to be */
-	__u32 equal;
+	__u32 text_left;	/* both are compared from the end */
+	__u32 name_left;
+	__u32 in_label;		/* whether the name's label has a byte for the text's * */
 };
 
-static long match_byte(__u32 index, struct match *match)
+/* Whether the text's last byte that is left is a label of its own. */
+static __always_inline int is_any_label(const struct match *match)
 {
-	__u8 wanted = match->text->bytes[index & (TG_TEXT_BYTES - 1)];
-	__u8 found = match->hello->name[(match->offset + index) & (TG_NAME_BYTES - 1)];
+	const __u8 *bytes = match->text->bytes;
+	__u32 left = match->text_left;
 
-	match->equal = wanted == found;
-	return !match->equal;
+	if (bytes[(left - 1) & (TG_TEXT_BYTES - 1)] != '*')
+		return 0;
+	return (left < 2 || bytes[(left - 2) & (TG_TEXT_BYTES - 1)] == '.') &&
+	       (left == match->text->length || bytes[left & (TG_TEXT_BYTES - 1)] == '.');
 }
 
-static __always_inline int name_ends_with(const struct tg_hello *hello, const struct tg_text *text)
+static long match_byte(__u32 turn, struct match *match)
 {
-	struct match match = { .text = text, .hello = hello };
+	__u8 wanted, found;
 
-	if (!text->length || text->length > hello->name_length)
+	if (!match->text_left || !match->name_left)
+		return 1;
+	wanted = match->text->bytes[(match->text_left - 1) & (TG_TEXT_BYTES - 1)];
+	found = match->hello->name[(match->name_left - 1) & (TG_NAME_BYTES - 1)];
+	if (match->hello->field == FIELD_SNI && is_any_label(match)) {
+		if (found == '.' && !match->in_label)
+			return 1;
+		match->in_label = found != '.';
+		if (match->in_label)
+			match->name_left--;
+		else
+			match->text_left--;
 		return 0;
-	match.offset = hello->name_length - text->length;
-	if (bpf_loop(text->length, match_byte, &match, 0) < 0)
-		return 0;
-	return match.equal;
+	}
+	if (wanted != found)
+		return 1;
+	match->text_left--;
+	match->name_left--;
+	return 0;
 }
 
-/* A suffix begins with a dot: there has to be a label in front of it. */
+/* How many bytes the name has in front of the text that it ends with; -1 where it does not end with it. */
+static __always_inline __s32 in_front_of(const struct tg_text *text, const struct tg_hello *hello)
+{
+	struct match match = {
+		.text = text, .hello = hello, .text_left = text->length, .name_left = hello->name_length,
+	};
+
+	bpf_loop(TG_TEXT_BYTES + TG_NAME_BYTES, match_byte, &match, 0);
+	return match.text_left ? -1 : (__s32)match.name_left;
+}
+
+/* A suffix begins with a dot: there has to be a label in front of it. A label * in it stands for any one label. */
 static __always_inline int is_mesh_sni(const struct tg_hello *hello, __u32 profile_id)
 {
 	struct tg_profile *profile = bpf_map_lookup_elem(&profiles, &profile_id);
@@ -130,12 +158,9 @@ static __always_inline int is_mesh_sni(const struct tg_hello *hello, __u32 profi
 
 	if (!profile)
 		return 0;
-	for (i = 0; i < TG_NAMES && i < profile->suffix_count; i++) {
-		struct tg_text *suffix = &profile->suffixes[i];
-
-		if (hello->name_length > suffix->length && name_ends_with(hello, suffix))
+	for (i = 0; i < TG_NAMES && i < profile->suffix_count; i++)
+		if (in_front_of(&profile->suffixes[i], hello) > 0)
 			return 1;
-	}
 	return 0;
 }
 
@@ -146,12 +171,9 @@ static __always_inline int is_mesh_alpn(const struct tg_hello *hello, __u32 prof
 
 	if (!profile)
 		return 0;
-	for (i = 0; i < TG_NAMES && i < profile->alpn_count; i++) {
-		struct tg_text *alpn = &profile->alpns[i];
-
-		if (hello->name_length == alpn->length && name_ends_with(hello, alpn))
+	for (i = 0; i < TG_NAMES && i < profile->alpn_count; i++)
+		if (in_front_of(&profile->alpns[i], hello) == 0)
 			return 1;
-	}
 	return 0;
 }
 

@@ -96,7 +96,7 @@ struct tg_text {
 struct tg_profile {
 	__u32 suffix_count;
 	__u32 alpn_count;
-	struct tg_text suffixes[TG_NAMES];	/* lower case, beginning with a dot */
+	struct tg_text suffixes[TG_NAMES];	/* lower case, beginning with a dot; a label * is any one */
 	struct tg_text alpns[TG_NAMES];
 	__u32 port_count;
 	__u16 ports[TG_PROXY_PORTS];	/* of the mesh's own listeners */

@@ -111,9 +111,7 @@ CONNECT = [
 ]
 POSTGRES_SSL = client(struct.pack("!II", 8, 80877103))
 POSTGRES_GSS = client(struct.pack("!II", 8, 80877104))
-POSTGRES_START = client(
-    struct.pack("!II", 41, 3 << 16) + b"user\0postgres\0database\0postgres\0\0"
-)
+POSTGRES_START = client(struct.pack("!II", 41, 3 << 16) + b"user\0postgres\0database\0postgres\0\0")
 MYSQL_GREETING = server(
     b"\x4a\0\0\0\x0a8.0.36\0\x08\0\0\0" + b"k" * 8 + b"\0\xff\xff\xff\x02\0\xff\xdf\x15"
     + bytes(10) + b"s" * 12 + b"\0caching_sha2_password\0"
@@ -129,7 +127,9 @@ def mysql_login(capabilities: int, rest: bytes = b"", sequence: int = 1) -> byte
 
 
 MYSQL_SSL_REQUEST = mysql_login(MYSQL_CAPABILITIES | MYSQL_CLIENT_SSL)
-MYSQL_PLAIN = mysql_login(MYSQL_CAPABILITIES, b"root\0\x20" + b"p" * 32 + b"mysql_native_password\0")
+MYSQL_PLAIN = mysql_login(
+    MYSQL_CAPABILITIES, b"root\0\x20" + b"p" * 32 + b"mysql_native_password\0"
+)
 
 
 def proxy_text(rest: bytes = b"TCP4 192.0.2.1 198.51.100.2 56324 443") -> bytes:

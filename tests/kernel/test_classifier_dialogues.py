@@ -45,7 +45,7 @@ MESH_SNI = "api.default.dc1.internal.0a1b.consul"
 PROXY_PORT = 20000
 PROFILE = MeshProfile(
     name="test",
-    sni_suffixes=("internal.0a1b.consul",),
+    sni_suffixes=("internal.0a1b.consul", "internal-v1.*.consul"),
     alpn=("mesh-alpn", "m" * 128),
     proxy_ports=(PROXY_PORT, 20001),
 )
@@ -326,7 +326,13 @@ BEGINNINGS: list[tuple[str, Sequence[Word], FlowClass, Hint | None, FlowFlag]] =
     ("PROXY v2, command 2", [client(proxy_binary(0x22) + MESH)], PLAIN, None, NONE),
     ("PROXY v2, family 4", [client(proxy_binary(0x21, 0x41) + MESH)], PLAIN, None, NONE),
     ("PROXY v2, transport 3", [client(proxy_binary(0x21, 0x13) + MESH)], PLAIN, None, NONE),
-    ("PROXY v2, shorter than it says", [client(proxy_binary(length=20) + MESH)], PLAIN, None, PROXY),
+    (
+        "PROXY v2, shorter than it says",
+        [client(proxy_binary(length=20) + MESH)],
+        PLAIN,
+        None,
+        PROXY,
+    ),
     ("PROXY v2, signature cut", [client(b"\r\n\r\n\0\r\nQUIT\r" + MESH)], PLAIN, None, NONE),
     ("sslv2 hello", [client(sslv2_hello())], FlowClass.TLS, None, SSLV2),
     ("sslv2 hello of version 2", [client(sslv2_hello(version=2))], FlowClass.TLS, None, SSLV2),
@@ -360,7 +366,7 @@ BEGINNINGS: list[tuple[str, Sequence[Word], FlowClass, Hint | None, FlowFlag]] =
     [case[1:] for case in BEGINNINGS],
     ids=[case[0] for case in BEGINNINGS],
 )
-def test_a_stream_may_begin_with_a_PROXY_header_or_an_old_hello(
+def test_a_stream_may_begin_with_a_proxy_header_or_an_old_hello(
     bench: Bench,
     words: Sequence[Word],
     expected: FlowClass,
@@ -379,7 +385,7 @@ def test_a_stream_may_begin_with_a_PROXY_header_or_an_old_hello(
 
 
 @pytest.mark.parametrize("words", [[client(proxy_text()[:20])], [client(proxy_binary()[:14])]])
-def test_a_PROXY_header_that_ends_half_way_is_the_clients_own(
+def test_a_proxy_header_that_ends_half_way_is_the_clients_own(
     bench: Bench, words: Sequence[Word]
 ) -> None:
     talk = talk_of(4)
@@ -396,15 +402,31 @@ def duplicated(record: bytes, kind: int, first: bytes, second: bytes) -> bytes:
 
 OURS, OTHERS = server_names(MESH_SNI.encode()), server_names(b"x.example")
 ECH, GREASE = 0xFE0D, 0x0A0A
+MALFORMED = {"hello_malformed": 1}
+NAMES: list[tuple[str, FlowClass]] = [
+    ("api.default.internal-v1.abc.consul", FlowClass.MESH),
+    ("api.internal-v1.a.consul", FlowClass.MESH),
+    ("api.internal-v1.*.consul", FlowClass.MESH),
+    ("API.INTERNAL-V1.ABC.CONSUL", FlowClass.MESH),
+    ("internal-v1.abc.consul", FlowClass.TLS),
+    (".internal-v1.abc.consul", FlowClass.TLS),
+    ("api.internal-v1..consul", FlowClass.TLS),
+    ("api.internal-v1.consul", FlowClass.TLS),
+    ("api.internal-v1.abc.def.consul", FlowClass.TLS),
+    ("api.xinternal-v1.abc.consul", FlowClass.TLS),
+    ("abc.consul", FlowClass.TLS),
+    ("a.internal.0a1b.consul", FlowClass.MESH),
+    ("a.internal.0a1c.consul", FlowClass.TLS),
+]
 HELLOS: list[tuple[str, bytes, FlowClass, dict[str, int]]] = [
-    ("SNI twice, the mesh's second", duplicated(BARE, SNI, OTHERS, OURS), FlowClass.TLS, {"hello_malformed": 1}),
+    ("SNI twice, the mesh's second", duplicated(BARE, SNI, OTHERS, OURS), FlowClass.TLS, MALFORMED),
     ("SNI twice, the mesh's first", duplicated(BARE, SNI, OURS, OTHERS), FlowClass.MESH, {}),
-    ("SNI twice, the first empty", duplicated(BARE, SNI, b"", OURS), FlowClass.TLS, {"hello_malformed": 1}),
+    ("SNI twice, the first empty", duplicated(BARE, SNI, b"", OURS), FlowClass.TLS, MALFORMED),
     (
         "ALPN twice, the mesh's second",
         duplicated(BARE, ALPN, protocols(b"h2"), protocols(b"mesh-alpn")),
         FlowClass.TLS,
-        {"hello_malformed": 1},
+        MALFORMED,
     ),
     (
         "ALPN twice, the mesh's first",
@@ -416,25 +438,65 @@ HELLOS: list[tuple[str, bytes, FlowClass, dict[str, int]]] = [
     ("ECH with another outer name", with_extension(TLS, ECH, bytes(300)), FlowClass.TLS, {}),
     ("GREASE, empty", with_extension(MESH, GREASE, b""), FlowClass.MESH, {}),
     ("GREASE with a byte", with_extension(TLS, GREASE, b"\0"), FlowClass.TLS, {}),
-    ("a name of 255 bytes", with_extension(BARE, SNI, server_names(long_name(255))), FlowClass.MESH, {}),
-    ("a name of 256 bytes", with_extension(BARE, SNI, server_names(long_name(256))), FlowClass.TLS, {}),
-    ("a protocol of 128 bytes", with_extension(BARE, ALPN, protocols(b"m" * 128)), FlowClass.MESH, {}),
-    ("a protocol of 255 bytes", with_extension(BARE, ALPN, protocols(b"m" * 255)), FlowClass.TLS, {}),
+    (
+        "a name of 255 bytes",
+        with_extension(BARE, SNI, server_names(long_name(255))),
+        FlowClass.MESH,
+        {},
+    ),
+    (
+        "a name of 256 bytes",
+        with_extension(BARE, SNI, server_names(long_name(256))),
+        FlowClass.TLS,
+        {},
+    ),
+    (
+        "a protocol of 128 bytes",
+        with_extension(BARE, ALPN, protocols(b"m" * 128)),
+        FlowClass.MESH,
+        {},
+    ),
+    (
+        "a protocol of 255 bytes",
+        with_extension(BARE, ALPN, protocols(b"m" * 255)),
+        FlowClass.TLS,
+        {},
+    ),
     (
         "the mesh's protocol behind one of 255 bytes",
         with_extension(BARE, ALPN, protocols(b"m" * 255, b"mesh-alpn")),
         FlowClass.MESH,
         {},
     ),
-    ("SNI list cut", with_extension(BARE, SNI, OURS[:-1]), FlowClass.TLS, {"hello_malformed": 1}),
-    ("SNI list of nothing", with_extension(BARE, SNI, b"\0\0"), FlowClass.TLS, {"hello_malformed": 1}),
-    ("SNI with half a length", with_extension(BARE, SNI, b"\0"), FlowClass.TLS, {"hello_malformed": 1}),
-    ("SNI entry longer than its list", with_extension(BARE, SNI, b"\0\x04\0\0\x09x"), FlowClass.TLS, {"hello_malformed": 1}),
-    ("SNI entry of another type", with_extension(BARE, SNI, b"\0\x04\x01\0\x01x"), FlowClass.TLS, {}),
-    ("ALPN list cut", with_extension(BARE, ALPN, protocols(b"h2")[:-1]), FlowClass.TLS, {"hello_malformed": 1}),
-    ("ALPN entry longer than its list", with_extension(BARE, ALPN, b"\0\x02\x09x"), FlowClass.TLS, {"hello_malformed": 1}),
-    ("ALPN with an empty name", with_extension(BARE, ALPN, b"\0\x03\0\x01x"), FlowClass.TLS, {"hello_malformed": 1}),
-]  # fmt: skip
+    ("SNI list cut", with_extension(BARE, SNI, OURS[:-1]), FlowClass.TLS, MALFORMED),
+    ("SNI list of nothing", with_extension(BARE, SNI, b"\0\0"), FlowClass.TLS, MALFORMED),
+    ("SNI with half a length", with_extension(BARE, SNI, b"\0"), FlowClass.TLS, MALFORMED),
+    (
+        "SNI entry longer than its list",
+        with_extension(BARE, SNI, b"\0\x04\0\0\x09x"),
+        FlowClass.TLS,
+        MALFORMED,
+    ),
+    (
+        "SNI entry of another type",
+        with_extension(BARE, SNI, b"\0\x04\x01\0\x01x"),
+        FlowClass.TLS,
+        {},
+    ),
+    ("ALPN list cut", with_extension(BARE, ALPN, protocols(b"h2")[:-1]), FlowClass.TLS, MALFORMED),
+    (
+        "ALPN entry longer than its list",
+        with_extension(BARE, ALPN, b"\0\x02\x09x"),
+        FlowClass.TLS,
+        MALFORMED,
+    ),
+    (
+        "ALPN with an empty name",
+        with_extension(BARE, ALPN, b"\0\x03\0\x01x"),
+        FlowClass.TLS,
+        MALFORMED,
+    ),
+]
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -449,6 +511,15 @@ def test_a_hello_is_the_meshs_only_where_it_says_so_once(
     flow = play(bench, talk, way.carry(talk, [client(data)]))
     assert (flow.flow_class, flow.settled) == (expected, True)
     assert bench.counted() == counted
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMES)
+def test_a_label_of_a_suffix_can_stand_for_any_one_label(
+    bench: Bench, name: str, expected: FlowClass
+) -> None:
+    talk = talk_of(4)
+    data = with_extension(BARE, SNI, server_names(name.encode()))
+    assert play(bench, talk, WAYS["whole"].carry(talk, [client(data)])).flow_class is expected
 
 
 @pytest.mark.parametrize(
@@ -533,11 +604,9 @@ def changed(data: bytes, at: int, *values: int) -> bytes:
 
 
 Answer = tuple[str, bytes, Hint | None]
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 HINTS: list[Answer] = [
-    *[
-        (method, f"{method} /x HTTP/1.1\r\nHost: y\r\n".encode(), Hint.HTTP1)
-        for method in "GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split()
-    ],
+    *[(method, f"{method} /x HTTP/1.1\r\nHost: y\r\n".encode(), Hint.HTTP1) for method in METHODS],
     ("http 1.0 without CR", b"GET / HTTP/1.0\n", Hint.HTTP1),
     ("http, line of 1024 bytes", b"GET /" + b"x" * 1008 + b" HTTP/1.1\r\n", Hint.HTTP1),
     ("http, line of 1025 bytes", b"GET /" + b"x" * 1009 + b" HTTP/1.1\r\n" + b"y" * 9, None),
