@@ -5,7 +5,8 @@
  * client's stream stood when the server spoke: there the client's turn begins.
  *
  * The headers of a ClientHello are found in the first TG_TURN_BYTES bytes of a turn, and those are kept in the flow.
- * Most turns are over with their first byte.
+ * Most turns are over with their first byte. What comes in front of the headers and lies behind those bytes is not
+ * kept: the upgrade is found all the same, but its report has a hole.
  */
 #ifndef TIDEGATE_TURN_H
 #define TIDEGATE_TURN_H
