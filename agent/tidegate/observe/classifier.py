@@ -163,6 +163,8 @@ class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
     flow_class: FlowClass
     settled: bool
     """Whether the class is final."""
+    decided: bool
+    """Whether the stream's beginning has decided it: final, but for what may follow later."""
     flags: abi.FlowFlag
     hint: Hint | None
     bytes_to_server: int
@@ -429,6 +431,7 @@ class Classifier:
             peer_port=where.peer_port,
             flow_class=CLASSES[flow.verdict & abi.Verdict.CLASS],
             settled=bool(flow.verdict & abi.Verdict.SETTLED),
+            decided=bool(flow.verdict & (abi.Verdict.SETTLED | abi.Verdict.DECIDED)),
             flags=abi.FlowFlag(flow.flags),
             hint=HINTS.get(flow.hint),
             bytes_to_server=to_server,
