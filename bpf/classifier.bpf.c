@@ -4,8 +4,9 @@
  *
  * Theory of operation. Two programs watch a workload's interface, one for each way. A SYN opens a flow, counted as
  * empty. The client's first bytes are put together by stream position (prefix.h) and looked at as they grow
- * (hello.h), until they are or are not a TLS ClientHello; meanwhile the flow is unknown. Then it is settled and its
- * connection moves to the edge of its class (edges.h). Settled flows only count bytes.
+ * (proxy.h, hello.h), until they are or are not a TLS ClientHello; meanwhile the flow is unknown. Then its class is
+ * decided, and its connection moves to the edge of that class (edges.h). A flow of TLS is settled and only counts
+ * bytes; one that is not may get a hint (hints.h), and is looked at again where an upgrade to TLS can be (turn.h).
  *
  * The programs stand in the path of the packets: what a server acknowledges has been here before. If it
  * acknowledges bytes that were not seen, they never will be, and the flow is unknown.
@@ -22,41 +23,34 @@ enum { NEXT_PROGRAM = -1 };
 /* Which network namespace this copy of the program serves; see struct tg_interface. */
 const volatile __u32 scope = 0;
 
-enum way {
-	FROM_POD,
-	TO_POD,
-};
-
-static __always_inline void make_key(const struct tg_attachment *attachment,
-				     const struct tg_segment *segment, enum way way,
-				     struct tg_flow_key *key)
-{
-	key->workload = attachment->workload;
-	key->pad = 0;
-	if (way == FROM_POD) {
-		__builtin_memcpy(key->local, segment->source, sizeof(key->local));
-		__builtin_memcpy(key->peer, segment->destination, sizeof(key->peer));
-		key->local_port = segment->source_port;
-		key->peer_port = segment->destination_port;
-	} else {
-		__builtin_memcpy(key->local, segment->destination, sizeof(key->local));
-		__builtin_memcpy(key->peer, segment->source, sizeof(key->peer));
-		key->local_port = segment->destination_port;
-		key->peer_port = segment->source_port;
-	}
-}
+/* Whether ClientHellos are reported; see report.h. */
+const volatile __u32 report = 0;
 
 static __always_inline enum tg_role sender(const struct tg_flow *flow, enum way way)
 {
 	return (flow->direction == TG_OUTBOUND) == (way == FROM_POD) ? TG_CLIENT : TG_SERVER;
 }
 
+/* Whose the flow's interface is; NULL for one that is just being detached. */
+static __always_inline const struct tg_attachment *owner(const struct tg_flow_key *key)
+{
+	const struct tg_attachment *attachment = bpf_map_lookup_elem(&attachments, &key->interface);
+
+	if (!attachment)
+		count(TG_NO_WORKLOAD);
+	return attachment;
+}
+
 /* Stores the flow, and counts its connection if no other processor was faster. */
-static __noinline struct tg_flow *store(const struct tg_flow_key *key, struct tg_flow *fresh)
+static __always_inline struct tg_flow *store(const struct tg_flow_key *key, struct tg_flow *fresh)
 {
 	struct tg_flow *flow;
 	long error;
 
+	fresh->tally[TG_CONNECTION] = tally(1, TG_PLACE_NOWHERE);
+	fresh->tally[TG_CLIENT] = tally(0, flow_class(fresh));
+	fresh->tally[TG_SERVER] = tally(0, flow_class(fresh));
+	fresh->seat = NO_SEAT;
 	error = bpf_map_update_elem(&flows, key, fresh, BPF_NOEXIST);
 	flow = bpf_map_lookup_elem(&flows, key);
 	if (!flow) {
@@ -64,39 +58,50 @@ static __noinline struct tg_flow *store(const struct tg_flow_key *key, struct tg
 		return NULL;
 	}
 	if (!error)
-		credit(key, flow, flow_class(flow), 0, 0);
+		bring(key, flow);
 	return flow;
 }
 
-/* A SYN without ACK: the sender is the client. Returns the flow that it belongs to. */
-static __noinline struct tg_flow *open_flow(const struct tg_attachment *attachment,
-					    const struct tg_flow_key *key,
-					    const struct tg_segment *segment, enum way way,
-					    struct tg_flow *old)
+/* A flow that begins with this SYN. */
+static __noinline struct tg_flow *new_flow(const struct tg_flow_key *key, const struct tg_segment *segment,
+					   enum way way)
 {
+	const struct tg_attachment *attachment = owner(key);
 	struct tg_flow fresh = {
-		.opened = bpf_ktime_get_boot_ns(),
-		.isn[TG_CLIENT] = segment->sequence - 1,
-		.next[TG_CLIENT] = segment->sequence,
-		.flags = TG_FLOW_SYN_SEEN | TG_FLOW_CLIENT_SEQ,
-		.profile = attachment->profile,
+		.isn[TG_CLIENT] = (__u32)(segment->sequence - 1) | TG_ISN_KNOWN,
+		.flags = TG_FLOW_SYN_SEEN,
 		.verdict = TG_EMPTY,
 		.direction = way == FROM_POD ? TG_OUTBOUND : TG_INBOUND,
 	};
 
+	if (!attachment)
+		return NULL;
+	fresh.opened = bpf_ktime_get_boot_ns();
+	fresh.workload = attachment->workload;
+	fresh.profile = attachment->profile;
+	return store(key, &fresh);
+}
+
+/* A SYN without ACK: the sender is the client. Returns the flow that it belongs to. */
+static __always_inline struct tg_flow *open_flow(const struct tg_flow_key *key, const struct tg_segment *segment,
+						 enum way way, struct tg_flow *old)
+{
 	if (old) {
 		if (sender(old, way) == TG_CLIENT && (old->flags & TG_FLOW_SYN_SEEN) &&
-		    old->isn[TG_CLIENT] == fresh.isn[TG_CLIENT])
+		    first_of(old, TG_CLIENT) == segment->sequence)
 			return old;
 		/* RFC 9293 3.5, figure 7: both ends opened at once; the first SYN made the flow. */
 		if (sender(old, way) == TG_SERVER && (old->flags & TG_FLOW_SYN_SEEN) &&
-		    !(old->flags & (TG_FLOW_SERVER_SEQ | TG_FLOW_CLOSED)))
+		    !known_isn(old, TG_SERVER) && !(old->flags & TG_FLOW_CLOSED))
+			return old;
+		/* Of several processors that see this SYN, one makes room for the new flow. */
+		if (__sync_fetch_and_or(&old->flags, TG_FLOW_REPLACED) & TG_FLOW_REPLACED)
 			return old;
 		if (!is_settled(old))
 			conclude(key, old);
 		bpf_map_delete_elem(&flows, key);
 	}
-	return store(key, &fresh);
+	return new_flow(key, segment, way);
 }
 
 static __always_inline enum tg_direction guess_direction(const struct tg_attachment *attachment,
@@ -111,43 +116,37 @@ static __always_inline enum tg_direction guess_direction(const struct tg_attachm
 }
 
 /* Payload of a connection whose SYN was not seen: unknown, for good. */
-static __noinline struct tg_flow *join_flow(const struct tg_attachment *attachment,
-					    const struct tg_flow_key *key)
+static __noinline struct tg_flow *join_flow(const struct tg_flow_key *key)
 {
-	struct tg_flow fresh = {
-		.opened = bpf_ktime_get_boot_ns(),
-		.verdict = TG_UNKNOWN | TG_VERDICT_SETTLED,
-		.profile = attachment->profile,
-		.direction = guess_direction(attachment, key),
-	};
+	const struct tg_attachment *attachment = owner(key);
+	struct tg_flow fresh = { .verdict = TG_UNKNOWN | TG_VERDICT_SETTLED };
 
+	if (!attachment)
+		return NULL;
+	fresh.opened = bpf_ktime_get_boot_ns();
+	fresh.workload = attachment->workload;
+	fresh.profile = attachment->profile;
+	fresh.direction = guess_direction(attachment, key);
 	count(TG_JOINED_MIDSTREAM);
 	return store(key, &fresh);
 }
 
 static __always_inline int observe(struct __sk_buff *skb, enum way way)
 {
-	struct tg_interface interface = { .scope = scope, .ifindex = skb->ifindex };
-	struct tg_attachment *attachment;
+	struct tg_flow_key key = { .interface = { .scope = scope, .ifindex = skb->ifindex } };
 	struct tg_segment segment;
-	struct tg_flow_key key;
 	struct tg_flow *flow;
 
-	attachment = bpf_map_lookup_elem(&attachments, &interface);
-	if (!attachment) {
-		count(TG_NO_WORKLOAD);
+	if (parse_packet(skb, way, &key, &segment))
 		return NEXT_PROGRAM;
-	}
-	if (parse_packet(skb, &segment))
-		return NEXT_PROGRAM;
-	make_key(attachment, &segment, way, &key);
 	flow = bpf_map_lookup_elem(&flows, &key);
 	if ((segment.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
-		flow = open_flow(attachment, &key, &segment, way, flow);
+		flow = open_flow(&key, &segment, way, flow);
 	else if (!flow && segment.length)
-		flow = join_flow(attachment, &key);
+		flow = join_flow(&key);
 	if (!flow)
 		return NEXT_PROGRAM;
+	__sync_fetch_and_add(&flow->segments, skb->gso_segs ?: 1);
 	if (sender(flow, way) == TG_CLIENT)
 		from_client(skb, &key, flow, &segment);
 	else

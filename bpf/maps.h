@@ -40,21 +40,52 @@ struct {
 	__type(value, struct tg_prefix);
 } prefixes SEC(".maps");
 
-/* What is reported. Never evicts: what does not fit is counted in overflow. */
+/* ClientHellos, for a reader that asks for them; see report.h. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, TG_HELLOS_BYTES);
+} hellos SEC(".maps");
+
+/* What is reported: user space reads it without a system call. Which slots are in use, edge_slots says. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, TG_EDGES_MAX);
+	__type(key, __u32);
+	__type(value, struct tg_edge);
+} edges SEC(".maps");
+
+/* From an edge's key to its enum tg_seat. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, TG_EDGES_MAX);
 	__type(key, struct tg_edge_key);
-	__type(value, struct tg_edge_count);
-} edges SEC(".maps");
+	__type(value, __u64);
+} edge_slots SEC(".maps");
 
-/* Connections and bytes of edges that did not fit, by class. */
+/* How many slots were ever taken: those from there on are free. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} edge_pool SEC(".maps");
+
+/* Slots that user space gave back. The last one comes first, so that those in use stay close together. */
+struct {
+	__uint(type, BPF_MAP_TYPE_STACK);
+	__uint(max_entries, TG_EDGES_MAX);
+	__uint(key_size, 0);
+	__type(value, __u32);
+} free_slots SEC(".maps");
+
+/* Connections and bytes of edges for which there was no slot, by class. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, TG_CLASSES);
 	__type(key, __u32);
-	__type(value, struct tg_edge_count);
+	__type(value, struct tg_edge);
 } overflow SEC(".maps");
 
 struct {
@@ -64,12 +95,12 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-/* A prefix too large for the stack; TC programs run with bottom halves off, so one per processor is enough. */
+/* TC programs run with bottom halves off, so one scratch per processor is enough. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct tg_prefix);
+	__type(value, struct tg_scratch);
 } scratch SEC(".maps");
 
 static __always_inline void count(enum tg_counter counter)

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
 /*
- * From a frame to a TCP segment. Headers are read with bpf_skb_load_bytes: on a veth the payload never is in the
- * linear part, and no header has to be. What cannot be read is counted and left alone.
+ * From a packet to a TCP segment and the flow that it belongs to. The usual headers (Ethernet or nothing, IPv4 without
+ * options or IPv6 without extension headers, TCP), where they are in the linear part of the packet, are read where they
+ * are. Everything else is read with bpf_skb_load_bytes: on a veth the payload never is in the linear part, and no
+ * header has to be. What cannot be read is counted and left alone.
  */
 #ifndef TIDEGATE_PACKET_H
 #define TIDEGATE_PACKET_H
@@ -18,7 +20,11 @@
 enum {
 	VLAN_TAGS_MAX = 2,
 	EXTENSION_HEADERS_MAX = 8,
+	LINEAR_HEADERS_MAX = 4,		/* of those, in the linear part and of the usual kinds */
 };
+
+/* The kinds of extension headers that are passed over where they are, as bits. */
+#define LINEAR_HEADERS (1ULL << IPPROTO_HOPOPTS | 1ULL << IPPROTO_ROUTING | 1ULL << IPPROTO_DSTOPTS)
 
 enum {
 	IPV4_FRAGMENT = 0x3fff,		/* more fragments, and the offset */
@@ -32,11 +38,15 @@ enum tcp_flag {
 	TCP_ACK = 0x10,
 };
 
+enum way {
+	FROM_POD,
+	TO_POD,
+};
+
+/* Bytes in front of the IP header: 14, or 0 on an interface that carries bare IP packets (tun, WireGuard). */
+const volatile __u32 link_header = sizeof(struct ethhdr);
+
 struct tg_segment {
-	__u8 source[16];
-	__u8 destination[16];
-	__u16 source_port;
-	__u16 destination_port;
 	__u32 sequence;		/* of the first payload byte */
 	__u32 acknowledged;
 	__u32 payload;		/* offset in the packet */
@@ -68,7 +78,7 @@ static __always_inline int refuse(enum tg_counter counter)
 	return -1;
 }
 
-static __always_inline void map_ipv4(__u8 mapped[16], __be32 address)
+static __always_inline void put_ipv4(__u8 mapped[16], __be32 address)
 {
 	__u32 *words = (__u32 *)mapped;
 
@@ -78,52 +88,94 @@ static __always_inline void map_ipv4(__u8 mapped[16], __be32 address)
 	words[3] = address;
 }
 
-/* Reads the TCP header at offset; end is where the IP packet ends. */
-static __always_inline int parse_tcp(struct __sk_buff *skb, __u32 offset, __u32 end,
-				     struct tg_segment *segment)
+static __always_inline void put_ipv6(__u8 address[16], const struct in6_addr *found)
 {
-	struct tcphdr tcp;
-	__u32 header;
+	__u32 *words = (__u32 *)address;
 
-	if (bpf_skb_load_bytes(skb, offset, &tcp, sizeof(tcp)))
+	words[0] = found->in6_u.u6_addr32[0];
+	words[1] = found->in6_u.u6_addr32[1];
+	words[2] = found->in6_u.u6_addr32[2];
+	words[3] = found->in6_u.u6_addr32[3];
+}
+
+/* A TCP header that is at offset; end is where the IP packet ends. */
+static __always_inline int take_tcp(const struct tcphdr *tcp, __u32 offset, __u32 end, enum way way,
+				    struct tg_flow_key *key, struct tg_segment *segment)
+{
+	__u32 header = tcp->doff * 4;
+	__u32 payload = offset + header;
+
+	if (header < sizeof(*tcp) || payload > end)
 		return refuse(TG_BAD_HEADERS);
-	header = tcp.doff * 4;
-	if (header < sizeof(tcp) || offset + header > end)
-		return refuse(TG_BAD_HEADERS);
-	segment->source_port = bpf_ntohs(tcp.source);
-	segment->destination_port = bpf_ntohs(tcp.dest);
-	segment->flags = ((__u8 *)&tcp)[13];
-	segment->sequence = bpf_ntohl(tcp.seq) + !!(segment->flags & TCP_SYN);
-	segment->acknowledged = bpf_ntohl(tcp.ack_seq);
-	segment->payload = offset + header;
-	segment->length = end - offset - header;
+	key->local_port = bpf_ntohs(way == FROM_POD ? tcp->source : tcp->dest);
+	key->peer_port = bpf_ntohs(way == FROM_POD ? tcp->dest : tcp->source);
+	segment->flags = ((__u8 *)tcp)[13];
+	segment->sequence = bpf_ntohl(tcp->seq) + !!(segment->flags & TCP_SYN);
+	segment->acknowledged = bpf_ntohl(tcp->ack_seq);
+	segment->payload = payload;
+	segment->length = end - payload;
 	return 0;
 }
 
-static __always_inline int parse_ipv4(struct __sk_buff *skb, __u32 offset, struct tg_segment *segment)
+/* An IPv4 header at offset; sets where the packet ends. */
+static __always_inline int take_ipv4(const struct __sk_buff *skb, const struct iphdr *ip, __u32 offset,
+				     enum way way, struct tg_flow_key *key, __u32 *end)
 {
-	__u32 header, length;
+	/* Super-segments of more than 64 KB (BIG TCP, Linux 6.3) have 0 here. */
+	__u32 length = bpf_ntohs(ip->tot_len) ?: skb->len - offset;
+
+	if (length < ip->ihl * 4 || offset + length > skb->len)
+		return refuse(TG_BAD_HEADERS);
+	put_ipv4(key->local, way == FROM_POD ? ip->saddr : ip->daddr);
+	put_ipv4(key->peer, way == FROM_POD ? ip->daddr : ip->saddr);
+	*end = offset + length;
+	return 0;
+}
+
+/* An IPv6 header at offset; sets where the packet ends. */
+static __always_inline int take_ipv6(const struct __sk_buff *skb, const struct ipv6hdr *ip, __u32 offset,
+				     enum way way, struct tg_flow_key *key, __u32 *end)
+{
+	/* Jumbograms and BIG TCP (Linux 5.19) have 0 here. */
+	*end = ip->payload_len ? offset + sizeof(*ip) + bpf_ntohs(ip->payload_len) : skb->len;
+	if (*end > skb->len)
+		return refuse(TG_BAD_HEADERS);
+	put_ipv6(key->local, way == FROM_POD ? &ip->saddr : &ip->daddr);
+	put_ipv6(key->peer, way == FROM_POD ? &ip->daddr : &ip->saddr);
+	return 0;
+}
+
+static __always_inline int parse_tcp(struct __sk_buff *skb, __u32 offset, __u32 end, enum way way,
+				     struct tg_flow_key *key, struct tg_segment *segment)
+{
+	struct tcphdr tcp;
+
+	if (bpf_skb_load_bytes(skb, offset, &tcp, sizeof(tcp)))
+		return refuse(TG_BAD_HEADERS);
+	return take_tcp(&tcp, offset, end, way, key, segment);
+}
+
+static __always_inline int parse_ipv4(struct __sk_buff *skb, __u32 offset, enum way way,
+				      struct tg_flow_key *key, struct tg_segment *segment)
+{
 	struct iphdr ip;
+	__u32 end;
 
 	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)))
 		return refuse(TG_BAD_HEADERS);
-	header = ip.ihl * 4;
-	if (ip.version != 4 || header < sizeof(ip))
+	if (ip.version != 4 || ip.ihl * 4 < sizeof(ip))
 		return refuse(TG_BAD_HEADERS);
 	if (ip.protocol != IPPROTO_TCP)
 		return refuse(TG_NOT_TCP);
 	if (ip.frag_off & bpf_htons(IPV4_FRAGMENT))
 		return refuse(TG_TCP_FRAGMENT);
-	/* Super-segments of more than 64 KB (BIG TCP, Linux 6.3) have 0 here. */
-	length = bpf_ntohs(ip.tot_len) ?: skb->len - offset;
-	if (length < header || offset + length > skb->len)
-		return refuse(TG_BAD_HEADERS);
-	map_ipv4(segment->source, ip.saddr);
-	map_ipv4(segment->destination, ip.daddr);
-	return parse_tcp(skb, offset + header, offset + length, segment);
+	if (take_ipv4(skb, &ip, offset, way, key, &end))
+		return -1;
+	return parse_tcp(skb, offset + ip.ihl * 4, end, way, key, segment);
 }
 
-static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 offset, struct tg_segment *segment)
+static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 offset, enum way way,
+				      struct tg_flow_key *key, struct tg_segment *segment)
 {
 	struct extension_header extension;
 	struct fragment_header fragment;
@@ -132,16 +184,10 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 offset, struc
 	__u8 next;
 	int i;
 
-	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)))
+	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version != 6)
 		return refuse(TG_BAD_HEADERS);
-	if (ip.version != 6)
-		return refuse(TG_BAD_HEADERS);
-	__builtin_memcpy(segment->source, &ip.saddr, sizeof(segment->source));
-	__builtin_memcpy(segment->destination, &ip.daddr, sizeof(segment->destination));
-	/* Jumbograms and BIG TCP (Linux 5.19) have 0 here. */
-	end = ip.payload_len ? offset + sizeof(ip) + bpf_ntohs(ip.payload_len) : skb->len;
-	if (end > skb->len)
-		return refuse(TG_BAD_HEADERS);
+	if (take_ipv6(skb, &ip, offset, way, key, &end))
+		return -1;
 	offset += sizeof(ip);
 	next = ip.nexthdr;
 	for (i = 0; i < EXTENSION_HEADERS_MAX; i++) {
@@ -168,23 +214,45 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 offset, struc
 		next = extension.next;
 	}
 	if (next == IPPROTO_TCP)
-		return parse_tcp(skb, offset, end, segment);
+		return parse_tcp(skb, offset, end, way, key, segment);
 	return refuse(i == EXTENSION_HEADERS_MAX ? TG_TOO_MANY_HEADERS : TG_NOT_TCP);
 }
 
-/* Returns 0 with the segment filled in, or -1 for anything that is not a whole TCP segment. */
-static __always_inline int parse_packet(struct __sk_buff *skb, struct tg_segment *segment)
+/* The ethertype that the first byte of a bare IP packet stands for, 0 for none. */
+static __always_inline __be16 bare_protocol(__u8 first)
 {
-	__u32 offset = sizeof(struct ethhdr);
+	switch (first >> 4) {
+	case 4:
+		return bpf_htons(ETH_P_IP);
+	case 6:
+		return bpf_htons(ETH_P_IPV6);
+	}
+	return 0;
+}
+
+/* Reads headers of any kind, wherever they are. */
+__noinline int parse_any(struct __sk_buff *skb, enum way way, struct tg_flow_key *key,
+			 struct tg_segment *segment)
+{
+	__u32 offset = link_header;
 	struct vlan_tag vlan;
 	struct ethhdr eth;
 	__be16 protocol;
-	int i;
+	__u8 first;
+	int i = 0;
 
-	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
-		return refuse(TG_BAD_HEADERS);
-	protocol = eth.h_proto;
-	for (i = 0; i < VLAN_TAGS_MAX; i++) {
+	if (!key || !segment)
+		return -1;
+	if (link_header) {
+		if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
+			return refuse(TG_BAD_HEADERS);
+		protocol = eth.h_proto;
+	} else {
+		if (bpf_skb_load_bytes(skb, 0, &first, sizeof(first)))
+			return refuse(TG_BAD_HEADERS);
+		protocol = bare_protocol(first);
+	}
+	for (; i < VLAN_TAGS_MAX; i++) {
 		if (protocol != bpf_htons(ETH_P_8021Q) && protocol != bpf_htons(ETH_P_8021AD))
 			break;
 		if (bpf_skb_load_bytes(skb, offset, &vlan, sizeof(vlan)))
@@ -193,10 +261,66 @@ static __always_inline int parse_packet(struct __sk_buff *skb, struct tg_segment
 		offset += sizeof(vlan);
 	}
 	if (protocol == bpf_htons(ETH_P_IP))
-		return parse_ipv4(skb, offset, segment);
+		return parse_ipv4(skb, offset, way, key, segment);
 	if (protocol == bpf_htons(ETH_P_IPV6))
-		return parse_ipv6(skb, offset, segment);
+		return parse_ipv6(skb, offset, way, key, segment);
 	return refuse(i == VLAN_TAGS_MAX ? TG_TOO_MANY_HEADERS : TG_NOT_IP);
+}
+
+/* Reads IPv6 headers that are in the linear part; hands over what is not or is rarer. */
+__noinline int parse_linear_ipv6(struct __sk_buff *skb, enum way way, struct tg_flow_key *key,
+				 struct tg_segment *segment)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	struct ipv6hdr *ip = data + link_header;
+	__u32 offset = link_header + sizeof(*ip), end;
+	struct extension_header *extension;
+	struct tcphdr *tcp;
+	__u8 next;
+	int i;
+
+	if (!key || !segment)
+		return -1;
+	if ((void *)(ip + 1) > data_end || ip->version != 6)
+		return parse_any(skb, way, key, segment);
+	next = ip->nexthdr;
+	for (i = 0; next != IPPROTO_TCP; i++) {
+		extension = data + offset;
+		if (i == LINEAR_HEADERS_MAX || (void *)(extension + 1) > data_end ||
+		    next > IPPROTO_DSTOPTS || !(LINEAR_HEADERS >> next & 1))
+			return parse_any(skb, way, key, segment);
+		offset += (extension->length + 1) * 8;
+		next = extension->next;
+	}
+	tcp = data + offset;
+	if ((void *)(tcp + 1) > data_end)
+		return parse_any(skb, way, key, segment);
+	if (take_ipv6(skb, ip, link_header, way, key, &end))
+		return -1;
+	return take_tcp(tcp, offset, end, way, key, segment);
+}
+
+/* Fills in the segment and, but for the interface, the key; -1 for anything that is not a whole TCP segment. */
+static __always_inline int parse_packet(struct __sk_buff *skb, enum way way, struct tg_flow_key *key,
+					struct tg_segment *segment)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	struct iphdr *ip = data + link_header;
+	__be16 protocol;
+	__u32 end;
+
+	if ((void *)(ip + 1) + sizeof(struct tcphdr) > data_end)
+		return parse_any(skb, way, key, segment);
+	protocol = link_header ? ((struct ethhdr *)data)->h_proto : bare_protocol(*(__u8 *)data);
+	if (protocol == bpf_htons(ETH_P_IP) && ip->version == 4 && ip->ihl == 5 &&
+	    ip->protocol == IPPROTO_TCP && !(ip->frag_off & bpf_htons(IPV4_FRAGMENT))) {
+		if (take_ipv4(skb, ip, link_header, way, key, &end))
+			return -1;
+		return take_tcp((void *)(ip + 1), link_header + sizeof(*ip), end, way, key, segment);
+	}
+	if (protocol == bpf_htons(ETH_P_IPV6))
+		return parse_linear_ipv6(skb, way, key, segment);
+	return parse_any(skb, way, key, segment);
 }
 
 #endif

@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0) */
 /*
- * The beginning of a client's stream, put together by stream position. Segments may come in any size and order,
- * twice, and overlapping; of overlapping bytes the first seen stay.
+ * A part of a client's stream, put together by stream position. Segments may come in any size and order, twice, and
+ * overlapping; of overlapping bytes the first seen stay.
+ *
+ * Only a window is kept: what was looked at makes room for what comes behind it. So the bytes are a ring, and a bit
+ * of `known` stands for a byte behind the first gap: in front of the gap, `have` says that all are known.
  */
 #ifndef TIDEGATE_PREFIX_H
 #define TIDEGATE_PREFIX_H
@@ -14,60 +17,88 @@ enum {
 	LOCK_TRIES = 64,
 };
 
+/* A part of the stream: its bytes [start, end), at offset in the packet. */
+struct part {
+	__u32 offset;
+	__u32 start;
+	__u32 end;
+};
+
 struct copy {
 	struct __sk_buff *skb;
 	struct tg_prefix *prefix;
-	__u32 offset;	/* in the packet, of stream position start */
-	__u32 start;
-	__u32 end;
+	struct part part;
 	__u32 failed;
-	__u64 fresh;	/* of the current word, the bytes that are not known yet */
+	__u32 overlap;	/* bytes came again, and were others */
+	__u64 wanted;	/* of the current word, the bytes that the part has */
 };
+
+static __always_inline __u32 least(__u32 a, __u32 b)
+{
+	return a < b ? a : b;
+}
 
 static __always_inline __u64 bits(__u32 first, __u32 number)
 {
 	return (number < WORD_BITS ? (1ULL << number) - 1 : ~0ULL) << first;
 }
 
+static __always_inline __u8 *byte_at(struct tg_prefix *prefix, __u32 position)
+{
+	return &prefix->bytes[position & (TG_PREFIX_BYTES - 1)];
+}
+
+/* Takes in one byte of a word of which some may be known. */
 static long copy_byte(__u32 bit, struct copy *copy)
 {
-	__u32 position = (copy->start & ~(WORD_BITS - 1)) + bit;
+	struct tg_prefix *prefix = copy->prefix;
+	__u32 position = (copy->part.start & ~(WORD_BITS - 1)) + bit;
+	__u64 *known = &prefix->known[(position / WORD_BITS) & (WORDS - 1)];
+	__u64 mask = bits(bit & (WORD_BITS - 1), 1);
+	__u8 byte = prefix->again[bit & (WORD_BITS - 1)];
 
-	if (!(copy->fresh & bits(bit & (WORD_BITS - 1), 1)))
+	if (!(copy->wanted & mask))
 		return 0;
-	position &= TG_PREFIX_BYTES - 1;
-	copy->failed |= !!bpf_skb_load_bytes(copy->skb, copy->offset + position - copy->start,
-					     &copy->prefix->bytes[position], 1);
+	if (position < prefix->have) {
+		/* A known bit means that a later byte has its place. */
+		copy->overlap |= !(*known & mask) && *byte_at(prefix, position) != byte;
+	} else if (*known & mask) {
+		copy->overlap |= *byte_at(prefix, position) != byte;
+	} else {
+		*byte_at(prefix, position) = byte;
+		*known |= mask;
+	}
 	return 0;
 }
 
-/* Copies up to the end of the word that start is in. */
+/* Copies up to the end of the word that the part's start is in. */
 static long copy_word(__u32 turn, struct copy *copy)
 {
 	struct tg_prefix *prefix = copy->prefix;
-	__u32 start = copy->start & (TG_PREFIX_BYTES - 1);
-	__u32 word = start / WORD_BITS;
-	__u32 number = WORD_BITS - start % WORD_BITS;
-	__u64 wanted;
+	__u32 start = copy->part.start & (TG_PREFIX_BYTES - 1);
+	__u32 first = start % WORD_BITS;
+	__u64 *known = &prefix->known[(start / WORD_BITS) & (WORDS - 1)];
+	__u32 number = WORD_BITS - first;
 
-	if (copy->start >= copy->end)
+	if (copy->part.start >= copy->part.end)
 		return 1;
-	if (number > copy->end - copy->start)
-		number = copy->end - copy->start;
-	wanted = bits(start % WORD_BITS, number);
-	copy->fresh = wanted & ~prefix->known[word & (WORDS - 1)];
-	/* The verifier has to see the bounds in the register that the call uses. */
+	if (number > copy->part.end - copy->part.start)
+		number = copy->part.end - copy->part.start;
+	copy->wanted = bits(first, number);
+	/* It is 1 to WORD_BITS anyway; the verifier of Linux 6.1 sees it by this alone. */
 	asm volatile("" : "+r"(number));
-	if (number < 1 || number > WORD_BITS)
-		return 1;
-	if (copy->fresh == wanted)
-		copy->failed |= !!bpf_skb_load_bytes(copy->skb, copy->offset,
+	number = ((number - 1) & (WORD_BITS - 1)) + 1;
+	if (copy->part.start >= prefix->have && !(*known & copy->wanted)) {
+		copy->failed |= !!bpf_skb_load_bytes(copy->skb, copy->part.offset,
 						     &prefix->bytes[start], number);
-	else if (copy->fresh)
+		*known |= copy->wanted;
+	} else {
+		copy->failed |= !!bpf_skb_load_bytes(copy->skb, copy->part.offset,
+						     &prefix->again[first], number);
 		bpf_loop(WORD_BITS, copy_byte, copy, 0);
-	prefix->known[word & (WORDS - 1)] |= copy->fresh;
-	copy->start += number;
-	copy->offset += number;
+	}
+	copy->part.start += number;
+	copy->part.offset += number;
 	return !!copy->failed;
 }
 
@@ -83,34 +114,37 @@ static __always_inline __u32 trailing_zeros(__u64 word)
 	return zeros + !(word & 0x1);
 }
 
+/* Moves the first gap on, up to the end of the word that it is in. */
 static long extend_word(__u32 turn, struct tg_prefix **context)
 {
 	struct tg_prefix *prefix = *context;
 	__u32 bit = prefix->have % WORD_BITS;
-	__u64 missing;
+	__u64 *known = &prefix->known[(prefix->have / WORD_BITS) & (WORDS - 1)];
+	__u64 missing = ~*known & bits(bit, WORD_BITS - bit);
+	__u32 number = (missing ? trailing_zeros(missing) : WORD_BITS) - bit;
 
-	if (prefix->have >= TG_PREFIX_BYTES)
-		return 1;
-	missing = ~prefix->known[(prefix->have / WORD_BITS) & (WORDS - 1)] & bits(bit, WORD_BITS - bit);
-	if (missing) {
-		prefix->have += trailing_zeros(missing) - bit;
-		return 1;
-	}
-	prefix->have += WORD_BITS - bit;
-	return 0;
+	*known &= ~bits(bit, number);
+	prefix->have += number;
+	return !!missing;
 }
 
-/* Takes in the bytes [start, end) of the stream, end <= TG_PREFIX_BYTES, found at offset in the packet. */
-static __noinline int fill_prefix(struct __sk_buff *skb, struct tg_prefix *prefix, __u32 offset,
-				  __u32 start, __u32 end)
-{
-	struct copy copy = {
-		.skb = skb, .prefix = prefix, .offset = offset, .start = start, .end = end,
-	};
+/* What became of a part that was taken in. */
+enum {
+	PART_FAILED = 1 << 0,	/* the packet could not be read */
+	PART_OVERLAP = 1 << 1,
+};
 
+/* Takes in a part that lies in the window, or was in it. */
+__noinline int fill_prefix(struct __sk_buff *skb, struct tg_prefix *prefix, const struct part *part)
+{
+	struct copy copy = { .skb = skb, .prefix = prefix };
+
+	if (!prefix || !part)
+		return PART_FAILED;
+	copy.part = *part;
 	bpf_loop(WORDS + 1, copy_word, &copy, 0);
 	bpf_loop(WORDS + 1, extend_word, &prefix, 0);
-	return copy.failed;
+	return (copy.failed ? PART_FAILED : 0) | (copy.overlap ? PART_OVERLAP : 0);
 }
 
 /* Returns 0 with the prefix locked. */

@@ -30,9 +30,12 @@ struct tg_attachment {
 	__u16 ports[TG_SERVICE_PORTS];
 };
 
-/* One TCP connection of a workload, whichever way the packet goes. */
+/*
+ * One TCP connection at an interface, whichever way the packet goes. By interface and not by workload, so that a
+ * packet of a known flow needs no other look-up. A whole number of 64-bit words is compared faster.
+ */
 struct tg_flow_key {
-	__u64 workload;
+	struct tg_interface interface;
 	__u8 local[16];
 	__u8 peer[16];
 	__u16 local_port;
@@ -41,18 +44,27 @@ struct tg_flow_key {
 };
 
 struct tg_flow {
+	__u64 workload;
 	__u64 opened;
-	__u64 pending[TG_ROLES];	/* payload by sender, not yet on an edge */
-	__u64 credited[TG_ROLES];	/* payload by sender, on the edge of the current, unsettled class */
-	__u32 isn[TG_ROLES];
-	__u32 next[TG_ROLES];		/* first sequence number beyond the payload seen */
+	__u64 tally[TG_TALLIES];	/* payload by sender, and the connection: how much, and enum tg_place */
+	__u64 seat;			/* enum tg_seat: the edge that it was last counted on */
+	__u64 segments;			/* packets both ways, as many as they are on the wire */
+	__u64 isn[TG_ROLES];		/* the sequence number before the first byte; TG_ISN_KNOWN */
 	__u32 contiguous;		/* bytes of the client's stream seen from its start, without a gap */
 	__u32 fin;			/* length of the client's stream, with TG_FLOW_CLIENT_FIN */
 	__u32 verdict;			/* enum tg_verdict */
 	__u32 flags;			/* enum tg_flow_flag */
 	__u32 profile;
 	__u8 direction;
-	__u8 pad[3];
+	__u8 hint;			/* enum tg_hint */
+	__u8 turn_state;		/* enum tg_turn */
+	__u8 looking;			/* enum tg_looking */
+
+	__u32 base;			/* where the client's own bytes begin: behind a PROXY header */
+	__u32 spoke_at;			/* how far the client's stream was when the server began */
+	__u32 turn;			/* sequence number where the client's turn begins */
+	__u32 turn_known;		/* one bit per byte of turn_bytes */
+	__u8 turn_bytes[TG_TURN_BYTES];
 };
 
 struct tg_edge_key {
@@ -64,11 +76,16 @@ struct tg_edge_key {
 	__u32 pad;
 };
 
-struct tg_edge_count {
-	__u64 connections;
-	__u64 bytes[TG_ROLES];		/* by sender: TG_CLIENT to the server, TG_SERVER to the client */
+struct tg_edge {
+	struct tg_edge_key key;
+	__u32 generation;		/* raised when the edge is forgotten: the slot's next one has another */
+	__u32 state;			/* enum tg_edge_state */
+	__s64 tally[TG_TALLIES];	/* below zero where more has left than came, since the edge was made */
 	__u64 first_seen;
 	__u64 last_seen;
+	__u64 tick;			/* jiffies of last_seen */
+	__u32 hints;			/* a bit for each enum tg_hint */
+	__u32 pad;
 };
 
 struct tg_text {
@@ -79,8 +96,10 @@ struct tg_text {
 struct tg_profile {
 	__u32 suffix_count;
 	__u32 alpn_count;
-	struct tg_text suffixes[TG_NAMES];	/* lower case, beginning with a dot */
+	struct tg_text suffixes[TG_NAMES];	/* lower case, beginning with a dot; a label * is any one */
 	struct tg_text alpns[TG_NAMES];
+	__u32 port_count;
+	__u16 ports[TG_PROXY_PORTS];	/* of the mesh's own listeners */
 };
 
 /* Where the walk through a ClientHello stands; see hello.h. */
@@ -102,16 +121,40 @@ struct tg_hello {
 	__u8 name[TG_NAME_BYTES];
 };
 
-/* The beginning of a client's stream, until its class is decided. */
+/*
+ * A part of a client's stream while it is looked at. Positions count from the stream's beginning, or from that of a
+ * turn; the byte at a position is kept at the position modulo TG_PREFIX_BYTES.
+ */
 struct tg_prefix {
 	__u64 owner;				/* tg_flow.opened */
 	__u32 lock;
 	__u32 have;				/* bytes known from the start, without a gap */
 	__u32 profile;
-	__u32 pad;
+	__u32 base;				/* where a ClientHello would begin */
+	__u32 told;				/* up to where the hello was reported */
+	__u32 searched;				/* up to where there is no line feed */
+	__u16 port;				/* of the server */
+	__u8 turned;				/* enum tg_turn: the client's turn was found in it */
+	__u8 pad[5];
 	struct tg_hello hello;
-	__u64 known[TG_PREFIX_BYTES / 64];	/* one bit per byte */
+	__u64 known[TG_PREFIX_BYTES / 64];	/* one bit per byte, of those behind the first gap */
+	__u8 again[128];			/* bytes of a word that come a second time, perhaps */
 	__u8 bytes[TG_PREFIX_BYTES + 64];	/* room for the bytes of a word at any position */
+};
+
+/* A part of a ClientHello, as the ring buffer has it: only `length` of the bytes are sent. */
+struct tg_hello_chunk {
+	__u64 opened;				/* tg_flow.opened */
+	__u32 position;				/* from the hello's first record header on */
+	__u32 length;
+	struct tg_flow_key key;
+	__u8 bytes[TG_PREFIX_BYTES];
+};
+
+/* What is too large for the stack. */
+struct tg_scratch {
+	struct tg_prefix prefix;
+	struct tg_hello_chunk chunk;
 };
 
 #endif

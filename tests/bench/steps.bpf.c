@@ -35,3 +35,10 @@ int step_and_observe(struct __sk_buff *skb)
 	step(skb);
 	return observe(skb, FROM_POD);
 }
+
+SEC("tc")
+int step_and_observe_to_pod(struct __sk_buff *skb)
+{
+	step(skb);
+	return observe(skb, TO_POD);
+}

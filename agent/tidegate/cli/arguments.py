@@ -1,4 +1,4 @@
-"""Arguments that several commands take: durations, and files that may be standard input."""
+"""What the commands' arguments share: durations, files that may be standard input, examples in help texts."""
 
 import argparse
 import sys
@@ -7,6 +7,15 @@ from pathlib import Path
 from tidegate import durations
 from tidegate.errors import InputError
 from tidegate.intent.hcl import MAX_TEXT
+
+
+class ExamplesFormatter(argparse.HelpFormatter):
+    """Keeps the lines of an epilog that begins with "examples:", and folds everything else."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
 
 
 def duration(text: str) -> float:

@@ -12,11 +12,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tidegate.cli import tables
-from tidegate.cli.arguments import add_json, duration
+from tidegate.cli import filters, tables
+from tidegate.cli.arguments import ExamplesFormatter, add_json, duration
 from tidegate.cli.target import add_options, agent_address, require_root
 from tidegate.errors import TidegateError
 from tidegate.node.client import AgentClient, AgentUnreachable
+
+FLOWS_EXAMPLES = """\
+examples:
+  tidegate flows --class plaintext --class starttls --since 14:30
+  tidegate flows --service api --caller batch --follow
+  tidegate flows --hint postgres --since 7d --json"""
 
 REFRESH_S = 0.5
 ASKS = "only root may ask an agent"
@@ -28,10 +34,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "flows",
         help="who talks to whom, and how",
         description="The ledger's edges: caller, service, class of the connections, counts.",
+        epilog=FLOWS_EXAMPLES,
+        formatter_class=ExamplesFormatter,
     )
     add_options(flows)
     flows.add_argument("--service", metavar="NAME", help="only flows to or from this service")
-    flows.add_argument("--window", type=duration, metavar="TIME", help="only this last time")
+    when = flows.add_mutually_exclusive_group()
+    when.add_argument("--window", type=duration, metavar="TIME", help="only this last time")
+    when.add_argument(
+        "--since",
+        type=filters.since,
+        metavar="WHEN",
+        help="only since this time, such as 10m (ago), 14:30 (today) or 2026-01-31",
+    )
+    filters.add_options(flows)
     flows.add_argument("--follow", action="store_true", help="keep showing until interrupted")
     flows.add_argument(
         "--for", dest="follow_for", type=duration, metavar="TIME", help="follow this long"
@@ -90,28 +106,33 @@ def run_flows(args: argparse.Namespace) -> int:
 
 
 async def _flows(args: argparse.Namespace) -> int:
-    query = {"service": args.service or "", "window": str(args.window or "")}
+    nothing = "no such flows" if filters.is_given(args) else "no flows yet"
     async with AgentClient(agent_address(args)) as agent:
 
         async def fetch() -> dict[str, Any]:
-            return dict(
-                await agent.get("/v1/flows", **{key: text for key, text in query.items() if text})
+            window = time.time() - args.since if args.since else args.window
+            query = {"service": args.service or "", "window": str(window or "")}
+            answer = await agent.get(
+                "/v1/flows", **{key: text for key, text in query.items() if text}
             )
+            return filters.chosen(dict(answer), args)
 
         if args.json and not args.follow:
             print(json.dumps(await fetch(), indent=2))
         elif not args.follow and args.follow_for is None:
             answer = await fetch()
-            tables.console().print(tables.flows(answer, time.time()))
+            tables.console().print(tables.flows(answer, time.time(), nothing=nothing))
             for problem in answer.get("problems", ()):
                 print(f"tidegate: {problem}", file=sys.stderr)
         else:
             deadline = time.monotonic() + args.follow_for if args.follow_for else None
-            await _follow(fetch, deadline, json_lines=args.json)
+            await _follow(fetch, deadline, nothing, json_lines=args.json)
     return 0
 
 
-async def _follow(fetch: Callable[[], Any], deadline: float | None, *, json_lines: bool) -> None:
+async def _follow(
+    fetch: Callable[[], Any], deadline: float | None, nothing: str, *, json_lines: bool
+) -> None:
     console = tables.console()
 
     def over() -> bool:
@@ -124,7 +145,8 @@ async def _follow(fetch: Callable[[], Any], deadline: float | None, *, json_line
     elif console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             while not over():
-                live.update(tables.flows(await fetch(), time.time()), refresh=True)
+                table = tables.flows(await fetch(), time.time(), nothing=nothing)
+                live.update(table, refresh=True)
                 await asyncio.sleep(REFRESH_S)
     else:
         seen: set[str] = set()
@@ -134,7 +156,7 @@ async def _follow(fetch: Callable[[], Any], deadline: float | None, *, json_line
                     console.print(f"new: {line}", soft_wrap=True)
                     seen.add(line)
             await asyncio.sleep(REFRESH_S)
-        console.print(tables.flows(await fetch(), time.time()))
+        console.print(tables.flows(await fetch(), time.time(), nothing=nothing))
 
 
 def run_ready(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from tidegate.cli import (
     target,
     workloads,
 )
-from tidegate.cli.arguments import add_json
+from tidegate.cli.arguments import ExamplesFormatter, add_json
 from tidegate.cli.namespaces import Target
 from tidegate.cli.redirect_text import warn
 from tidegate.cli.target import is_root, require_root
@@ -453,20 +453,11 @@ def _command(
         help=summary,
         description=description,
         epilog=f"examples:{examples}",
-        formatter_class=_Formatter,
+        formatter_class=ExamplesFormatter,
     )
     add_json(parser)
     parser.set_defaults(run=_told(run))
     return parser
-
-
-class _Formatter(argparse.HelpFormatter):
-    """Keeps the lines of the examples and folds everything else."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("examples:"):
-            return text
-        return super()._fill_text(text, width, indent)
 
 
 def _add_backend(parser: argparse.ArgumentParser, meaning: str) -> None:

@@ -33,9 +33,9 @@ def _name(party: dict[str, Any]) -> str:
     return str(party.get("workload") or party.get("address") or "?")
 
 
-def flows(answer: dict[str, Any], now: float) -> Table:
-    """The ledger's edges, busiest service first."""
-    table = _table("caller", "", "service", "port", "class")
+def flows(answer: dict[str, Any], now: float, *, nothing: str = "no flows yet") -> Table:
+    """The ledger's edges, service by service; where there are none, that."""
+    table = _table("caller", "", "service", "port", "class", "hint")
     table.add_column("path", overflow="fold")
     table.add_column("connections", justify="right", no_wrap=True, min_width=5, overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
@@ -47,13 +47,14 @@ def flows(answer: dict[str, Any], now: float) -> Table:
             _name(row["server"]),
             str(row["port"]),
             Text(row["class"], CLASS_STYLES.get(row["class"], "")),
+            ", ".join(row["hints"]),
             row["path"],
             str(row["connections"]),
             str(row["bytes_to_server"] + row["bytes_to_client"]),
             durations.ago(now - row["last_seen"]),
         )
     if not answer["flows"]:
-        table.add_row("no flows yet")
+        table.add_row(nothing)
     return table
 
 

@@ -20,6 +20,7 @@ class KnownWorkload(msgspec.Struct, frozen=True, kw_only=True):
     wanted_in_mesh: bool
     annotations: dict[str, str]
     namespace_annotations: dict[str, str]
+    service: str = ""
     policy: Policy | None = None
     """The policy that the agent works by; None while it has none for this workload."""
     problem: str = ""

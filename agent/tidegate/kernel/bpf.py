@@ -9,6 +9,7 @@ import ctypes
 import enum
 import errno
 import functools
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class MapType(enum.IntEnum):
     ARRAY = 2
     PERCPU_ARRAY = 6
     LRU_HASH = 9
-    QUEUE = 22
+    STACK = 23
     RINGBUF = 27
 
 
@@ -221,6 +222,26 @@ class Map(_Handle):
         if result < 0:
             raise refusal(f"cannot remove a key of map {self.name}", result)
         return True
+
+    def push(self, value: bytes) -> None:
+        """Puts a value on a stack or into a queue; a KernelError when that is full."""
+        if len(value) != self.value_size:
+            raise ValueError(f"map {self.name} has values of {self.value_size} bytes")
+        result = libbpf().bpf_map_update_elem(self.fd, None, value, 0)
+        if result < 0:
+            raise refusal(f"cannot put a value into map {self.name}", result)
+
+    def mapped(self, size: int | None = None) -> mmap.mmap:
+        """The memory of an array that was made to be mapped, all or its first bytes: values one behind the other.
+
+        Each value begins at a multiple of eight bytes. The caller closes it.
+        """
+        if size is None:
+            size = (self.value_size + 7) // 8 * 8 * self.max_entries
+        try:
+            return mmap.mmap(self.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        except OSError as error:
+            raise refusal(f"cannot map the memory of map {self.name}", -(error.errno or 0)) from None
 
     def batches(self) -> Iterator[tuple[bytes, bytes, int]]:
         """All of a hash, as (keys one behind the other, values likewise, how many), batch by batch.

@@ -4,6 +4,7 @@ A rule holds the id of a cgroup, which the library looks up by a path below /sys
 anew under the same path has another id. Who is in which cgroup is not looked at.
 """
 
+import ctypes
 import errno
 import os
 import stat
@@ -14,6 +15,11 @@ from tidegate.kernel.errors import KernelError
 
 _LOOKED_UP_BELOW = Path("/sys/fs/cgroup")
 """Where libnftables looks for cgroups (its SYSFS_CGROUPSV2_PATH)."""
+
+_FILEID_KERNFS = 0xFE
+"""linux/exportfs.h: a handle of this type is the id of a cgroup (__kernfs_fh_to_dentry)."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Cgroup(NamedTuple):
@@ -44,6 +50,41 @@ def find(path: str) -> Cgroup:
     if not stat.S_ISDIR(found.st_mode):
         raise KernelError(f"{path} is no cgroup but a file of one", errno.ENOTDIR)
     return Cgroup(found.st_ino, str(place.relative_to(_LOOKED_UP_BELOW)), len(parts))
+
+
+def path_of(cgroup_id: int) -> str | None:
+    """The path below the root of cgroup v2 of the cgroup with an id, "" for the root; None when it is gone.
+
+    KernelError when cgroup v2 is not mounted, or who asks may not open files by their handles (CAP_DAC_READ_SEARCH).
+    """
+    root = mounted_at()
+    handle = _FileHandle(ctypes.sizeof(ctypes.c_uint64), _FILEID_KERNFS, cgroup_id)
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        opened = _libc.open_by_handle_at(directory, ctypes.byref(handle), os.O_PATH | os.O_CLOEXEC)
+        number = ctypes.get_errno()
+    finally:
+        os.close(directory)
+    if opened < 0:
+        if number == errno.ESTALE:
+            return None
+        raise KernelError(f"cannot find cgroup {cgroup_id}: {os.strerror(number)}", number)
+    try:
+        place = Path(f"/proc/self/fd/{opened}").readlink()
+    finally:
+        os.close(opened)
+    relative = str(place.relative_to(root))
+    return "" if relative == "." else relative
+
+
+class _FileHandle(ctypes.Structure):
+    """struct file_handle of linux/fs.h, with a handle of eight bytes."""
+
+    _fields_ = (
+        ("handle_bytes", ctypes.c_uint),
+        ("handle_type", ctypes.c_int),
+        ("cgroup_id", ctypes.c_uint64),
+    )
 
 
 def mounted_at() -> Path:

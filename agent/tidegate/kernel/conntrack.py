@@ -159,14 +159,25 @@ def destination_of(connection: Original, zone: int = DEFAULT_ZONE) -> Endpoint |
     What was dialled, when nothing translates it; None when it is not tracked. KernelError when that cannot be read.
     """
     asked = _tuple(connection) + attribute(_CTA_ZONE, _SHORT.pack(zone))
-    with Netlink(NETLINK_NETFILTER, "read a connection from connection tracking") as conntrack:
-        try:
-            answer = conntrack.ask(_GET, _of(_family(connection)) + asked)
-        except KernelError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            return None
-    return _answers_from(_entry(answer))
+    entry = _found(_family(connection), asked)
+    return None if entry is None else _answers_from(entry)
+
+
+def original_of(protocol: int, server: Endpoint, client: Endpoint) -> Original | None:
+    """What was dialled of the connection whose answers go from `server` to `client`, as tracked in the default zone.
+
+    Of a redirected connection these are the ends that the socket which accepted it has. None when it is not tracked.
+    KernelError when that cannot be read.
+    """
+    answers = Original(
+        protocol=protocol,
+        source=server.address,
+        source_port=server.port,
+        destination=client.address,
+        destination_port=client.port,
+    )
+    entry = _found(_family(answers), _tuple(answers, _CTA_TUPLE_REPLY))
+    return None if entry is None else _original(entry)
 
 
 def translated(protocol: int, seconds: float) -> Iterator[Translated]:
@@ -228,6 +239,17 @@ def _of(family: int) -> bytes:
     return NFGENMSG.pack(family, 0, 0)
 
 
+def _found(family: int, asked: bytes) -> dict[int, bytes] | None:
+    """The entry of a connection; None when there is none."""
+    with Netlink(NETLINK_NETFILTER, "read a connection from connection tracking") as conntrack:
+        try:
+            return _entry(conntrack.ask(_GET, _of(family) + asked))
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
+
+
 def _family(connection: Original) -> int:
     return socket.AF_INET6 if ":" in connection.destination else socket.AF_INET
 
@@ -237,8 +259,8 @@ def _entry(body: bytes) -> dict[int, bytes]:
     return dict(attributes_in(body[NFGENMSG.size :]))
 
 
-def _tuple(connection: Original) -> bytes:
-    """A connection as what it is found by."""
+def _tuple(connection: Original, direction: int = _CTA_TUPLE_ORIG) -> bytes:
+    """A connection as what it is found by: by its first packet, or by the packets that answer."""
     source, destination = _CTA_IP[_family(connection)]
     addresses = attribute(source, ipaddress.ip_address(connection.source).packed)
     addresses += attribute(destination, ipaddress.ip_address(connection.destination).packed)
@@ -246,7 +268,7 @@ def _tuple(connection: Original) -> bytes:
     ports += attribute(_CTA_PROTO_SRC_PORT, _SHORT.pack(connection.source_port))
     ports += attribute(_CTA_PROTO_DST_PORT, _SHORT.pack(connection.destination_port))
     return attribute(
-        _CTA_TUPLE_ORIG | NLA_F_NESTED,
+        direction | NLA_F_NESTED,
         attribute(_CTA_TUPLE_IP | NLA_F_NESTED, addresses)
         + attribute(_CTA_TUPLE_PROTO | NLA_F_NESTED, ports),
     )

@@ -7,10 +7,15 @@ them with what the compiler makes of the headers. No behaviour, no I/O.
 import ctypes
 import enum
 
+EDGES_MAX = 65536
 SERVICE_PORTS = 16
 NAMES = 8
 TEXT_BYTES = 128
 PREFIX_BYTES = 4096
+PROXY_PORTS = 16
+TURN_BYTES = 24
+HINT_BYTES = 1024
+HELLOS_BYTES = 1 << 20
 
 
 class Class(enum.IntEnum):
@@ -33,47 +38,96 @@ class Role(enum.IntEnum):
     SERVER = 1
 
 
+class Tally(enum.IntEnum):
+    CONNECTION = 2
+
+
+class Place(enum.IntEnum):
+    SHIFT = 56
+    NOWHERE = 0x7F
+    OVERFLOW = 0x80
+
+
+class EdgeState(enum.IntEnum):
+    FREE = 0
+    LIVE = 1
+    LEAVING = 2
+
+
 class FlowFlag(enum.IntFlag):
     SYN_SEEN = 1 << 0
     FIRST_BYTE_SEEN = 1 << 1
     SERVER_FIRST = 1 << 2
     CLOSED = 1 << 3
     CLIENT_FIN = 1 << 4
-    SERVER_SEQ = 1 << 5
-    CLIENT_SEQ = 1 << 6
-    TLS_HEADERS = 1 << 7
-    PREFIX_STORED = 1 << 8
-    OVERFLOW = 1 << 9
+    TLS_HEADERS = 1 << 5
+    PREFIX_STORED = 1 << 6
+    REPLACED = 1 << 7
+    SERVER_SPOKE = 1 << 8
+    PROXY = 1 << 9
+    SSLV2 = 1 << 10
+    OVERLAP = 1 << 11
 
 
 class Verdict(enum.IntFlag):
     CLASS = 0xFF
     SETTLED = 1 << 8
+    DECIDED = 1 << 9
+
+
+class Looking(enum.IntEnum):
+    AT_BEGINNING = 0
+    AT_HINT = 1
+    AT_REPORT = 2
+    AT_NOTHING = 3
+
+
+class Turn(enum.IntEnum):
+    OVER = 0
+    OPEN = 1
+    TAKEN = 2
+
+
+class Hint(enum.IntEnum):
+    NONE = 0
+    HTTP1 = 1
+    H2C = 2
+    POSTGRES = 3
+    MYSQL = 4
+    REDIS = 5
+    KAFKA = 6
+    SSH = 7
+    AMQP = 8
+    MONGODB = 9
+    CASSANDRA = 10
 
 
 class Counter(enum.IntEnum):
     NOT_IP = 0
     NOT_TCP = 1
     JOINED_MIDSTREAM = 2
-    HELLO_TOO_LONG = 3
-    HELLO_MALFORMED = 4
-    BAD_HEADERS = 5
-    OUT_OF_WINDOW = 6
-    NO_WORKLOAD = 7
-    TCP_FRAGMENT = 8
-    TOO_MANY_HEADERS = 9
-    FLOW_NOT_STORED = 10
-    PREFIX_NOT_STORED = 11
-    PREFIX_EVICTED = 12
-    PREFIX_BUSY = 13
-    BYTES_MISSED = 14
-    RACE_LOST = 15
+    HELLO_MALFORMED = 3
+    BAD_HEADERS = 4
+    OUT_OF_WINDOW = 5
+    NO_WORKLOAD = 6
+    HELLO_NOT_REPORTED = 7
+    HINT_LOST = 8
+    TCP_FRAGMENT = 9
+    TOO_MANY_HEADERS = 10
+    FLOW_NOT_STORED = 11
+    EDGE_NOT_STORED = 12
+    PREFIX_NOT_STORED = 13
+    PREFIX_EVICTED = 14
+    PREFIX_BUSY = 15
+    BYTES_MISSED = 16
+    RACE_LOST = 17
 
 
 COUNTER_LOSSES = Counter.TCP_FRAGMENT
 """The first counter that means that evidence was lost."""
 
 _u8, _u16, _u32, _u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
+_i64 = ctypes.c_int64
 _Address = ctypes.c_uint8 * 16
 
 
@@ -95,7 +149,7 @@ class Attachment(ctypes.Structure):
 
 class FlowKey(ctypes.Structure):
     _fields_ = (
-        ("workload", _u64),
+        ("interface", Interface),
         ("local", _Address),
         ("peer", _Address),
         ("local_port", _u16),
@@ -106,18 +160,26 @@ class FlowKey(ctypes.Structure):
 
 class Flow(ctypes.Structure):
     _fields_ = (
+        ("workload", _u64),
         ("opened", _u64),
-        ("pending", _u64 * 2),
-        ("credited", _u64 * 2),
-        ("isn", _u32 * 2),
-        ("next", _u32 * 2),
+        ("tally", _u64 * 3),
+        ("seat", _u64),
+        ("segments", _u64),
+        ("isn", _u64 * 2),
         ("contiguous", _u32),
         ("fin", _u32),
         ("verdict", _u32),
         ("flags", _u32),
         ("profile", _u32),
         ("direction", _u8),
-        ("pad", _u8 * 3),
+        ("hint", _u8),
+        ("turn_state", _u8),
+        ("looking", _u8),
+        ("base", _u32),
+        ("spoke_at", _u32),
+        ("turn", _u32),
+        ("turn_known", _u32),
+        ("turn_bytes", _u8 * TURN_BYTES),
     )
 
 
@@ -132,12 +194,17 @@ class EdgeKey(ctypes.Structure):
     )
 
 
-class EdgeCount(ctypes.Structure):
+class Edge(ctypes.Structure):
     _fields_ = (
-        ("connections", _u64),
-        ("bytes", _u64 * 2),
+        ("key", EdgeKey),
+        ("generation", _u32),
+        ("state", _u32),
+        ("tally", _i64 * 3),
         ("first_seen", _u64),
         ("last_seen", _u64),
+        ("tick", _u64),
+        ("hints", _u32),
+        ("pad", _u32),
     )
 
 
@@ -151,6 +218,8 @@ class Profile(ctypes.Structure):
         ("alpn_count", _u32),
         ("suffixes", Text * NAMES),
         ("alpns", Text * NAMES),
+        ("port_count", _u32),
+        ("ports", _u16 * PROXY_PORTS),
     )
 
 

@@ -7,9 +7,11 @@ told in bpf/classifier.bpf.c. Failures are KernelErrors; names and ports that do
 
 import ctypes
 import enum
-import socket
+import errno
+import itertools
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -17,30 +19,17 @@ import msgspec
 from tidegate.errors import InputError
 from tidegate.kernel.bpf import Program, RingBuffer
 from tidegate.kernel.errors import KernelError
-from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass
+from tidegate.model import CountedEdge, Direction, Edge, FlowClass, Hint
 from tidegate.observe import abi
+from tidegate.observe.edges import CLASSES, DIRECTIONS, HINTS, EdgeTable, address
 from tidegate.observe.hold import BEST, HELLOS, HOST_SCOPE, PACKAGED_OBJECT, By, Hold, Way
 from tidegate.observe.pins import Pinned
 from tidegate.observe.private import Private
 
-_PROFILE = 0
-"""The profile of all workloads, so far."""
+_COMMON_PROFILE = 0
+"""The profile of all attachments that have none of their own."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _OWN_NETNS = Path("/proc/thread-self/ns/net")
-
-_CLASSES: dict[int, FlowClass] = {
-    abi.Class.EMPTY: FlowClass.EMPTY,
-    abi.Class.PLAINTEXT: FlowClass.PLAINTEXT,
-    abi.Class.TLS: FlowClass.TLS,
-    abi.Class.MESH: FlowClass.MESH,
-    abi.Class.SERVER_FIRST: FlowClass.SERVER_FIRST,
-    abi.Class.STARTTLS: FlowClass.STARTTLS,
-    abi.Class.UNKNOWN: FlowClass.UNKNOWN,
-}
-_DIRECTIONS: dict[int, Direction] = {
-    abi.Direction.INBOUND: Direction.INBOUND,
-    abi.Direction.OUTBOUND: Direction.OUTBOUND,
-}
 
 
 class Side(enum.StrEnum):
@@ -68,6 +57,8 @@ class MeshProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Ends of the server name, at a dot: ".internal.x" is the end of "a.internal.x", not of "b-internal.x"."""
     alpn: tuple[str, ...] = ()
     """Protocol names that nobody but the mesh offers."""
+    proxy_ports: tuple[int, ...] = ()
+    """Ports of the mesh's own listeners: every ClientHello that comes there is the mesh's."""
 
 
 def consul_profile(trust_domain: str) -> MeshProfile:
@@ -109,14 +100,16 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
     not_ip: int = 0
     not_tcp: int = 0
     joined_midstream: int = 0
-    hello_too_long: int = 0
     hello_malformed: int = 0
     bad_headers: int = 0
     out_of_window: int = 0
     no_workload: int = 0
+    hello_not_reported: int = 0
+    hint_lost: int = 0
     tcp_fragment: int = 0
     too_many_headers: int = 0
     flow_not_stored: int = 0
+    edge_not_stored: int = 0
     prefix_not_stored: int = 0
     prefix_evicted: int = 0
     prefix_busy: int = 0
@@ -143,6 +136,10 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
 class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One connection, as the flow map has it at the moment."""
 
+    key: bytes
+    """struct tg_flow_key: what the kernel knows it by."""
+    interface: tuple[int, int]
+    """Scope and ifindex; see Attachment."""
     workload: int
     direction: Direction
     local: str
@@ -152,9 +149,19 @@ class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
     flow_class: FlowClass
     settled: bool
     """Whether the class is final."""
+    decided: bool
+    """Whether the stream's beginning has decided it: final, but for what may follow later."""
     flags: abi.FlowFlag
+    hint: Hint | None
+    bytes_to_server: int
+    """Payload by sequence numbers: what is sent again counts once, what was not seen before later bytes counts too."""
+    bytes_to_client: int
+    segments: int
+    """Packets both ways, as many as they are on the wire."""
     opened: float
     """Seconds since the Unix epoch."""
+    opened_ns: int
+    """The same in nanoseconds of CLOCK_BOOTTIME."""
 
 
 class HelloChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +196,10 @@ class _Clock:
         if abs(difference - self._offset) > self.STEP:
             self._offset = difference
 
+    def boot(self) -> float:
+        """The Unix time of the boot, in seconds; may be some older than `refresh`."""
+        return self._offset
+
     def unix(self, boottime_ns: int) -> float:
         return boottime_ns / 1e9 + self._offset
 
@@ -201,6 +212,7 @@ class Classifier:
         self._maps = hold.maps
         self._clock = _Clock()
         self._ring = RingBuffer(hold.maps[HELLOS]) if HELLOS in hold.maps else None
+        self._table = EdgeTable(hold.maps)
 
     @classmethod
     def open(
@@ -248,24 +260,29 @@ class Classifier:
         """Identity of the edge map: its counts began at 0 when this became what it is."""
         return f"{_BOOT_ID.read_text().strip()} {self._maps['edges'].id}"
 
-    def set_profile(self, profile: MeshProfile) -> None:
-        """How the mesh is recognised from now on, by flows that are not decided yet."""
-        value = abi.Profile(suffix_count=len(profile.sni_suffixes), alpn_count=len(profile.alpn))
-        suffixes = ["." + suffix.lower().strip(".") for suffix in profile.sni_suffixes]
-        for texts, names, field in (
-            (value.suffixes, suffixes, "sni_suffixes"),
-            (value.alpns, list(profile.alpn), "alpn"),
-        ):
-            if len(names) > abi.NAMES:
-                raise InputError(
-                    f"{len(names)} names",
-                    source=f"profile {profile.name}",
-                    field=field,
-                    expected=f"at most {abi.NAMES}",
-                )
-            for text, name in zip(texts, names, strict=False):
-                _set_text(text, name, profile, field)
-        self._maps["profiles"].update(_u32(_PROFILE), bytes(value))
+    def set_profile(self, profile: MeshProfile, workload_key: int | None = None) -> None:
+        """How the mesh is recognised from now on, by flows that are not decided yet.
+
+        For one workload, which has to be attached, or for all that have no profile of their own.
+        """
+        number = _COMMON_PROFILE if workload_key is None else self._own_profile(workload_key)
+        self._maps["profiles"].update(_u32(number), _profile_value(profile))
+
+    def _own_profile(self, workload_key: int) -> int:
+        """The number of a workload's profile, given to its attachments if they have none."""
+        entries = self._entries()
+        own = [(interface, entry) for interface, entry in entries if entry.workload == workload_key]
+        if not own:
+            raise KernelError(f"workload {workload_key:016x} is not attached", errno.ENOENT)
+        taken = {entry.profile for _, entry in entries}
+        number: int = max(entry.profile for _, entry in own) or next(
+            free for free in itertools.count(_COMMON_PROFILE + 1) if free not in taken
+        )
+        for interface, entry in own:
+            if entry.profile != number:
+                entry.profile = number
+                self._maps["attachments"].update(bytes(interface), bytes(entry))
+        return number
 
     def attach(
         self, workload_key: int, ifindex: int, side: Side, service_ports: tuple[int, ...]
@@ -296,6 +313,7 @@ class Classifier:
             and self._hold.is_attached(interface)
         ):
             entry.attached_at = known.attached_at
+            entry.profile = known.profile
             self._maps["attachments"].update(bytes(interface), bytes(entry))
             return self._record(interface, entry)
         self._detach(interface)
@@ -326,47 +344,42 @@ class Classifier:
                 self._detach(interface)
 
     def forget_edges(self, workload_key: int) -> None:
-        """Removes what was counted for a workload, which should not be observed any more."""
-        for key, _ in list(self._maps["edges"].items()):
-            if abi.EdgeKey.from_buffer_copy(key).workload == workload_key:
-                self._maps["edges"].delete(key)
+        """Removes what was counted for a workload, which should not be observed any more, and its connections.
+
+        The last counts come with the next `changed_edges`.
+        """
+        flows = self._maps["flows"]
+        for key, value in list(flows.items()):
+            if abi.Flow.from_buffer_copy(value).workload == workload_key:
+                flows.delete(key)
+        self._table.forget_all(lambda workload: workload == workload_key)
+
+    def forget(self, slots: Iterable[tuple[int, int]]) -> None:
+        """Gives edges back, by CountedEdge.slot and generation, so that there is room for others.
+
+        Their last counts come with the next `changed_edges`, and their slots are free when that is called once
+        more: whoever keeps the counts has kept the last ones by then. Where the generation is another one, nothing
+        happens. Takes some milliseconds.
+        """
+        self._table.forget(slots)
 
     def edges(self) -> list[Edge]:
         """All edges of all workloads, also those that every connection has left: who saw one come must see it go.
 
-        A connection is on one edge at a time. It moves when its class becomes known, so the counts of class
-        empty, and of server-first and unknown, can go down again.
+        A connection is on one edge at a time. It moves when its class becomes known or changes, so all counts but
+        those of final classes can go down again.
         """
         self._clock.refresh()
-        unix = self._clock.unix
-        edges = []
-        for keys, values, number in self._maps["edges"].batches():
-            pairs = zip(
-                (abi.EdgeKey * number).from_buffer_copy(keys),
-                (abi.EdgeCount * number).from_buffer_copy(values),
-                strict=True,
-            )
-            for key, count in pairs:
-                to_server, to_client = count.bytes
-                edges.append(
-                    Edge(
-                        key=EdgeKey(
-                            workload=key.workload,
-                            direction=_DIRECTIONS[key.direction],
-                            peer=_address(bytes(key.peer)),
-                            port=key.port,
-                            flow_class=_CLASSES[key.flow_class],
-                        ),
-                        count=EdgeCount(
-                            connections=count.connections,
-                            bytes_to_server=to_server,
-                            bytes_to_client=to_client,
-                            first_seen=unix(count.first_seen),
-                            last_seen=unix(count.last_seen),
-                        ),
-                    )
-                )
-        return edges
+        return self._table.all(self._clock.boot())
+
+    def changed_edges(self) -> list[CountedEdge]:
+        """What is not as this object's last call told it; the first call tells all.
+
+        Counts are those since the slot was taken for the edge. An edge's sum is that of its slots: the one that it
+        has, and those that it had.
+        """
+        self._clock.refresh()
+        return self._table.changed(self._clock.boot())
 
     def losses(self) -> Losses:
         """The counters, summed over all processors, since the maps were made."""
@@ -375,33 +388,69 @@ class Classifier:
             raw = self._maps["counters"].lookup(_u32(counter)) or b""
             counters[counter.name.lower()] = sum(memoryview(raw).cast("Q"))
         overflow = {}
-        for number, flow_class in _CLASSES.items():
-            count = self._maps["overflow"].lookup(_u32(number))
-            if count and (connections := abi.EdgeCount.from_buffer_copy(count).connections):
+        for number, flow_class in CLASSES.items():
+            raw = self._maps["overflow"].lookup(_u32(number)) or bytes(ctypes.sizeof(abi.Edge))
+            connections = abi.Edge.from_buffer_copy(raw).tally[abi.Tally.CONNECTION]
+            if connections > 0:
                 overflow[flow_class] = connections
         return Losses(overflow=overflow, **counters)
 
     def flows(self) -> list[FlowRecord]:
         """The connections that the flow map holds, open and closed, for looking at."""
         self._clock.refresh()
-        records = []
-        for raw_key, raw in self._maps["flows"].items():
-            key, flow = abi.FlowKey.from_buffer_copy(raw_key), abi.Flow.from_buffer_copy(raw)
-            records.append(
-                FlowRecord(
-                    workload=key.workload,
-                    direction=_DIRECTIONS[flow.direction],
-                    local=_address(bytes(key.local)),
-                    local_port=key.local_port,
-                    peer=_address(bytes(key.peer)),
-                    peer_port=key.peer_port,
-                    flow_class=_CLASSES[flow.verdict & abi.Verdict.CLASS],
-                    settled=bool(flow.verdict & abi.Verdict.SETTLED),
-                    flags=abi.FlowFlag(flow.flags),
-                    opened=self._clock.unix(flow.opened),
-                )
-            )
-        return records
+        return [self.flow_record(key, value) for key, value in self._maps["flows"].items()]
+
+    def flow_record(self, key: bytes, value: bytes) -> FlowRecord:
+        """What an entry of the flow map says: struct tg_flow_key, struct tg_flow."""
+        where, flow = abi.FlowKey.from_buffer_copy(key), abi.Flow.from_buffer_copy(value)
+        to_server, to_client = (
+            flow.tally[role] & ((1 << abi.Place.SHIFT) - 1)
+            for role in (abi.Role.CLIENT, abi.Role.SERVER)
+        )
+        return FlowRecord(
+            key=key,
+            interface=(where.interface.scope, where.interface.ifindex),
+            workload=flow.workload,
+            direction=DIRECTIONS[flow.direction],
+            local=address(bytes(where.local)),
+            local_port=where.local_port,
+            peer=address(bytes(where.peer)),
+            peer_port=where.peer_port,
+            flow_class=CLASSES[flow.verdict & abi.Verdict.CLASS],
+            settled=bool(flow.verdict & abi.Verdict.SETTLED),
+            decided=bool(flow.verdict & (abi.Verdict.SETTLED | abi.Verdict.DECIDED)),
+            flags=abi.FlowFlag(flow.flags),
+            hint=HINTS.get(flow.hint),
+            bytes_to_server=to_server,
+            bytes_to_client=to_client,
+            segments=flow.segments,
+            opened=self._clock.unix(flow.opened),
+            opened_ns=flow.opened,
+        )
+
+    def take_flow(self, key: bytes) -> bytes | None:
+        """Takes a connection out of the flow map: its struct tg_flow, None where there is none."""
+        value = self._maps["flows"].lookup(key)
+        if value is not None:
+            self._maps["flows"].delete(key)
+        return value
+
+    def put_flow(self, key: bytes, value: bytes) -> None:
+        """Puts back what take_flow gave."""
+        self._maps["flows"].update(key, value)
+
+    def enter(
+        self, workload_key: int, interface: tuple[int, int], service_ports: tuple[int, ...]
+    ) -> None:
+        """Says whose an interface (scope, ifindex) is, without attaching anything: for packets of a test run."""
+        scope, ifindex = interface
+        entry = abi.Attachment(
+            workload=workload_key,
+            attached_at=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            port_count=len(service_ports),
+            ports=service_ports,
+        )
+        self._maps["attachments"].update(bytes(abi.Interface(scope, ifindex)), bytes(entry))
 
     def hellos(self) -> list[HelloChunk]:
         """Parts of ClientHellos that were seen since the last time, in the order in which they passed.
@@ -473,11 +522,41 @@ def _u32(number: int) -> bytes:
     return number.to_bytes(4, sys.byteorder)
 
 
-def _address(raw: bytes) -> str:
-    """Canonical text of 16 bytes; IPv4-mapped as IPv4."""
-    if raw.startswith(b"\0" * 10 + b"\xff\xff"):
-        return socket.inet_ntop(socket.AF_INET, raw[12:])
-    return socket.inet_ntop(socket.AF_INET6, raw)
+def _profile_value(profile: MeshProfile) -> bytes:
+    value = abi.Profile(
+        suffix_count=len(profile.sni_suffixes),
+        alpn_count=len(profile.alpn),
+        port_count=len(profile.proxy_ports),
+    )
+    for count, most, field in (
+        (value.suffix_count, abi.NAMES, "sni_suffixes"),
+        (value.alpn_count, abi.NAMES, "alpn"),
+        (value.port_count, abi.PROXY_PORTS, "proxy_ports"),
+    ):
+        if count > most:
+            raise InputError(
+                f"{count} {'ports' if field == 'proxy_ports' else 'names'}",
+                source=f"profile {profile.name}",
+                field=field,
+                expected=f"at most {most}",
+            )
+    suffixes = ["." + suffix.lower().strip(".") for suffix in profile.sni_suffixes]
+    for texts, names, field in (
+        (value.suffixes, suffixes, "sni_suffixes"),
+        (value.alpns, list(profile.alpn), "alpn"),
+    ):
+        for text, name in zip(texts, names, strict=False):
+            _set_text(text, name, profile, field)
+    for port in profile.proxy_ports:
+        if not 1 <= port <= 65535:
+            raise InputError(
+                f"{port} is no TCP port",
+                source=f"profile {profile.name}",
+                field="proxy_ports",
+                expected="1 to 65535",
+            )
+    value.ports[: len(profile.proxy_ports)] = profile.proxy_ports
+    return bytes(value)
 
 
 def _set_text(text: abi.Text, name: str, profile: MeshProfile, field: str) -> None:
