@@ -1,0 +1,84 @@
+"""How `observe` and `classify` are told to recognise a mesh: the name of one they know, or a file."""
+
+import argparse
+
+import msgspec
+
+from tidegate.cli.arguments import text_of
+from tidegate.errors import InputError
+from tidegate.observe.classifier import ISTIO, KUMA, MeshProfile, consul_profile
+
+ANY_TRUST_DOMAIN = "*.consul"
+"""Consul's trust domains are a cluster's UUID and this ending (agent/connect/uri_signing.go)."""
+
+KNOWN = {
+    "consul": consul_profile(ANY_TRUST_DOMAIN),
+    "istio": ISTIO,
+    "kuma": KUMA,
+}
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A profile that a person wrote, in YAML or JSON. Field by field as in MeshProfile."""
+
+    name: str = "custom"
+    sni_suffixes: tuple[str, ...] = ()
+    alpn: tuple[str, ...] = ()
+    proxy_ports: tuple[int, ...] = ()
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --profile."""
+    parser.add_argument(
+        "--profile",
+        default="consul",
+        metavar="NAME",
+        help=f"how the mesh's own mTLS is recognised: {', '.join(KNOWN)} (default: consul), or a YAML or JSON "
+        "file with any of sni_suffixes, alpn and proxy_ports",
+    )
+
+
+def chosen(name: str) -> MeshProfile:
+    """The profile of that name, or in that file. InputError for neither, and for a file with a fault."""
+    if name in KNOWN:
+        return KNOWN[name]
+    try:
+        text = text_of(name)
+    except InputError as error:
+        if "/" in name or "." in name:
+            raise
+        raise InputError(
+            f"there is no profile {name!r}",
+            field="--profile",
+            expected=f"{', '.join(KNOWN)}, or a file",
+        ) from error
+    try:
+        read = msgspec.yaml.decode(text, type=_File)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # PyYAML's messages have several lines.
+        raise InputError(" ".join(str(error).split()), source=name) from error
+    _check(read, name)
+    return MeshProfile(
+        name=read.name,
+        sni_suffixes=read.sni_suffixes,
+        alpn=read.alpn,
+        proxy_ports=read.proxy_ports,
+    )
+
+
+def _check(read: _File, source: str) -> None:
+    if not (read.sni_suffixes or read.alpn or read.proxy_ports):
+        raise InputError(
+            "recognises nothing", source=source, expected="sni_suffixes, alpn or proxy_ports"
+        )
+    for port in read.proxy_ports:
+        if not 1 <= port <= 65535:
+            raise InputError(
+                f"{port} is no port", source=source, field="proxy_ports", expected="1 to 65535"
+            )
+    for field, names in (("sni_suffixes", read.sni_suffixes), ("alpn", read.alpn)):
+        for name in names:
+            if not name.strip(".") or not name.isascii():
+                raise InputError(
+                    f"{name!r} is no name", source=source, field=field, expected="ASCII letters"
+                )
