@@ -241,7 +241,9 @@ class Map(_Handle):
         try:
             return mmap.mmap(self.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         except OSError as error:
-            raise refusal(f"cannot map the memory of map {self.name}", -(error.errno or 0)) from None
+            raise refusal(
+                f"cannot map the memory of map {self.name}", -(error.errno or 0)
+            ) from None
 
     def batches(self) -> Iterator[tuple[bytes, bytes, int]]:
         """All of a hash, as (keys one behind the other, values likewise, how many), batch by batch.
