@@ -26,9 +26,24 @@ def test_a_feature_that_the_kernel_refuses_is_missing_with_the_reason(monkeypatc
     missing = [feature for feature in features.probe_all() if not feature.present]
     assert {feature.name for feature in missing} == {
         "bpf(2) with traffic control programs",
-        "tcx links",
+        "tcx links or clsact filters",
         "BPF ring buffers",
     }
     for feature in missing:
         assert feature.detail == str(failure)
         assert feature.lost_without
+
+
+def test_where_tcx_is_refused_clsact_is_tried(monkeypatch):
+    ask = features._bpf
+
+    def refuse_links(command, attribute, what):
+        if command == features._BPF_LINK_CREATE:
+            raise KernelError("cannot attach a tcx link: Invalid argument")
+        return ask(command, attribute, what)
+
+    monkeypatch.setattr(features, "_bpf", refuse_links)
+    (found,) = [each for each in features.probe_all() if each.name.startswith("tcx")]
+    assert found.present
+    assert "clsact" in found.detail
+    assert "Invalid argument" in found.detail

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from tidegate.kernel import cgroups, ipset, links, netns, nftables, tun, xtables, xtables_rules
+from tidegate.kernel import cgroups, ipset, links, netns, nftables, tc, tun, xtables, xtables_rules
+from tidegate.kernel.bpf import Program
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.legacy_tables import Family
 from tidegate.kernel.nftables import Object
@@ -208,16 +209,17 @@ def _sched_cls() -> str:
     return "a program was loaded"
 
 
-def _tcx() -> str:
+def _attaching() -> str:
     def attach() -> str:
-        program = _load_sched_cls()
-        try:
-            loopback = socket.if_nametoindex("lo")
-            attribute = struct.pack("=IIII", program, loopback, _BPF_TCX_INGRESS, 0)
-            os.close(_bpf(_BPF_LINK_CREATE, attribute, "attach a tcx link"))
-        finally:
-            os.close(program)
-        return "a link was attached in a new namespace"
+        loopback = socket.if_nametoindex("lo")
+        with Program(_load_sched_cls(), "probe") as program:
+            attribute = struct.pack("=IIII", program.fd, loopback, _BPF_TCX_INGRESS, 0)
+            try:
+                os.close(_bpf(_BPF_LINK_CREATE, attribute, "attach a tcx link"))
+            except KernelError as refused:
+                tc.attach(loopback, {tc.Hook.INGRESS: program}, "tidegate-probe")
+                return f"a clsact filter was attached in a new namespace ({refused})"
+        return "a tcx link was attached in a new namespace"
 
     return netns.run_in_new(attach)
 
@@ -333,7 +335,7 @@ _PROBES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("TUN devices", "live probes of inbound redirection", _tun),
     ("libbpf", "observation", _library("libbpf.so.1")),
     ("bpf(2) with traffic control programs", "observation", _sched_cls),
-    ("tcx links", "observation", _tcx),
+    ("tcx links or clsact filters", "observation", _attaching),
     ("BPF ring buffers", "ClientHellos that span packets", _ring_buffer),
     ("BPF file system", "counts that outlive the agent", _bpffs),
     ("kernel type information (BTF)", "tracing on demand", _btf),
