@@ -22,6 +22,7 @@ def record(direction=Direction.OUTBOUND, flags=abi.FlowFlag.SYN_SEEN, local="10.
         "peer_port": 80,
         "flow_class": FlowClass.PLAINTEXT,
         "settled": True,
+        "decided": True,
         "flags": flags,
         "hint": Hint.HTTP1,
         "bytes_to_server": 10,
