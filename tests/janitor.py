@@ -34,16 +34,14 @@ def labs() -> set[str]:
 
 
 def clear(pid: str, mark: str, before: set[str]) -> None:
-    for name in labs() - before:
+    marked = [process for process in psutil.process_iter() if _mark(process) == mark]
+    # Somebody else may have begun a lab meanwhile.
+    for name in {name for name in labs() - before if any(_is_of(each, name) for each in marked)}:
         command = [sys.executable, "-m", "tidegate.cli.main", "lab", "down", "--lab", name]
         subprocess.run(command, check=False, timeout=120)
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark:
-                process.kill()
-        except psutil.Error:
-            # It has ended.
-            continue
+    for process in marked:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     for name in netns.names():
         if name.startswith(f"tg-test-{pid}-"):
             for inside in netns.pids(netns.path(name)):
@@ -53,6 +51,22 @@ def clear(pid: str, mark: str, before: set[str]) -> None:
     for root in _CGROUPS:
         for path in sorted(root.glob(f"tg-*-{pid}*/**/"), reverse=True):
             _remove(path)
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:
+        # It has ended.
+        return None
+
+
+def _is_of(process: psutil.Process, lab: str) -> bool:
+    """Whether a process works for a lab, as its arguments tell."""
+    try:
+        return any(f"{LABS / lab}/" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _remove(cgroup: Path) -> None:
