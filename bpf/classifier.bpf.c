@@ -140,7 +140,7 @@ static __always_inline int observe(struct __sk_buff *skb, enum way way)
 	if (parse_packet(skb, way, &key, &segment))
 		return NEXT_PROGRAM;
 	flow = bpf_map_lookup_elem(&flows, &key);
-	if ((segment.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+	if ((segment.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN)
 		flow = open_flow(&key, &segment, way, flow);
 	else if (!flow && segment.length)
 		flow = join_flow(&key);

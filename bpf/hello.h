@@ -99,7 +99,11 @@ struct match {
 	const struct tg_hello *hello;
 	__u32 text_left;	/* both are compared from the end */
 	__u32 name_left;
-	__u32 in_label;		/* whether the name's label has a byte for the text's * */
+	/*
+	 * Where in the name the label of the text's * ends, and not whether there was a byte for it: before 6.7 the
+	 * verifier walks a callback once, and takes what is known on the stack then for what it always is.
+	 */
+	__u32 label_end;
 };
 
 /* Whether the text's last byte that is left is a label of its own. */
@@ -123,11 +127,10 @@ static long match_byte(__u32 turn, struct match *match)
 	wanted = match->text->bytes[(match->text_left - 1) & (TG_TEXT_BYTES - 1)];
 	found = match->hello->name[(match->name_left - 1) & (TG_NAME_BYTES - 1)];
 	if (match->hello->field == FIELD_SNI && is_any_label(match)) {
-		if (found == '.' && !match->in_label)
-			return 1;
-		match->in_label = found != '.';
-		if (match->in_label)
+		if (found != '.')
 			match->name_left--;
+		else if (match->name_left == match->label_end)
+			return 1;
 		else
 			match->text_left--;
 		return 0;
@@ -136,6 +139,7 @@ static long match_byte(__u32 turn, struct match *match)
 		return 1;
 	match->text_left--;
 	match->name_left--;
+	match->label_end = match->name_left;
 	return 0;
 }
 
@@ -144,6 +148,7 @@ static __always_inline __s32 in_front_of(const struct tg_text *text, const struc
 {
 	struct match match = {
 		.text = text, .hello = hello, .text_left = text->length, .name_left = hello->name_length,
+		.label_end = hello->name_length,
 	};
 
 	bpf_loop(TG_TEXT_BYTES + TG_NAME_BYTES, match_byte, &match, 0);
@@ -172,7 +177,8 @@ static __always_inline int is_mesh_alpn(const struct tg_hello *hello, __u32 prof
 	if (!profile)
 		return 0;
 	for (i = 0; i < TG_NAMES && i < profile->alpn_count; i++)
-		if (in_front_of(&profile->alpns[i], hello) == 0)
+		/* The length first: a hello may have thirty thousand names, and they are compared in a loop. */
+		if (profile->alpns[i].length == hello->name_length && in_front_of(&profile->alpns[i], hello) == 0)
 			return 1;
 	return 0;
 }

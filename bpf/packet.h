@@ -113,7 +113,8 @@ static __always_inline int take_tcp(const struct tcphdr *tcp, __u32 offset, __u3
 	segment->sequence = bpf_ntohl(tcp->seq) + !!(segment->flags & TCP_SYN);
 	segment->acknowledged = bpf_ntohl(tcp->ack_seq);
 	segment->payload = payload;
-	segment->length = end - payload;
+	/* What a RST carries is not of the stream: RFC 1122 4.2.2.12. */
+	segment->length = segment->flags & TCP_RST ? 0 : end - payload;
 	return 0;
 }
 

@@ -168,6 +168,11 @@ static __noinline int look(struct __sk_buff *skb, const struct tg_flow_key *key,
 		looking.part.start = kept;
 	}
 	bpf_loop(PIECES_MAX, look_piece, &looking, 0);
+	/* Either map may have given this memory to another connection meanwhile, and these bytes may be that one's. */
+	if (*(volatile __u64 *)&prefix->owner != *(volatile __u64 *)&flow->opened) {
+		lose(key, flow, TG_PREFIX_EVICTED);
+		return 0;
+	}
 	if (looking.faults & PART_FAILED)
 		count(TG_BAD_HEADERS);
 	if (looking.faults & PART_OVERLAP)
@@ -332,6 +337,25 @@ static __always_inline void upgrade(struct __sk_buff *skb, const struct tg_flow_
 		collect(skb, key, flow, &part);
 }
 
+/* Payload of the client that does not decide yet. If nothing follows, the flow was not empty and is not known. */
+static __always_inline void stay_undecided(const struct tg_flow_key *key, struct tg_flow *flow,
+					   const struct tg_segment *segment)
+{
+	__u64 sent = bytes_of(flow, TG_CLIENT);
+	__s32 ahead = segment->sequence - first_of(flow, TG_CLIENT);
+
+	if (sent)
+		/* A PROXY header alone is not the client's word. */
+		give_verdict(key, flow, sent <= flow->base && flow->flags & TG_FLOW_SERVER_FIRST ?
+						TG_SERVER_FIRST : TG_UNKNOWN);
+	else if (ahead != -1 || segment->length != 1)
+		/*
+		 * Not one of the bytes is of the stream that the SYN began, and it is no keep-alive probe
+		 * (RFC 1122 4.2.3.6): the ends talk about another stream than this one.
+		 */
+		settle(key, flow, TG_UNKNOWN);
+}
+
 /* Payload of the client of a flow that is not settled. */
 static __always_inline void hear_client(struct __sk_buff *skb, const struct tg_flow_key *key,
 					struct tg_flow *flow, const struct tg_segment *segment)
@@ -342,9 +366,8 @@ static __always_inline void hear_client(struct __sk_buff *skb, const struct tg_f
 		collect(skb, key, flow, &part);
 	if (flow->turn_state == TG_TURN_OPEN && !is_settled(flow) && hear_turn(skb, flow, segment))
 		upgrade(skb, key, flow, segment);
-	/* Payload that does not decide yet. If nothing follows, the flow was not empty and is not known. */
-	if (!is_decided(flow) && bytes_of(flow, TG_CLIENT))
-		give_verdict(key, flow, TG_UNKNOWN);
+	if (!is_decided(flow))
+		stay_undecided(key, flow, segment);
 }
 
 /* A FIN says how long the client's stream is; what has not come by now may still come out of order. */
@@ -356,7 +379,7 @@ static __always_inline void client_finished(const struct tg_flow_key *key, struc
 	if ((__s32)(end - next_of(flow, TG_CLIENT)) < 0)
 		return;
 	flow->fin = end - first_of(flow, TG_CLIENT);
-	set_flag(flow, TG_FLOW_CLIENT_FIN | TG_FLOW_CLOSED);
+	set_flag(flow, TG_FLOW_CLIENT_FIN);
 }
 
 static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_key *key,
@@ -364,6 +387,8 @@ static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_ke
 {
 	learn_isn(flow, TG_CLIENT, segment);
 	take_in(key, flow, TG_CLIENT, segment);
+	if (segment->flags & (TCP_FIN | TCP_RST))
+		set_flag(flow, TG_FLOW_CLOSED);
 	if (segment->length && !is_settled(flow))
 		hear_client(skb, key, flow, segment);
 	if (is_settled(flow))

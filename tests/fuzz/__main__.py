@@ -29,7 +29,7 @@ def main() -> int:
         print("fuzzing loads programs into the kernel: run it as root", file=sys.stderr)
         return 2
     if options.replay:
-        return _replay(options.replay, options.aspects)
+        return _replay(options)
     done: SimpleQueue[tuple[int, str]] = multiprocessing.get_context("fork").SimpleQueue()
     workers = [
         multiprocessing.get_context("fork").Process(
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "--aspects", type=_names(tuple(Aspect)), default=tuple(Aspect),
         help=f"that are compared, with commas: {', '.join(Aspect)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--report", action="store_true", help="have the programs report ClientHellos, too"
+    )
     parser.add_argument("--replay", type=Path, nargs="+", help="play these cases only")
     return parser
 
@@ -126,7 +129,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     numbers = range(options.first + shard, options.first + options.streams, options.jobs)
     left = options.most
-    with Differential.open(options.aspects) as differential:
+    with Differential.open(options.aspects, report=options.report) as differential:
         for at in range(0, len(numbers), BATCH):
             batch = {
                 number: streams.make(options.seed, number, options.kinds)
@@ -176,10 +179,10 @@ def _lines(stream: streams.Stream) -> list[str]:
     return lines
 
 
-def _replay(paths: Sequence[Path], aspects: Sequence[Aspect]) -> int:
+def _replay(options: argparse.Namespace) -> int:
     differences = 0
-    with Differential.open(aspects) as differential:
-        for path in paths:
+    with Differential.open(options.aspects, report=options.report) as differential:
+        for path in options.replay:
             for difference in differential.compare([cases.read(path)]):
                 differences += 1
                 print(f"{path}: {difference}")

@@ -8,18 +8,16 @@ import contextlib
 import enum
 import functools
 import struct
-import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from classifying import Bench, bpffs
+from classifying import Bench
 from packets import IPV4, IPV6, Packet, Talk
 
 from tidegate.model import Direction
 from tidegate.observe import abi
-from tidegate.observe.classifier import Classifier, FlowRecord, MeshProfile
+from tidegate.observe.classifier import Classifier, FlowRecord, HelloChunk, MeshProfile
 
 from .reference import Connection, Flag, Segment
 from .streams import PROFILE, PROXY_PORT, SERVER_PORT, Stream
@@ -38,6 +36,8 @@ class Aspect(enum.StrEnum):
     HINT = "hint"
     FLAGS = "flags"
     BYTES = "bytes"
+    HELLOS = "hellos"
+    """Where the programs report them: whether their parts are the client's bytes, in order and without a gap."""
     EDGES = "edges"
 
 
@@ -80,22 +80,18 @@ class Differential:
     def __init__(self, bench: Bench, aspects: Sequence[Aspect] = tuple(Aspect)) -> None:
         self._bench = bench
         self._aspects = frozenset(aspects)
+        self._hellos: dict[bytes, list[HelloChunk]] = defaultdict(list)
+        """What was reported, by the flow's key."""
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, aspects: Sequence[Aspect] = tuple(Aspect)) -> Iterator["Differential"]:
-        """On a bpffs of its own, which goes with it."""
-        with (
-            tempfile.TemporaryDirectory(prefix="tg-fuzz-") as directory,
-            bpffs(Path(directory) / "bpf") as pins,
-        ):
-            classifier = Classifier.open(pins)
-            try:
-                classifier.set_profile(mesh_profile())
-                with contextlib.closing(Bench(classifier, pins)) as bench:
-                    yield cls(bench, aspects)
-            finally:
-                classifier.remove()
+    def open(
+        cls, aspects: Sequence[Aspect] = tuple(Aspect), *, report: bool = False
+    ) -> Iterator["Differential"]:
+        """With programs of its own, which go with it; with `report` they also send ClientHellos."""
+        with contextlib.closing(Classifier.private(report=report)) as classifier:
+            classifier.set_profile(mesh_profile())
+            yield cls(Bench(classifier), aspects)
 
     def compare(self, streams: Sequence[Stream]) -> list[Difference]:
         """Plays these (at most BATCH) and tells where the two disagree.
@@ -108,10 +104,10 @@ class Differential:
         for number, stream in enumerate(streams):
             packets = _packets(stream, _FIRST_PORT + number)
             direction = Direction.OUTBOUND if stream.outbound else Direction.INBOUND
-            bench.play(packets[: len(packets) // 2], direction)
+            self._play(packets[: len(packets) // 2], direction)
             halves.append((packets[len(packets) // 2 :], direction))
         for packets, direction in halves:
-            bench.play(packets, direction)
+            self._play(packets, direction)
         expected = [_expect(stream) for stream in streams]
         records = {_client_port(record): record for record in bench.flows()}
         differences = [
@@ -123,7 +119,13 @@ class Differential:
             differences += self._sums(expected)
         bench.evict_flows()
         bench.classifier.forget_edges(bench.workload)
+        self._hellos.clear()
         return differences
+
+    def _play(self, packets: list[Packet], direction: Direction) -> None:
+        self._bench.play(packets, direction)
+        for chunk in self._bench.classifier.hellos():
+            self._hellos[chunk.key].append(chunk)
 
     def minimised(self, difference: Difference, stream: Stream) -> Stream:
         """The stream with the fewest segments that make the same difference: some dropped, others joined."""
@@ -153,10 +155,24 @@ class Differential:
             if expected.counts:
                 yield Difference(Aspect.CLASS, expected.flow_class, "no flow", stream)
             return
-        for aspect in self._aspects - {Aspect.EDGES}:
+        for aspect in self._aspects - {Aspect.EDGES, Aspect.HELLOS}:
             wanted, have = _said(aspect, expected, found)
             if wanted != have:
                 yield Difference(aspect, wanted, have, stream)
+        if Aspect.HELLOS in self._aspects:
+            yield from self._reported(stream, expected, found)
+
+    def _reported(
+        self, stream: Stream, expected: Connection, found: FlowRecord
+    ) -> Iterator[Difference]:
+        hello = b""
+        for chunk in self._hellos[found.key]:
+            if chunk.position != len(hello):
+                here, there = f"a part at {len(hello)}", f"one at {chunk.position}"
+                yield Difference(Aspect.HELLOS, here, there, stream)
+            hello += chunk.bytes
+        if not expected.may_tell_overlap and not expected.hello.startswith(hello):
+            yield Difference(Aspect.HELLOS, expected.hello.hex(), hello.hex(), stream)
 
     def _sums(self, expected: Sequence[Connection]) -> Iterator[Difference]:
         wanted, have = Counter[str](), Counter[str]()
@@ -208,8 +224,8 @@ def _said(aspect: Aspect, expected: Connection, found: FlowRecord) -> tuple[str,
             )
         case Aspect.FLAGS:
             return _flags(expected, found)
-        case Aspect.EDGES:
-            raise ValueError("edges are sums over many connections")
+        case Aspect.EDGES | Aspect.HELLOS:
+            raise ValueError(f"{aspect} are not told by a flow")
 
 
 def _flags(expected: Connection, found: FlowRecord) -> tuple[str, str]:

@@ -33,6 +33,8 @@ class Flag(enum.Flag):
     OVERLAP = enum.auto()
     PROXY = enum.auto()
     SSLV2 = enum.auto()
+    CLOSED = enum.auto()
+    SYN_SEEN = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,13 @@ class Connection:
         """How far the client was seen when the server first sent payload."""
         self._fin: int | None = None
         self._reset = False
+        self._closed = False
+        self._over = False
+        """A RST came when there was something to decide: what comes late is not looked at."""
         self._settled: FlowClass | None = None
         self._turn: Stretch | None = None
+        self._upgraded: Stretch | None = None
+        """The turn that began TLS."""
         self._mysql_asked = False
         self._hint: Hint | None = None
         self._proxy = False
@@ -167,6 +174,10 @@ class Connection:
     def flags(self) -> Flag:
         """Without OVERLAP."""
         flags = Flag(0)
+        if self._syn_seen:
+            flags |= Flag.SYN_SEEN
+        if self._closed:
+            flags |= Flag.CLOSED
         if self._proxy:
             flags |= Flag.PROXY
         if self._sslv2:
@@ -176,6 +187,13 @@ class Connection:
     @property
     def may_tell_overlap(self) -> bool:
         return self._client.differences > 0
+
+    @property
+    def hello(self) -> bytes:
+        """The client's stream from where its ClientHello begins, as far as it was seen without a gap."""
+        if self._upgraded is not None:
+            return bytes(self._upgraded.begin)
+        return bytes(self._client.begin[self._base :])
 
     @property
     def bytes_to_server(self) -> int:
@@ -189,6 +207,9 @@ class Connection:
         return self._furthest[from_client] - self._first.get(from_client, 0)
 
     def feed(self, segment: Segment) -> None:
+        if segment.flags & RST:
+            # RFC 1122 4.2.2.12: what it carries is a remark, and not of the stream.
+            segment = segment._replace(payload=b"")
         if segment.flags & SYN and segment.from_client and not segment.flags & ACK:
             self._syn_seen = True
         if not self._syn_seen:
@@ -197,6 +218,8 @@ class Connection:
             self._from_client(segment)
         else:
             self._from_server(segment)
+        if self.counts and segment.flags & (FIN | RST if segment.from_client else RST):
+            self._closed = True
 
     def _join(self, segment: Segment) -> None:
         """A connection that is older than its observation."""
@@ -225,13 +248,15 @@ class Connection:
         self._client.add(segment.position, segment.payload)
         if self._settled is None and self._client.conflicts > conflicts:
             self.must_tell_overlap = True
-        if self._turn is not None:
-            self._turn.add(segment.position, segment.payload)
+        for turn in (self._turn, self._upgraded):
+            if turn is not None:
+                turn.add(segment.position, segment.payload)
+        if segment.payload and not self._furthest[True] and not _is_probe(segment):
+            # Not one of the bytes is of the stream that the SYN began.
+            self._settled = FlowClass.UNKNOWN
         if segment.flags & FIN:
             self._fin = end
-        if segment.flags & RST:
-            self._reset = True
-        self._decide()
+        self._decide(reset=bool(segment.flags & RST))
 
     def _from_server(self, segment: Segment) -> None:
         new = self._count(segment)
@@ -242,9 +267,7 @@ class Connection:
                 self._spoke_at = self._furthest[True]
             if self._settled in (FlowClass.PLAINTEXT, FlowClass.SERVER_FIRST):
                 self._turn = Stretch(self._furthest[True])
-        if segment.flags & RST:
-            self._reset = True
-        self._decide()
+        self._decide(reset=bool(segment.flags & RST))
 
     def _acknowledged(self, acked: int) -> None:
         """Rule 6, and what of rule 4 has to do with bytes that will not come any more."""
@@ -257,7 +280,10 @@ class Connection:
     def _is_fin(self, acked: int, end: int) -> bool:
         return self._fin == end and acked == end + 1
 
-    def _decide(self) -> None:
+    def _decide(self, *, reset: bool) -> None:
+        if self._over:
+            return
+        self._reset = reset
         if self._settled is None:
             self._settled = self._class_at_base()
         if self._settled in (FlowClass.PLAINTEXT, FlowClass.SERVER_FIRST):
@@ -269,6 +295,7 @@ class Connection:
                 if self._mysql_asked:
                     self._turn = self._client.following(self._base + 36)
             self._upgrade()
+        self._over = reset and self._settled is not None
 
     def _upgrade(self) -> None:
         """Rule 4."""
@@ -281,6 +308,7 @@ class Connection:
                 self._turn = None
             case _:
                 self._settled = FlowClass.STARTTLS
+                self._upgraded, self._turn = self._turn, None
 
     def _class_at_base(self) -> FlowClass | None:
         """Rules 2, 3 and 6: the class for good, None while there is none."""
@@ -324,6 +352,11 @@ class Connection:
         if self._fin is not None and self._fin <= contiguous and furthest == contiguous:
             return otherwise
         return None
+
+
+def _is_probe(segment: Segment) -> bool:
+    """A keep-alive probe: one byte in front of what is to come (RFC 1122 4.2.3.6)."""
+    return segment.position == -1 and len(segment.payload) == 1
 
 
 # Rule 2.

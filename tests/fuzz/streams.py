@@ -571,6 +571,10 @@ def _segments(dice: Dice, turns: Turns) -> list[Segment]:
     if dice.random() < 0.03:
         # A keep-alive probe: a byte that was there already (RFC 1122 4.2.3.6).
         segments.append(Segment(True, -1, b"\0"))
+    if dice.random() < 0.02:
+        # Bytes of a stream that another SYN began.
+        length = dice.randrange(1, 30)
+        segments.append(Segment(True, -length - dice.choice((0, 1, 100_000)), bytes(length)))
     for from_client, data in turns:
         if not data:
             continue
@@ -615,12 +619,18 @@ def _end(dice: Dice, segments: list[Segment]) -> list[Segment]:
         return segments
     if ending == 1:
         from_client = dice.random() < 0.5
-        return [*segments, Segment(from_client, sent if from_client else got, b"", RST)]
+        remark = dice.choice((b"", b"", b"go away"))
+        reset = Segment(from_client, sent if from_client else got, remark, RST)
+        # It overtakes what was sent before it.
+        at = dice.choice((len(segments), dice.randrange(1, len(segments) + 1)))
+        return [*segments[:at], reset, *segments[at:]]
     if ending == 2 and len(segments) > 3:
         # The FIN overtakes what was sent before it.
         at = dice.randrange(3, len(segments) + 1)
         return [*segments[:at], Segment(True, sent, b"", FIN | ACK, got), *segments[at:]]
-    segments = [*segments, Segment(True, sent, b"", FIN | ACK, got)]
+    last = dice.choice((b"", b"", _line(dice)))
+    segments = [*segments, Segment(True, sent, last, FIN | ACK, got)]
+    sent += len(last)
     if ending == 3:
         segments.append(Segment(False, got, b"", FIN | ACK, sent + 1))
     return segments

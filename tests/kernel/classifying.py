@@ -9,7 +9,6 @@ from pathlib import Path
 
 from packets import Packet
 
-from tidegate.kernel.bpf import Map, Program
 from tidegate.model import Direction, Edge, FlowClass
 from tidegate.observe import abi
 from tidegate.observe.classifier import Classifier, FlowRecord, Losses
@@ -37,19 +36,11 @@ def bpffs(directory: Path) -> Iterator[Path]:
 class Bench:
     """Plays packets to the programs as if they came by the interface of one workload."""
 
-    def __init__(self, classifier: Classifier, pin_dir: Path) -> None:
-        pins = pin_dir / "classifier"
-        (programs,) = (pins / "programs").iterdir()
-        self._from_pod = Program.open_pinned(programs / "from_pod")
-        self._to_pod = Program.open_pinned(programs / "to_pod")
-        self._flows = Map.open_pinned(pins / "maps" / "flows")
+    def __init__(self, classifier: Classifier) -> None:
+        self._from_pod, self._to_pod = classifier.programs
         self.classifier = classifier
         self.workload = 0
         self._losses: Losses = classifier.losses()
-
-    def close(self) -> None:
-        for handle in (self._from_pod, self._to_pod, self._flows):
-            handle.close()
 
     def begin(self, service_ports: tuple[int, ...] = ()) -> None:
         """From now on the packets are those of a workload never seen before."""
@@ -66,8 +57,8 @@ class Bench:
 
     def evict_flows(self) -> None:
         """What the LRU map does when it has no room."""
-        for key, _ in list(self._flows.items()):
-            self._flows.delete(key)
+        for flow in self.classifier.flows():
+            self.classifier.take_flow(flow.key)
 
     def edges(self) -> list[Edge]:
         """The edges that have connections or bytes."""

@@ -81,9 +81,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, Pa
         classifier = Classifier.open(pins)
         try:
             classifier.set_profile(PROFILE)
-            bench = Bench(classifier, pins)
-            yield bench, pins
-            bench.close()
+            yield Bench(classifier), pins
         finally:
             classifier.remove()
 

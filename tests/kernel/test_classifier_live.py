@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from namespaces import DEADLINE_S, Pair, landing, pair_of, serving
+from packets import hello, with_extension
 
 from tidegate.kernel import links, netns
 from tidegate.kernel.bpf import Map
@@ -256,6 +258,28 @@ def test_a_hello_sent_byte_by_byte_is_classified(
     assert classifier.losses().lost == 0
 
 
+@pytest.mark.parametrize("side", Side)
+def test_a_hello_of_twenty_kilobytes_in_one_super_segment_is_classified(
+    classifier: Classifier, pair: Pair, side: Side
+) -> None:
+    """The mesh's name stands behind all that."""
+    observe(classifier, pair, side)
+    data = with_extension(hello(MESH_SNI), 0xFE00, bytes(20_000))
+    route = ["ip", "route", "replace", f"{pair.pod_ipv4}/32", "dev", "host0", "initcwnd", "40"]
+    netns.run_in(pair.peer, partial(subprocess.run, route, check=True))
+    everything = socket.htons(3)  # ETH_P_ALL
+    raw = netns.run_in(pair.peer, socket.socket, socket.AF_PACKET, socket.SOCK_RAW, everything)
+    listener = netns.run_in(pair.pod, listen, PORT)
+    with raw, listener, connect(pair.peer, pair.pod_ipv4, PORT) as connection:
+        raw.settimeout(DEADLINE_S)
+        connection.sendall(data)
+        while len(raw.recv(1 << 17)) < len(data):
+            pass
+        eventually(lambda: counts(classifier) == {FlowClass.MESH: 1})
+    assert the_edge(classifier).count.bytes_to_server == len(data)
+    assert classifier.losses().lost == 0
+
+
 def test_a_server_that_greets_first_is_told_apart(classifier: Classifier, pair: Pair) -> None:
     observe(classifier, pair)
     with serving(pair.pod, "pod", [PORT]):
@@ -352,7 +376,7 @@ def test_a_ledger_that_saw_a_connection_undecided_sees_it_decided(
     ledger = Ledger.open(tmp_path / "ledger.sqlite")
 
     def told() -> dict[FlowClass, int]:
-        ledger.record(time.time(), classifier.generation, classifier.edges(), {})
+        ledger.record(time.time(), classifier.generation, classifier.changed_edges(), {})
         edges = ledger.window([WORKLOAD], None, 0.0, time.time() + 1)
         return {each.key.flow_class: n for each in edges if (n := each.count.connections)}
 

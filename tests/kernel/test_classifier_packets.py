@@ -59,9 +59,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, Pa
     with bpffs(tmp_path_factory.mktemp("packets") / "bpf") as pins:
         classifier = Classifier.open(pins)
         try:
-            bench = Bench(classifier, pins)
-            yield bench, pins / "classifier" / "maps"
-            bench.close()
+            yield Bench(classifier), pins / "classifier" / "maps"
         finally:
             classifier.remove()
 
@@ -656,6 +654,31 @@ def test_two_processors_open_and_decide_the_same_connections_once(
     edges = bench.edges()
     assert len(edges) == servers
     assert {edge.count.bytes_to_server for edge in edges} == {len(HTTP)}
+    assert bench.counted() == {}
+
+
+def test_bytes_that_come_while_their_connection_moves_are_counted_once(
+    bench: Bench, maps: Path, stepping: Path
+) -> None:
+    """One processor counts what the server sends, and the other sees meanwhile what the client speaks."""
+    undecided, word, size, rounds, connections = b"\x16", b"no hello", 10, 2000, 150
+    stepper = Stepper(bench, maps, stepping, SEQUENCE_AT, size)
+    for port in range(30_000, 30_000 + connections):
+        talk = talk_of(4, port)
+        bench.play([talk.syn(), talk.up(0, undecided)], Direction.OUTBOUND)
+        at_once(
+            functools.partial(stepper.play, talk.down(0, b"y" * size, len(undecided)), rounds),
+            functools.partial(bench.play, [talk.up(len(undecided), word)], Direction.OUTBOUND),
+        )
+    stepper.close()
+    (edge,) = bench.edges()
+    sent = len(undecided + word), rounds * size
+    assert edge.key.flow_class is FlowClass.PLAINTEXT
+    assert Counter((flow.bytes_to_server, flow.bytes_to_client) for flow in bench.flows()) == {
+        sent: connections
+    }
+    count = edge.count
+    assert (count.bytes_to_server, count.bytes_to_client) == tuple(connections * n for n in sent)
     assert bench.counted() == {}
 
 

@@ -1,5 +1,6 @@
 """Packets in, class out: the classifier's own code, run by BPF_PROG_TEST_RUN."""
 
+import contextlib
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from packets import (
 
 from tidegate.errors import InputError
 from tidegate.model import Direction, FlowClass
+from tidegate.observe.abi import FlowFlag
 from tidegate.observe.classifier import Classifier, MeshProfile
 
 MESH_SNI = "api.default.dc1.internal.0a1b.consul"
@@ -42,6 +44,7 @@ HUGE_MESH = with_extension(MESH, 0xFE00, bytes(5000))
 HUGE_TLS = with_extension(BARE_TLS, 0xFE00, bytes(5000))
 HTTP = b"GET / HTTP/1.1\r\nHost: api\r\n\r\n"
 NUL = b"\0"
+PUSH = 0x08
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +53,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         classifier = Classifier.open(pins)
         try:
             classifier.set_profile(PROFILE)
-            bench = Bench(classifier, pins)
-            yield bench
-            bench.close()
+            yield Bench(classifier)
         finally:
             classifier.remove()
 
@@ -689,3 +690,156 @@ def test_a_prefix_of_an_evicted_flow_is_not_taken_for_that_of_the_next(bench: Be
     bench.play([*second.opening(), *second.segments(MESH, 100)], Direction.OUTBOUND)
     assert bench.classes() == {FlowClass.UNKNOWN: 1, FlowClass.MESH: 1}
     assert bench.counted() == {}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("behind", [2, 100, 70_000, 1 << 30])
+def test_payload_of_another_stream_than_the_syns_is_never_taken_for_no_payload(
+    bench: Bench, version: int, behind: int
+) -> None:
+    """Of two SYNs on one tuple, the classifier cannot know which one the server took."""
+    talk = talk_of(version)
+    talk.client_isn = 1 << 31
+    bench.play([*talk.opening(), talk.up(-behind, b"x")], Direction.INBOUND)
+    assert bench.classes() == {FlowClass.UNKNOWN: 1}
+    bench.play([talk.up(0, MESH)], Direction.INBOUND)
+    assert bench.classes() == {FlowClass.UNKNOWN: 1}
+
+
+def test_payload_beyond_any_window_is_never_taken_for_no_payload(bench: Bench) -> None:
+    talk = talk_of(4)
+    bench.play([*talk.opening(), talk.up(3 << 29, HTTP)], Direction.INBOUND)
+    assert bench.classes() == {FlowClass.UNKNOWN: 1}
+    assert bench.counted() == {"out_of_window": 1}
+
+
+REMARK = b"go away"
+
+
+@pytest.mark.parametrize("from_client", [True, False])
+def test_what_a_reset_carries_is_not_of_the_stream(bench: Bench, from_client: bool) -> None:
+    talk, unknown = talk_of(4), talk_of(4, 40_001)
+
+    def reset(talk: Talk) -> Packet:
+        if from_client:
+            return talk.up(0, REMARK, RST)
+        return talk.down(0, REMARK, flags=RST | ACK)
+
+    bench.play([talk.syn(), reset(talk), reset(unknown)], Direction.OUTBOUND)
+    (edge,) = bench.edges()
+    assert (edge.key.flow_class, edge.count.connections) == (FlowClass.EMPTY, 1)
+    assert (edge.count.bytes_to_server, edge.count.bytes_to_client) == (0, 0)
+
+
+def test_a_syn_with_a_reset_opens_nothing_and_ends_nothing(bench: Bench) -> None:
+    talk = talk_of(4)
+    nonsense = Talk(talk.client, talk.server, client_isn=70_000)
+    bench.play(
+        [*talk.opening(), nonsense.up(-1, b"", SYN | RST), talk.up(0, MESH)], Direction.INBOUND
+    )
+    assert bench.classes() == {FlowClass.MESH: 1}
+
+
+@pytest.mark.parametrize(
+    ("late", "expected"),
+    [(MESH, FlowClass.MESH), (HTTP, FlowClass.PLAINTEXT), (MESH[:4], FlowClass.UNKNOWN)],
+)
+def test_a_reset_that_overtakes_the_first_bytes_does_not_hide_them(
+    bench: Bench, late: bytes, expected: FlowClass
+) -> None:
+    talk = talk_of(4)
+    reset = talk.up(len(late), b"", RST)
+    bench.play([*talk.opening(), reset, talk.up(0, late)], Direction.INBOUND)
+    assert bench.classes() == {expected: 1}
+
+
+@pytest.mark.parametrize("flags", [FIN | ACK, FIN | ACK | PUSH], ids=["fin", "fin-push"])
+@pytest.mark.parametrize(
+    ("data", "expected"), [(MESH, FlowClass.MESH), (HTTP, FlowClass.PLAINTEXT)]
+)
+def test_the_first_bytes_may_come_with_the_fin(
+    bench: Bench, data: bytes, expected: FlowClass, flags: int
+) -> None:
+    talk = talk_of(6)
+    bench.play([*talk.opening(), talk.up(0, data, flags)], Direction.INBOUND)
+    assert bench.classes() == {expected: 1}
+    assert bench.edges()[0].count.bytes_to_server == len(data)
+
+
+def test_a_client_that_gave_up_may_be_called_on_the_same_ports(bench: Bench) -> None:
+    """Not both ends opening at once: the first connection is over."""
+    talk = talk_of(4)
+    back = Talk(client=talk.server, server=talk.client, client_isn=9)
+    bench.play([talk.syn(), talk.up(0, b"", RST)], Direction.OUTBOUND)
+    bench.play([*back.opening(), back.up(0, HTTP)], Direction.INBOUND)
+    assert {(edge.key.direction, edge.key.flow_class) for edge in bench.edges()} == {
+        (Direction.OUTBOUND, FlowClass.EMPTY),
+        (Direction.INBOUND, FlowClass.PLAINTEXT),
+    }
+
+
+@pytest.mark.parametrize("data", [MESH, HTTP, b""], ids=["mesh", "http", "nothing"])
+@pytest.mark.parametrize("end", [FIN | ACK, RST], ids=["fin", "rst"])
+@pytest.mark.parametrize("from_client", [True, False])
+def test_a_connection_is_closed_by_a_reset_or_by_its_client(
+    bench: Bench, data: bytes, end: int, from_client: bool
+) -> None:
+    talk = talk_of(4)
+    bench.play([*talk.opening(), *([talk.up(0, data)] if data else [])], Direction.OUTBOUND)
+    assert not bench.flows()[0].flags & FlowFlag.CLOSED
+    last = talk.up(len(data), b"", end) if from_client else talk.down(0, b"", len(data), end)
+    bench.play([last], Direction.OUTBOUND)
+    closed = bool(bench.flows()[0].flags & FlowFlag.CLOSED)
+    assert closed == (from_client or end == RST)
+
+
+# Reports
+
+
+@pytest.fixture(scope="module")
+def reporting() -> Iterator[Bench]:
+    with contextlib.closing(Classifier.private(report=True)) as classifier:
+        classifier.set_profile(PROFILE)
+        yield Bench(classifier)
+
+
+PROXY = b"PROXY TCP4 10.0.0.1 10.0.0.2 4711 443\r\n"
+SSLV2 = b"\x80\x1c\x01\x03\x01\0\x03\0\0\0\x10" + bytes(19)
+
+
+@pytest.mark.parametrize(
+    ("before", "data", "expected"),
+    [
+        (b"", MESH, FlowClass.MESH),
+        (b"", OWN_TLS, FlowClass.TLS),
+        (b"", HUGE_MESH, FlowClass.MESH),
+        (b"", in_records(HUGE_MESH, 1, 700), FlowClass.MESH),
+        (b"", in_records(OWN_TLS, 1), FlowClass.TLS),
+        (b"", SSLV2, FlowClass.TLS),
+        (PROXY, HUGE_MESH, FlowClass.MESH),
+    ],
+    ids=["mesh", "tls", "huge", "huge in records", "records of a byte", "sslv2", "behind proxy"],
+)
+@pytest.mark.parametrize("size", [3000, 333, 1], ids=lambda size: f"by {size}")
+@pytest.mark.parametrize("mixed", [False, True], ids=["in order", "mixed"])
+def test_parts_of_a_reported_hello_follow_each_other_without_a_gap(
+    reporting: Bench, before: bytes, data: bytes, expected: FlowClass, size: int, mixed: bool
+) -> None:
+    reporting.begin()
+    reporting.classifier.hellos()
+    talk = talk_of(4)
+    segments = talk.segments(before + data + NUL * 50, size)
+    if mixed:
+        near = random.Random(size)
+        segments = [one for _, one in sorted(
+            (number + near.random() * 1000 / size, one) for number, one in enumerate(segments)
+        )]  # fmt: skip
+    reporting.play([*talk.opening(), *segments], Direction.INBOUND)
+    assert reporting.classes() == {expected: 1}
+    hello = b""
+    while chunks := reporting.classifier.hellos():
+        for chunk in chunks:
+            assert chunk.position == len(hello)
+            hello += chunk.bytes
+    assert hello == data
+    assert reporting.counted() == {}

@@ -262,9 +262,23 @@ def test_the_example_is_what_its_page_says():
     assert done.stdout.decode().endswith(block)
 
 
+def test_of_a_capture_that_ends_in_the_middle_of_a_packet_all_before_is_told(tmp_path):
+    file = tmp_path / "cut.pcap"
+    whole = pcap(Conversation().open().ask().close().frames)
+    file.write_bytes(whole[:-3])
+    done = run("classify", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert [flow["class"] for flow in seen["flows"]] == ["plaintext"]
+    assert lost(seen) == {"packet_truncated": 1}
+    (note,) = seen["notes"]
+    assert f"byte {len(whole) - 3}: ends in the middle of a packet" in note
+    assert done.stderr.decode() == f"tidegate: {note}\n"
+
+
 def test_a_broken_file_is_told_in_one_sentence(tmp_path):
     file = tmp_path / "broken.pcap"
-    file.write_bytes(pcap(Conversation().open().frames)[:-3])
+    file.write_bytes(pcap(Conversation().open().frames)[:50])
     done = run("classify", str(file))
     assert (done.returncode, done.stdout) == (2, b"")
     (said,) = done.stderr.decode().splitlines()

@@ -29,3 +29,9 @@ def test_what_once_made_a_difference_makes_none(differential: Differential, path
 def test_the_kernel_and_the_reference_agree(differential: Differential, first: int) -> None:
     batch = [streams.make(SEED, number) for number in range(first, first + BATCH)]
     assert [str(each) for each in differential.compare(batch)] == []
+
+
+def test_with_reports_the_kernel_says_the_same_and_tells_hellos_without_a_gap() -> None:
+    batch = [streams.make(SEED + 1, number) for number in range(BATCH)]
+    with Differential.open(report=True) as reporting:
+        assert [str(each) for each in reporting.compare(batch)] == []

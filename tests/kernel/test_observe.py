@@ -1,5 +1,6 @@
 """`tidegate observe` on real interfaces: what it tells of real clients, and how it begins and ends."""
 
+import json
 import signal
 import socket
 import ssl
@@ -25,6 +26,7 @@ from watching import (
     server_context,
 )
 
+from tidegate.cli.main import main
 from tidegate.cli.profiles import KNOWN
 from tidegate.kernel import links, netns
 from tidegate.observe import session
@@ -116,6 +118,18 @@ def test_it_ends_when_it_is_told_to(pair, number):
     assert observer.errors == ""
 
 
+def test_a_signal_while_it_attaches_ends_it_and_its_answer_is_whole(pair, monkeypatch, capsys):
+    watching = session.watching
+
+    def told_meanwhile(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return watching(*arguments)
+
+    monkeypatch.setattr(session, "watching", told_meanwhile)
+    assert main(["observe", "--netns", pair.pod, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["flows"] == []
+
+
 def test_it_ends_when_its_time_is_over(pair):
     with observing("--netns", pair.pod, "--for", "200ms", inside=pair.peer) as observer:
         assert observer.seen()["flows"] == []
@@ -167,6 +181,7 @@ def test_what_is_not_there_is_answered_with_what_is(pair):
     assert name in refused("--netns", f"{name}x")
     assert "expected one of lo, eth0" in refused("--netns", pair.pod, "--interface", "eth9")
     assert "consul, istio, kuma" in refused("--profile", "consl")
+    assert "--lab: says whom to ask, and there is nothing to ask" in refused("--lab", "any")
 
 
 def test_without_a_name_the_interface_is_the_one_that_is_probably_meant():

@@ -24,7 +24,7 @@ from tidegate.kernel.errors import KernelError
 from tidegate.kernel.libbpf import libbpf
 from tidegate.observe import abi, classifier, hold
 from tidegate.observe.classifier import Attachment, Classifier, Side
-from tidegate.observe.hold import HELLOS, PACKAGED_OBJECT, By
+from tidegate.observe.hold import BEST, HELLOS, PACKAGED_OBJECT, By
 from tidegate.observe.pins import ANOTHER_LAYOUT, LOST_MAP
 from tidegate.observe.private import Private
 
@@ -266,8 +266,8 @@ def qdiscs(netns_path: str) -> tuple[int, ...]:
 class Node:
     """Classifiers as a node has them whose own namespace is the peer's; one workload there, and one inside."""
 
-    def __init__(self, pair: Pair, directory: Path, by: By, stub: Path) -> None:
-        self.pair, self.directory, self.by, self.stub = pair, directory, (by,), stub
+    def __init__(self, pair: Pair, directory: Path, by: tuple[By, ...], stub: Path) -> None:
+        self.pair, self.directory, self.by, self.stub = pair, directory, by, stub
 
     def open(self, object_path: Path | None = None) -> Classifier:
         return self.here(Classifier.open, self.directory, object_path or self.stub, by=self.by)
@@ -319,7 +319,7 @@ class Node:
 
 @pytest.fixture
 def node(pair: Pair, bpf: Path, by: By, stub: Path) -> Node:
-    return Node(pair, bpf, by, stub)
+    return Node(pair, bpf, (by,), stub)
 
 
 def number_of(pin: Path) -> int:
@@ -831,21 +831,27 @@ def test_an_interface_that_went_takes_its_attachment_along(node: Node) -> None:
     node.remove(second)
 
 
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "private"])
 def test_a_kernel_without_links_is_given_filters(
-    pair: Pair, bpf: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, bpf: Path, stub: Path, monkeypatch: pytest.MonkeyPatch, pinned: bool
 ) -> None:
-    """As a kernel before 6.6 refuses them."""
+    """As a kernel before 6.6 refuses them; on the node's side, and in the workload's namespace."""
 
     def no_links(program: Program, ifindex: int, _where: AttachType) -> Link:
         raise KernelError(f"cannot attach {program.name} to interface {ifindex}", 22)
 
     monkeypatch.setattr(Link, "attach", no_links)
-    classifier = netns.run_in(pair.peer, Classifier.open, bpf, stub)
-    ifindex = index(pair.peer, "host0")
-    netns.run_in(pair.peer, classifier.attach, WORKLOAD, ifindex, Side.HOST, ())
-    assert len(filters(pair.peer, "host0")) == 2
-    netns.run_in(pair.peer, classifier.remove)
-    assert qdiscs(pair.peer) == ()
+    node = Node(pair, bpf, BEST, stub)
+    classifier = node.open() if pinned else node.private()
+    node.observe(classifier)
+    node.observe_inside(classifier)
+    assert len(node.attachments(classifier)) == 2
+    assert len(filters(pair.peer, "host0")) == len(filters(pair.pod, "eth0")) == 2
+    with serving(pair.peer, "peer", [PORT]):
+        connect(pair)
+    assert connections(classifier) == connections(classifier, inside=True) == 1
+    node.remove(classifier)
+    assert qdiscs(pair.peer) == qdiscs(pair.pod) == ()
 
 
 @every_way
@@ -997,7 +1003,7 @@ def test_a_change_of_what_a_number_means_is_another_layout(
 def test_the_packaged_programs_are_upgraded_too(pair: Pair, bpf: Path, tmp_path: Path) -> None:
     other = tmp_path / "classifier.bpf.o"
     other.write_bytes(PACKAGED_OBJECT.read_bytes() + b"\0")
-    node = Node(pair, bpf, By.TCX, PACKAGED_OBJECT)
+    node = Node(pair, bpf, (By.TCX,), PACKAGED_OBJECT)
     first = node.open()
     before = node.observe(first)
     attached = node.programs()
@@ -1017,7 +1023,7 @@ REJECTED = {
         "source: int *end = (void *)(long)skb->data; return *end;",
     ),
     "char to[4]; bpf_skb_load_bytes(skb, 0, to, skb->len); return to[0];": (
-        "the verifier rejects wrong: R4 ",
+        "the verifier rejects wrong: ",
         "at instruction 4: (85) call bpf_skb_load_bytes",
         "source: char to[4]; bpf_skb_load_bytes(skb, 0, to, skb->len)",
     ),

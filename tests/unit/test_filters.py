@@ -11,7 +11,13 @@ from tidegate.cli.main import make_parser
 
 def row(caller, server, port, flow_class, hints=()):
     def party(name):
-        return {"workload": f"{name}-1", "service": name, "address": f"10.0.0.{len(name)}"}
+        four, six = f"10.0.0.{len(name)}", f"fd00::{len(name)}"
+        return {
+            "workload": f"{name}-1",
+            "service": name,
+            "address": six,
+            "addresses": [four, six],
+        }
 
     return {
         "caller": party(caller),
@@ -52,6 +58,8 @@ def shown(*argv):
         (["--caller", "batch-1"], [1, 2]),
         (["--peer", "api"], [0, 1, 3]),
         (["--peer", "10.0.0.5"], [1, 2]),
+        (["--caller", "fd00:0::0005"], [1, 2]),
+        (["--caller", "10.0.0.2"], []),
         (["--peer", "nobody"], []),
     ],
 )

@@ -99,7 +99,8 @@ def test_a_workload_without_an_address_of_that_family_has_none(labels):
     only_ipv4 = Workload(
         id="x", name="x", service="x", node="n1", netns="", addresses=("10.1.0.9",)
     )
-    assert row(edge(peer="fd00:2::3"), only_ipv4, None, labels).server.address == ""
+    server = row(edge(peer="fd00:2::3"), only_ipv4, None, labels).server
+    assert (server.address, server.addresses) == ("", ())
 
 
 def test_the_path_is_that_of_the_policy_in_force(labels):
@@ -130,6 +131,8 @@ def test_both_families_of_a_pair_are_one_row(labels):
         assert (merged.connections, merged.bytes_to_server, merged.bytes_to_client) == (5, 20, 40)
         assert (merged.first_seen, merged.last_seen) == (50.0, 300.0)
         assert merged.caller.address == "fd00:2::3", "the address that was used last"
+        assert merged.caller.addresses == ("10.2.0.3", "fd00:2::3")
+        assert merged.server.addresses == ("10.1.0.2", "fd00:1::2")
 
 
 def test_what_differs_in_class_port_path_or_stranger_stays_apart(labels):

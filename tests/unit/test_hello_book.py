@@ -4,7 +4,7 @@ import ssl
 
 import pytest
 
-from tidegate.observe import hellos
+from tidegate.observe import hello, hellos
 from tidegate.observe.classifier import HelloChunk
 from tidegate.observe.hellos import HelloBook, Names
 
@@ -32,6 +32,16 @@ def test_the_names_of_a_hello_do_not_depend_on_its_chunks(size):
     book = HelloBook()
     book.take(chunks(hello_of("pay.example", ["h2", "http/1.1"]), size))
     assert book.names((b"a", 1)) == Names(sni="pay.example", alpn=("h2", "http/1.1"))
+
+
+def test_a_hello_in_many_chunks_is_read_a_few_times(monkeypatch):
+    read = []
+    parse = hello.parse
+    monkeypatch.setattr(hello, "parse", lambda data: read.append(len(data)) or parse(data))
+    book = HelloBook()
+    book.take(chunks(hello_of("pay.example", ["h2"] * 1000), 1))
+    assert book.names((b"a", 1)).sni == "pay.example"
+    assert len(read) < 50
 
 
 def test_a_flow_without_a_hello_has_no_names():

@@ -26,6 +26,8 @@ class Classifier:
     """Stands for the kernel: counters that a test sets, and what was asked of it."""
 
     generation = "g"
+    room = 65536
+    notes = ()
 
     def __init__(self):
         self.attached = {}
@@ -278,3 +280,10 @@ def test_an_address_that_changed_its_owner_names_each_for_its_own_time(observati
         (4, False),
         (5, True),
     ]
+
+
+def test_what_the_classifier_notes_is_logged_once(observation, kernel, caplog):
+    for notes in (("begun anew",), ("begun anew",), ("begun anew", "a filter comes first")):
+        kernel.notes = notes
+        observation.look([])
+    assert caplog.messages == ["begun anew", "a filter comes first"]

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -385,6 +385,12 @@ def test_losses_are_told_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_that_nobody_connected_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    teller = command.Teller({}, {}, None, only_pid=None, as_json=False)
+    teller.finish(Losses())
+    assert capsys.readouterr() == ("no connections\n", "")
+
+
 # Whom to follow
 
 
@@ -606,9 +612,35 @@ def test_a_service_that_no_agent_knows_is_refused(
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("tidegate.cli.target.agents_of_this_machine", lambda: ())
     assert main(["trace", "--service", "api"]) == 2
-    assert "no agent of this machine has a workload of service 'api' (known: none)" in (
+    assert "no agent that answers has a workload of service 'api' (known: none)" in (
         capsys.readouterr().err
     )
+
+
+def test_a_service_is_looked_for_at_the_agent_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def known(addresses: Iterable[str]) -> tuple[Node, ...]:
+        asked.append(tuple(addresses))
+        return (node_of(("pay-1", "pay", "")),)
+
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("tidegate.cli.trace._workload_names", dict)
+    monkeypatch.setattr("tidegate.cli.workloads.known", known)
+    assert main(["trace", "--service", "api", "--socket", "/a.sock"]) == 2
+    assert asked == [("unix:///a.sock",)]
+    assert "(known: pay)" in capsys.readouterr().err
+
+
+def test_whom_to_ask_is_not_named_where_nothing_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("tidegate.cli.target.agents_of_this_machine", lambda: ())
+    assert main(["trace", "--lab", "demo"]) == 2
+    assert "--lab: says whom to ask" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_page_are_understood() -> None:

@@ -42,10 +42,10 @@ _SYSTEM_FILES = (
     *("/etc/ethertypes", "/etc/hosts", "/usr/lib/ssl/openssl.cnf", "/etc/ssl/openssl.cnf"),
 )
 _MODULES = ("net", "lib", "crypto", "arch/x86/crypto", "drivers/net", "fs/fuse", "fs/overlayfs")
-# What the tests in the virtual machine do not use, and what would be most of the image.
+# What the tests in the virtual machine do not use, and what would be most of the image; and what is being written.
 _LEFT_OUT = re.compile(
     r"/(envoy|mypy|mypyc|pip|ruff|setuptools|librt|ast_serialize|test|idlelib|tkinter|ensurepip|ethernet|hyperv"
-    r"|wwan|infiniband|lib32|config-3\.\d+-[^/]*|\.[a-z]+_cache)$|__mypyc\.|/bin/(ruff|dmypy|mypy)$"
+    r"|wwan|infiniband|lib32|config-3\.\d+-[^/]*|\.[a-z]+_cache)$|__mypyc\.|/bin/(ruff|dmypy|mypy)$|\.tmp$"
 )
 
 

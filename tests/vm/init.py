@@ -29,6 +29,8 @@ def main() -> None:
         PATH="/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", TERM="dumb", LANG="C.UTF-8"
     )
     Path("/proc/sys/kernel/modprobe").write_text("/usr/sbin/modprobe")
+    # Its device node, by which others would load it, comes with it.
+    subprocess.run(["modprobe", "tun"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     directory, *command = Path("/command").read_text().split("\0")
     with open(_OUTPUT, "wb", buffering=0) as output:  # noqa: PTH123

@@ -49,12 +49,17 @@ def run_classify(args: argparse.Namespace) -> int:
     profile = profiles.chosen(args.profile)
     with ExitStack() as stack:
         stream, size = _opened(args.file, stack)
-        tell = stack.enter_context(_Telling(size))
         played = stack.enter_context(replay.replaying(profile))
-        for packet in capture.packets(stream, source_of(args.file)):
-            played.play(packet)
-            if played.packets % TOLD_EVERY == 0:
-                tell(packet.end)
+        tell = stack.enter_context(_Telling(size))
+        try:
+            for packet in capture.packets(stream, source_of(args.file)):
+                played.play(packet)
+                if played.packets % TOLD_EVERY == 0:
+                    tell(packet.end)
+        except capture.EndsEarly as early:
+            if not played.packets:
+                raise
+            played.note_end(early)
         report = played.report()
     seen.print_report(tables.console(), report, as_json=args.json)
     return 0
@@ -76,7 +81,10 @@ def _opened(file: str, stack: ExitStack) -> tuple[IO[bytes], int | None]:
 
 
 class _Telling:
-    """A progress bar on standard error, where that is a terminal and the size of the work is known."""
+    """A progress bar on standard error, where that is a terminal and the size of the work is known.
+
+    It appears when there is progress to tell.
+    """
 
     def __init__(self, size: int | None) -> None:
         console = Console(stderr=True)
@@ -92,8 +100,11 @@ class _Telling:
         self._task = self._bar.add_task("playing the capture", total=size)
 
     def __enter__(self) -> Callable[[int], None]:
+        return self._tell
+
+    def _tell(self, done: int) -> None:
         self._bar.start()
-        return lambda done: self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, completed=done)
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()

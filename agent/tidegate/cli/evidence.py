@@ -52,7 +52,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     flows.add_argument(
         "--for", dest="follow_for", type=duration, metavar="TIME", help="follow this long"
     )
-    add_json(flows)
+    add_json(flows, "one JSON object, with --follow or --for one a line,")
     flows.set_defaults(run=run_flows)
 
     ready = subparsers.add_parser(
@@ -117,16 +117,17 @@ async def _flows(args: argparse.Namespace) -> int:
             )
             return filters.chosen(dict(answer), args)
 
-        if args.json and not args.follow:
-            print(json.dumps(await fetch(), indent=2))
-        elif not args.follow and args.follow_for is None:
-            answer = await fetch()
-            tables.console().print(tables.flows(answer, time.time(), nothing=nothing))
-            for problem in answer.get("problems", ()):
-                print(f"tidegate: {problem}", file=sys.stderr)
-        else:
+        if args.follow or args.follow_for is not None:
             deadline = time.monotonic() + args.follow_for if args.follow_for else None
             await _follow(fetch, deadline, nothing, json_lines=args.json)
+        elif args.json:
+            print(json.dumps(await fetch(), indent=2))
+        else:
+            answer = await fetch()
+            table = tables.flows(answer, time.time(), nothing=nothing)
+            tables.print_table(tables.console(), table)
+            for problem in answer.get("problems", ()):
+                print(f"tidegate: {problem}", file=sys.stderr)
     return 0
 
 
@@ -146,7 +147,7 @@ async def _follow(
         with Live(console=console, auto_refresh=False) as live:
             while not over():
                 table = tables.flows(await fetch(), time.time(), nothing=nothing)
-                live.update(table, refresh=True)
+                live.update(tables.fitted(console, table), refresh=True)
                 await asyncio.sleep(REFRESH_S)
     else:
         seen: set[str] = set()
@@ -156,7 +157,7 @@ async def _follow(
                     console.print(f"new: {line}", soft_wrap=True)
                     seen.add(line)
             await asyncio.sleep(REFRESH_S)
-        console.print(tables.flows(await fetch(), time.time(), nothing=nothing))
+        tables.print_table(console, tables.flows(await fetch(), time.time(), nothing=nothing))
 
 
 def run_ready(args: argparse.Namespace) -> int:

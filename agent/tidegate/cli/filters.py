@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import ipaddress
 import time
 from typing import Any
 
@@ -34,10 +35,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--port", dest="ports", action="append", type=_port, metavar="PORT", help="to this port"
     )
     group.add_argument(
-        "--peer", metavar="NAME", help="with this workload, service or address at either end"
+        "--peer",
+        type=_party,
+        metavar="NAME",
+        help="with this workload, service or address at either end",
     )
     group.add_argument(
-        "--caller", metavar="NAME", help="opened by this workload, service or address"
+        "--caller",
+        type=_party,
+        metavar="NAME",
+        help="opened by this workload, service or address",
     )
 
 
@@ -77,7 +84,15 @@ def _is_chosen(row: dict[str, Any], args: argparse.Namespace) -> bool:
 
 
 def _names(party: dict[str, Any]) -> tuple[str, ...]:
-    return (party["workload"], party["service"], party["address"])
+    return (party["workload"], party["service"], *party["addresses"])
+
+
+def _party(text: str) -> str:
+    """A name as it is, an address as the ledger writes it."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return text
 
 
 def _port(text: str) -> int:

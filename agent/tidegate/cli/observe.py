@@ -5,13 +5,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
+from rich.console import Console
 from rich.live import Live
 
 from tidegate.cli import namespaces, profiles, seen, tables
 from tidegate.cli.arguments import ExamplesFormatter, add_json, duration
 from tidegate.cli.endings import told_to_end
 from tidegate.cli.target import require_root
+from tidegate.errors import InputError
 from tidegate.kernel import netns
 from tidegate.observe import session
 
@@ -66,9 +69,19 @@ def run_observe(args: argparse.Namespace) -> int:
     require_root("only root may attach programs to an interface")
     profile = profiles.chosen(args.profile)
     named = namespaces.chosen(args)
+    given = namespaces.options_given(args)
+    if named is None and given:
+        raise InputError(
+            "says whom to ask, and there is nothing to ask",
+            field=given[0][0],
+            expected="--workload beside it",
+        )
     place = session.choose(named.path if named else netns.CURRENT, args.interface)
     console = tables.console()
-    with told_to_end() as end, session.watching(place, profile) as watch:
+    # Whoever tells it to end while it attaches gets what was seen all the same: nothing.
+    with told_to_end() as end, ExitStack() as stack:
+        with _saying("attaching"):
+            watch = stack.enter_context(session.watching(place, profile))
         print("ready", file=sys.stderr, flush=True)
         deadline = time.monotonic() + args.watch_for if args.watch_for else None
         if console.is_terminal and not args.json:
@@ -76,7 +89,7 @@ def run_observe(args: argparse.Namespace) -> int:
 
                 def show() -> None:
                     rows = max(console.height - LINES_BESIDE, 4)
-                    live.update(seen.tables_of(watch.report(), rows // 2), refresh=True)
+                    live.update(seen.tables_of(watch.report(), rows // 2, console), refresh=True)
 
                 _follow(watch, end, deadline, show)
         else:
@@ -84,6 +97,12 @@ def run_observe(args: argparse.Namespace) -> int:
         report = watch.finish()
     seen.print_report(console, report, as_json=args.json)
     return 0
+
+
+def _saying(what: str) -> AbstractContextManager[object]:
+    """Says on standard error, where that is a terminal, what is being done as long as it is."""
+    console = Console(stderr=True)
+    return console.status(what) if console.is_terminal else nullcontext()
 
 
 def _follow(

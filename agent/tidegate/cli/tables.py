@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +30,29 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
+def fitted(out: Console, table: Table) -> Table:
+    """The table, its columns closer together where it would not fit otherwise."""
+    table.collapse_padding = _measured(table).minimum > out.width
+    return table
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Prints a table with every word whole; a terminal that is too narrow for that breaks its lines."""
+    for column in table.columns:
+        widths = [_measured(cell) for cell in (column.header, *column.cells)]
+        column.min_width = max(each.maximum if column.no_wrap else each.minimum for each in widths)
+    width = _measured(fitted(out, table)).minimum
+    if width > out.width:
+        out = Console(highlight=False, width=width)
+    out.print(table, crop=False)
+
+
+def _measured(what: RenderableType) -> Measurement:
+    """How wide something is at the least, its words whole, and in one line."""
+    endless = Console(width=10_000)
+    return Measurement.get(endless, endless.options, what)
+
+
 def _name(party: dict[str, Any]) -> str:
     return str(party.get("workload") or party.get("address") or "?")
 
@@ -37,9 +61,9 @@ def flows(answer: dict[str, Any], now: float, *, nothing: str = "no flows yet") 
     """The ledger's edges, service by service; where there are none, that."""
     table = _table("caller", "", "service", "port", "class", "hint")
     table.add_column("path", overflow="fold")
-    table.add_column("connections", justify="right", no_wrap=True, min_width=5, overflow="fold")
+    table.add_column("connections", justify="right", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("last seen", overflow="fold")
+    table.add_column("last seen", no_wrap=True)
     for row in answer["flows"]:
         table.add_row(
             _name(row["caller"]),
@@ -114,7 +138,7 @@ def print_verdict(out: Console, verdict: dict[str, Any], now: float) -> None:
                 durations.ago(now - caller["last_seen"]),
                 caller.get("note", ""),
             )
-        out.print(table)
+        print_table(out, table)
 
 
 def print_event(out: Console, event: dict[str, Any]) -> None:

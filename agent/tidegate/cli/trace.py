@@ -36,6 +36,7 @@ TELL_S = 0.25
 """Between two looks at what is finished: what was read meanwhile is asked for and told together."""
 UNDECIDED_ROUNDS = 4
 """How many such looks a connection waits for its class, such as that of a ClientHello in several segments."""
+_WHOM_TO_ASK = ("--lab", "--socket")
 HEADING = (
     f"{'time':<12} {'what':<7} {'process':<22} {'uid':>5} {'workload':<16} {'connection':<45} "
     f"{'redirected':<26} {'class':<12} first byte"
@@ -102,20 +103,31 @@ def run_trace(args: argparse.Namespace) -> int:
 
 
 def _chosen_paths(args: argparse.Namespace) -> dict[int, str] | None:
-    """The chosen network namespaces, inode number to path; None for all. InputError when there is none."""
+    """The chosen network namespaces, inode number to path; None for all.
+
+    InputError when there is none, and for an option that has no meaning beside the others.
+    """
+    given = [option for option, _ in namespaces.options_given(args)]
+    asked = [option for option in given if option in _WHOM_TO_ASK]
     if args.service is None:
         named = namespaces.chosen(args)
+        if named is None and asked:
+            raise InputError(
+                "says whom to ask, and there is nothing to ask",
+                field=asked[0],
+                expected="--workload or --service beside it",
+            )
         return None if named is None else {netns.identity(named.path).inode: named.path}
-    for option, _ in namespaces.options_given(args):
-        if option in ("--netns", "--pid", "--workload"):
+    for option in given:
+        if option not in _WHOM_TO_ASK:
             raise InputError(f"is given beside {option}", field="--service", expected="one of them")
-    nodes = workloads.known(target.agents_of_this_machine())
-    everyone = [one for node in nodes for one in node.workloads]
+    agents = target.agent_addresses(args) if asked else target.agents_of_this_machine()
+    everyone = [one for node in workloads.known(agents) for one in node.workloads]
     found = [one.netns for one in everyone if one.service == args.service]
     if not found:
         services = ", ".join(sorted({one.service for one in everyone if one.service})) or "none"
         raise InputError(
-            f"no agent of this machine has a workload of service {args.service!r} (known: {services})",
+            f"no agent that answers has a workload of service {args.service!r} (known: {services})",
             field="--service",
         )
     return {netns.identity(path).inode: path for path in found}
@@ -165,6 +177,8 @@ class Teller:
     def finish(self, losses: session.Losses) -> None:
         """Prints everything that is left, and what was lost."""
         self._tell(self._connections.rest(), 0)
+        if not self._as_json and not self._headed:
+            print("no connections")
         sys.stdout.flush()
         if self._as_json:
             print(

@@ -130,6 +130,11 @@ class Object:
             offset, length = variables[name]
             ctypes.memmove(begin + offset, value.to_bytes(length, sys.byteorder), length)
 
+    def leave_out_programs(self) -> None:
+        """Has `load` make the maps, and give no program to the verifier."""
+        for handle in self._programs():
+            libbpf().bpf_program__set_autoload(handle, False)
+
     def load(self) -> None:
         """Makes the maps and gives the programs to the verifier."""
         with warnings() as said:
@@ -146,11 +151,9 @@ class Object:
     def program(self, name: str) -> Program:
         """A handle of its own on a loaded program."""
         library = libbpf()
-        handle = library.bpf_object__next_program(self._pointer, None)
-        while handle:
+        for handle in self._programs():
             if library.bpf_program__name(handle).decode() == name:
                 return Program(os.dup(library.bpf_program__fd(handle)), name)
-            handle = library.bpf_object__next_program(self._pointer, handle)
         raise KernelError(f"{self._path} has no program {name}")
 
     def close(self) -> None:
@@ -176,6 +179,13 @@ class Object:
         while handle:
             yield library.bpf_map__name(handle).decode(), handle
             handle = library.bpf_object__next_map(self._pointer, handle)
+
+    def _programs(self) -> Iterator[int]:
+        library = libbpf()
+        handle = library.bpf_object__next_program(self._pointer, None)
+        while handle:
+            yield handle
+            handle = library.bpf_object__next_program(self._pointer, handle)
 
     def _btf(self) -> Btf:
         return Btf(libbpf().bpf_object__btf(self._pointer))

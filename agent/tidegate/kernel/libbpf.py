@@ -57,6 +57,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_obj_get": (_int, (_text,)),
     "bpf_obj_pin": (_int, (_int, _text)),
     "bpf_obj_get_info_by_fd": (_int, (_int, _pointer, ctypes.POINTER(_u32))),
+    "bpf_program__set_autoload": (_int, (_pointer, ctypes.c_bool)),
     "bpf_link_create": (_int, (_int, _int, _int, _pointer)),
     "bpf_link_update": (_int, (_int, _int, _pointer)),
     "bpf_link_detach": (_int, (_int,)),

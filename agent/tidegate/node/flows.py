@@ -20,6 +20,9 @@ class Party(msgspec.Struct, frozen=True, kw_only=True):
     """One end of a flow; empty names where the catalog knows none."""
 
     address: str
+    """Of several, the one that was used last."""
+    addresses: tuple[str, ...] = ()
+    """Every address that it used in this flow, in order; none where none is known."""
     workload: str = ""
     service: str = ""
     node: str = ""
@@ -50,8 +53,10 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
     """Names an edge that was seen at the interface of `own`. `policy` is what is redirected there, None for nothing."""
     key, count = edge.key, edge.count
     peer = labels.at(key.peer, count.last_seen)
+    address = _own_address(own, key.peer)
     mine = Party(
-        address=_own_address(own, key.peer),
+        address=address,
+        addresses=(address,) if address else (),
         workload=own.name,
         service=own.service,
         node=own.node,
@@ -118,6 +123,8 @@ def _sum(one: FlowRow, other: FlowRow) -> FlowRow:
     latest = max(one, other, key=lambda row: row.last_seen)
     return msgspec.structs.replace(
         latest,
+        caller=_with_addresses(latest.caller, one.caller, other.caller),
+        server=_with_addresses(latest.server, one.server, other.server),
         connections=one.connections + other.connections,
         bytes_to_server=one.bytes_to_server + other.bytes_to_server,
         bytes_to_client=one.bytes_to_client + other.bytes_to_client,
@@ -127,11 +134,18 @@ def _sum(one: FlowRow, other: FlowRow) -> FlowRow:
     )
 
 
+def _with_addresses(party: Party, *seen: Party) -> Party:
+    """The party with the addresses of all, which are the same workload."""
+    addresses = sorted({address for each in seen for address in each.addresses})
+    return msgspec.structs.replace(party, addresses=tuple(addresses))
+
+
 def _party(address: str, instance: Instance | None) -> Party:
     if instance is None:
-        return Party(address=address)
+        return Party(address=address, addresses=(address,))
     return Party(
         address=address,
+        addresses=(address,),
         workload=instance.name,
         service=instance.service,
         node=instance.node,

@@ -41,9 +41,6 @@ from tidegate.observe.witness import (
 )
 from tidegate.verdict.evidence import REDIRECTION_REPAIRED, EdgeEvidence, InstanceEvidence
 
-EDGES = 65_536
-"""How many counters of edges the kernel has (bpf/maps.h)."""
-
 GIVE_BACK_S = 5.0
 """How often counters are given back."""
 
@@ -72,6 +69,8 @@ class Observation:
         self._to_forget: set[int] = set()
         """Workloads that are gone and whose counters the kernel still has."""
         self._given_back_at = 0.0
+        self._notes: tuple[str, ...] = ()
+        """What the classifier said in the latest round."""
         self.labels = Labels()
 
     def close(self) -> None:
@@ -98,10 +97,15 @@ class Observation:
         return (*self._problems.values(), *self._defects.values(), *self._ledger.problems())
 
     def look(self, living: Iterable[Workload]) -> None:
-        """Asks the kernel what is being observed, and forgets problems of workloads that are gone; the
-        beginning of each round."""
+        """Asks the kernel what is being observed, logs what is new of how, and forgets problems of workloads
+        that are gone; the beginning of each round."""
         found = self._classifier.attachments()
         self._attachments = {each.workload_key: each for each in found}
+        notes = self._classifier.notes
+        for note in notes:
+            if note not in self._notes:
+                log.warning(note)
+        self._notes = notes
         keys = {workload.key for workload in living}
         self._problems = {key: text for key, text in self._problems.items() if key in keys}
         self._defects = {
@@ -218,7 +222,7 @@ class Observation:
         self._to_forget.clear()
         if not 0 <= now - self._given_back_at < GIVE_BACK_S:
             self._given_back_at = now
-            slots = self._ledger.dispensable(now, EDGES)
+            slots = self._ledger.dispensable(now, self._classifier.room)
             if slots:
                 self._classifier.forget(slots)
 

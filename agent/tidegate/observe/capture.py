@@ -2,7 +2,7 @@
 
 Reads a stream once, from its beginning to its end, and keeps no more than one packet of it. Knows the two formats, and
 the links that IP comes by; nothing of TCP. A packet that the file does not have in full says so: `Packet.cut`. A file
-that contradicts itself is an InputError that names the byte.
+that contradicts itself is an InputError that names the byte, and one that ends in the middle of something an EndsEarly.
 
 Formats: draft-ietf-opsawg-pcap, draft-ietf-opsawg-pcapng; link types: draft-ietf-opsawg-pcaplinktype.
 """
@@ -40,6 +40,10 @@ class LinkType(enum.IntEnum):
     IPV4 = 228
     IPV6 = 229
     LINUX_SLL2 = 276
+
+
+class EndsEarly(InputError):
+    """A capture ends in the middle of something: it is still being written, or whoever wrote it was killed."""
 
 
 READABLE = "Ethernet, raw IP, Linux cooked (v1, v2) or BSD loopback"
@@ -158,7 +162,12 @@ class _Reader:
         """Exactly so many bytes. InputError when the stream ends before."""
         data = self.take_or_end(size, what)
         if data is None:
-            raise self.fault(self.at, f"ends before {what}", f"{size} bytes")
+            raise EndsEarly(
+                f"ends before {what}",
+                source=self._source,
+                field=f"byte {self.at}",
+                expected=f"{size} bytes",
+            )
         return data
 
     def take_or_end(self, size: int, what: str) -> bytes | None:
@@ -176,8 +185,11 @@ class _Reader:
         if left == size and size:
             return None
         if left:
-            raise self.fault(
-                self.at + size - left, f"ends in the middle of {what}", f"{left} bytes more"
+            raise EndsEarly(
+                f"ends in the middle of {what}",
+                source=self._source,
+                field=f"byte {self.at + size - left}",
+                expected=f"{left} bytes more",
             )
         self.at += size
         return b"".join(parts)

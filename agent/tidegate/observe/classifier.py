@@ -260,6 +260,11 @@ class Classifier:
         """Identity of the edge map: its counts began at 0 when this became what it is."""
         return f"{_BOOT_ID.read_text().strip()} {self._maps['edges'].id}"
 
+    @property
+    def room(self) -> int:
+        """How many edges can be counted at once."""
+        return self._maps["edges"].max_entries
+
     def set_profile(self, profile: MeshProfile, workload_key: int | None = None) -> None:
         """How the mesh is recognised from now on, by flows that are not decided yet.
 
@@ -349,9 +354,10 @@ class Classifier:
         The last counts come with the next `changed_edges`.
         """
         flows = self._maps["flows"]
-        for key, value in list(flows.items()):
-            if abi.Flow.from_buffer_copy(value).workload == workload_key:
-                flows.delete(key)
+        at = slice(abi.Flow.workload.offset, abi.Flow.workload.offset + abi.Flow.workload.size)
+        workload = workload_key.to_bytes(abi.Flow.workload.size, sys.byteorder)
+        for key in [key for key, value in flows.items() if value[at] == workload]:
+            flows.delete(key)
         self._table.forget_all(lambda workload: workload == workload_key)
 
     def forget(self, slots: Iterable[tuple[int, int]]) -> None:

@@ -4,6 +4,7 @@ The programs take a slot for each edge and count in it; this reads the slots wit
 changed, and gives back those that nobody needs (bpf/edges.h tells both sides). One process at a time may give back.
 """
 
+import mmap
 import socket
 import struct
 import sys
@@ -31,13 +32,18 @@ HINTS: dict[int, Hint] = {
     each: Hint(each.name.lower()) for each in abi.Hint if each is not abi.Hint.NONE
 }
 
-_EDGE = struct.Struct("=Q16sHBBIIIqqqQQQII")
-"""struct tg_edge; abi.Edge names the fields."""
-_SIZE = _EDGE.size
+_KEY = struct.Struct("=Q16sHBB")
+"""struct tg_edge_key without its padding."""
 _KEY_SIZE = 32
+_EDGE = struct.Struct(f"={_KEY_SIZE}xIIqqqQQQII")
+"""struct tg_edge, its key apart; abi.Edge names the fields."""
+_SIZE = _EDGE.size
 _CHUNK = 64 * _SIZE
 """Compared at once: most edges have not changed since they were last looked at."""
-_GENERATION, _STATE = abi.Edge.generation.offset, abi.Edge.state.offset
+_STATE = abi.Edge.state.offset
+_WORD = 8
+_LIFE = abi.Edge.generation.offset // _WORD
+"""The word of a slot that has its generation and its state: whoever dies leaves both as they were, or neither."""
 _GENERATIONS = 1 << 32
 
 
@@ -57,11 +63,8 @@ class EdgeTable:
 
     def all(self, boot: float) -> list[Edge]:
         """Every edge, also those that every connection has left."""
-        return [
-            Edge(key=edge.key, count=edge.count)
-            for edge in self._parsed(self._read(), b"", boot)
-            if edge.live
-        ]
+        _, edges = self._read(b"", boot)
+        return [Edge(key=edge.key, count=edge.count) for edge in edges if edge.live]
 
     def changed(self, boot: float) -> list[CountedEdge]:
         """Slots that are not as the last call told them; at first all. Those that were forgotten come once more.
@@ -69,10 +72,8 @@ class EdgeTable:
         A slot whose last counts the call before this one has told is given back.
         """
         self._give_back()
-        raw = self._read()
-        changed = list(self._parsed(raw, self._told, boot))
+        self._told, changed = self._read(self._told, boot)
         self._leaving = [edge.slot for edge in changed if not edge.live]
-        self._told = raw
         return changed
 
     def forget(self, slots: Iterable[tuple[int, int]]) -> None:
@@ -82,64 +83,65 @@ class EdgeTable:
         it has returned is final.
         """
         forgotten = False
-        with self._edges.mapped() as memory, memoryview(memory) as view, view.cast("I") as words:
+        with self._edges.mapped() as memory, memoryview(memory) as view, view.cast("Q") as words:
             for slot, generation in slots:
                 at = slot * _SIZE
-                state = at + _STATE
-                if words[state // 4] != abi.EdgeState.LIVE:
-                    continue
-                if words[(at + _GENERATION) // 4] != generation:
+                if words[at // _WORD + _LIFE] != _life(generation, abi.EdgeState.LIVE):
                     continue
                 # In this order: whoever finds another generation makes the edge anew, which its key would prevent.
                 self._seats.delete(memory[at : at + _KEY_SIZE])
-                words[(at + _GENERATION) // 4] = (generation + 1) % _GENERATIONS
-                words[state // 4] = abi.EdgeState.LEAVING
+                following = (generation + 1) % _GENERATIONS
+                words[at // _WORD + _LIFE] = _life(following, abi.EdgeState.LEAVING)
                 forgotten = True
         if forgotten:
             wait_for_programs()
 
     def forget_all(self, which: Callable[[int], bool]) -> None:
         """Forgets the edges of the workloads that are meant, by their keys."""
-        self.forget(
-            [
-                (edge.slot, edge.generation)
-                for edge in self._parsed(self._read(), b"", 0.0)
-                if which(edge.key.workload)
-            ]
-        )
+        _, edges = self._read(b"", 0.0)
+        self.forget((edge.slot, edge.generation) for edge in edges if which(edge.key.workload))
 
     def _used(self) -> int:
         """How many slots there are to look at, in bytes."""
         raw = self._pool.lookup(bytes(4)) or bytes(4)
         return min(int.from_bytes(raw, sys.byteorder), self._edges.max_entries) * _SIZE
 
-    def _read(self) -> bytes:
+    def _read(self, before: bytes, boot: float) -> tuple[bytes, list[CountedEdge]]:
+        """What is in the slots, and the edges in those that are not as before."""
         # Mapped for as long as it takes: what is mapped counts as this process's own memory.
         used = self._used()
         if not used:
-            return b""
+            return b"", []
         with self._edges.mapped(used) as memory:
-            return memory[:used]
+            raw = memory[:used]
+            return raw, list(self._parsed(raw, before, memory, boot))
 
     def _give_back(self) -> None:
         if not self._leaving:
             return
         with self._edges.mapped() as memory, memoryview(memory) as view, view.cast("I") as words:
             for slot in self._leaving:
+                # In this order, or a program that takes the slot could find it free when it has just made it live.
                 words[(slot * _SIZE + _STATE) // 4] = abi.EdgeState.FREE
-        for slot in self._leaving:
-            self._keys.pop(slot, None)
-            self._free.push(slot.to_bytes(4, sys.byteorder))
+                self._keys.pop(slot, None)
+                self._free.push(slot.to_bytes(4, sys.byteorder))
         self._leaving.clear()
 
-    def _parsed(self, raw: bytes, before: bytes, boot: float) -> Iterator[CountedEdge]:
-        """The edges in slots that are not the same in both. One of ten thousand takes two microseconds."""
+    def _parsed(
+        self, raw: bytes, before: bytes, memory: mmap.mmap, boot: float
+    ) -> Iterator[CountedEdge]:
+        """The edges in slots that are not the same in both. One of ten thousand takes two microseconds.
+
+        `raw` was read while programs were writing. Numbers are whole, and those that come late come next time. A key
+        stays: it is read once more, now that its slot is known to be in use, because what was read of it first
+        could be of the edge before.
+        """
         keys, unpack = self._keys, _EDGE.unpack
         free, live = int(abi.EdgeState.FREE), int(abi.EdgeState.LIVE)
         for at, one in _differences(raw, before):
             (
-                workload, peer, port, direction, flow_class, _, generation, state,
-                to_server, to_client, connections, first_seen, last_seen, _, hints, _,
+                generation, state, to_server, to_client, connections,
+                first_seen, last_seen, _, hints, _,
             ) = unpack(one)  # fmt: skip
             if state == free:
                 continue
@@ -148,6 +150,7 @@ class EdgeTable:
             slot = at // _SIZE
             known = keys.get(slot)
             if known is None or known[0] != generation:
+                workload, peer, port, direction, flow_class = _KEY.unpack_from(memory, at)
                 key = EdgeKey(
                     workload=workload,
                     direction=DIRECTIONS[direction],
@@ -170,6 +173,11 @@ class EdgeTable:
                     hints=_hints(hints) if hints else (),
                 ),
             )
+
+
+def _life(generation: int, state: abi.EdgeState) -> int:
+    """A slot's generation and state, as the two 32 bit numbers are in one word."""
+    return int.from_bytes(struct.pack("=II", generation, state), sys.byteorder)
 
 
 def _differences(raw: bytes, before: bytes) -> Iterator[tuple[int, bytes]]:

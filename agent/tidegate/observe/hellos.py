@@ -25,13 +25,24 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ()
 
 
+class _Open:
+    """A hello that is not known to be whole."""
+
+    __slots__ = ("data", "whole_at")
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.whole_at = 0
+        """How long it is at the least. To read it before would be to no avail: chunks may be of one byte each."""
+
+
 class HelloBook:
     """The hellos of one observation, of the latest flows up to a limit where there is one."""
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
         self._names: dict[FlowId, Names] = {}
-        self._open: dict[FlowId, bytearray] = {}
+        self._open: dict[FlowId, _Open] = {}
 
     def take(self, chunks: Iterable[HelloChunk]) -> None:
         """Adds what the programs sent."""
@@ -39,25 +50,30 @@ class HelloBook:
             flow = (chunk.key, chunk.opened_ns)
             if chunk.position == 0:
                 self._open.pop(flow, None)
-                self._open[flow] = bytearray()
+                self._open[flow] = _Open()
                 if len(self._open) > MAX_OPEN:
                     self._close(next(iter(self._open)))
-            data = self._open.get(flow)
+            one = self._open.get(flow)
             # A gap is what the ring buffer had no room for: the rest would be read as something that it is not.
-            if data is None or chunk.position > len(data):
+            if one is None or chunk.position > len(one.data):
                 continue
-            data[chunk.position :] = chunk.bytes
-            if hello.parse(bytes(data)).complete:
+            one.data[chunk.position :] = chunk.bytes
+            if len(one.data) < one.whole_at:
+                continue
+            read = hello.parse(bytes(one.data))
+            if read.complete:
                 self._close(flow)
+            else:
+                one.whole_at = len(one.data) + (read.missing or 1)
 
     def names(self, flow: FlowId) -> Names:
         """What the hello of a flow says, as far as it came; nothing for a flow without one."""
         if flow in self._open:
-            return _names(bytes(self._open[flow]))
+            return _names(bytes(self._open[flow].data))
         return self._names.get(flow, Names())
 
     def _close(self, flow: FlowId) -> None:
-        self._names[flow] = _names(bytes(self._open.pop(flow)))
+        self._names[flow] = _names(bytes(self._open.pop(flow).data))
         if self._limit is not None and len(self._names) > self._limit:
             del self._names[next(iter(self._names))]
 

@@ -107,8 +107,9 @@ class Compiled:
         *,
         report: bool = False,
         flows: int | None = None,
+        only_maps: bool = False,
     ) -> Iterator[Object]:
-        """A copy of the programs, with maps that exist, or with maps of its own."""
+        """A copy of the programs, with maps that exist, or with maps of its own; or nothing but these."""
         with self.opened() as compiled:
             constants = {"scope": variant.scope, "link_header": variant.link_header}
             constants["report"] = int(report)
@@ -119,6 +120,8 @@ class Compiled:
                 compiled.resize(HELLOS, mmap.PAGESIZE)
             for existing in shared:
                 compiled.reuse(existing)
+            if only_maps:
+                compiled.leave_out_programs()
             compiled.load()
             yield compiled
 
@@ -127,8 +130,6 @@ class Hold(abc.ABC):
     """Maps, programs, and the interfaces that they are attached to."""
 
     maps: dict[str, Map]
-    programs: tuple[Program, Program]
-    """What serves the node's own namespace: for packets from the pod, and for packets to it."""
 
     def __init__(self, by: tuple[By, ...]) -> None:
         self._by = by
@@ -136,6 +137,11 @@ class Hold(abc.ABC):
         """What a person should know of how this began, a sentence each."""
         self._beside: dict[tuple[int, int], tuple[str, ...]] = {}
         """What there is to know of interfaces, by scope and index, likewise."""
+
+    @property
+    def programs(self) -> tuple[Program, Program]:
+        """What serves the node's own namespace: for packets from the pod, and for packets to it."""
+        return self._copy(HOST)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -158,10 +164,12 @@ class Hold(abc.ABC):
                     case _:
                         assert_never(by)
             except KernelError as error:
-                self.detach(interface)
                 if by is By.TCX and error.errno in _NO_TCX:
+                    # The same copies are tried by the next way.
+                    self._take_off(interface)
                     refused = error
                     continue
+                self.detach(interface)
                 raise
             return
         raise refused
@@ -173,9 +181,10 @@ class Hold(abc.ABC):
         For filters in the node's own namespace the calling thread has to be in that.
         """
 
-    @abc.abstractmethod
     def detach(self, interface: abi.Interface) -> None:
         """Takes off what is on an interface; nothing is no error."""
+        self._take_off(interface)
+        self._beside.pop((interface.scope, interface.ifindex), None)
 
     @abc.abstractmethod
     def detach_all_but(self, known: Iterable[abi.Interface]) -> None:
@@ -188,6 +197,10 @@ class Hold(abc.ABC):
     @abc.abstractmethod
     def remove(self) -> None:
         """Takes everything out of the kernel."""
+
+    @abc.abstractmethod
+    def _take_off(self, interface: abi.Interface) -> None:
+        """Takes off what is on an interface, and keeps all copies of the programs."""
 
     @abc.abstractmethod
     def _copy(self, variant: Variant) -> tuple[Program, Program]:
@@ -227,9 +240,6 @@ class Hold(abc.ABC):
             for each in filters
             if each.priority < first[each.hook]
         )
-
-    def _forget_notes(self, interface: abi.Interface) -> None:
-        self._beside.pop((interface.scope, interface.ifindex), None)
 
 
 def _layout(compiled: Object, names: Iterable[str]) -> str:

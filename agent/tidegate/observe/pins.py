@@ -75,7 +75,7 @@ class Pinned(Hold):
             pinned.maps = pinned._maps_that_fit()
             if not pinned.maps:
                 pinned._begin()
-            pinned.programs = pinned._copy(HOST)
+            pinned._copy(HOST)
             pinned._upgrade()
             undo.pop_all()
         sweep(*tc.interfaces())
@@ -173,8 +173,7 @@ class Pinned(Hold):
         return True
 
     def detach(self, interface: abi.Interface) -> None:
-        _remove_links(self._directory, self._link_dir(interface))
-        self._forget_notes(interface)
+        super().detach(interface)
         self._remove_unused_copies()
 
     def detach_all_but(self, known: Iterable[abi.Interface]) -> None:
@@ -195,6 +194,9 @@ class Pinned(Hold):
         self.close()
         _remove_all(self._directory)
         self._directory.rmdir()
+
+    def _take_off(self, interface: abi.Interface) -> None:
+        _remove_links(self._directory, self._link_dir(interface))
 
     def _attach_links(
         self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]

@@ -37,7 +37,10 @@ class Private(Hold):
         report: bool,
         flows: int | None = None,
     ) -> None:
-        """Loads the programs. With `report` they send ClientHellos; `flows` is the room in the flow map."""
+        """Makes the maps. Programs are loaded for what they are attached to, and when they are asked for.
+
+        With `report` they send ClientHellos; `flows` is the room in the flow map.
+        """
         super().__init__(by)
         self._compiled = Compiled(object_path)
         self._report, self._flows = report, flows
@@ -45,15 +48,13 @@ class Private(Hold):
         self._links: dict[tuple[int, int], list[Link]] = {}
         self._filters: set[tuple[int, int]] = set()
         self._owner = f"{OWNER}-{os.getpid()}-{OWN_PID_NAMESPACE.stat().st_ino}"
-        with self._compiled.loaded(HOST, report=report, flows=flows) as compiled:
+        with self._compiled.loaded(HOST, report=report, flows=flows, only_maps=True) as compiled:
             names = [
                 name
                 for name in compiled.map_names()
                 if name == HELLOS or name in self._compiled.kept
             ]
             self.maps = {name: compiled.map(name) for name in names}
-            self.programs = (compiled.program(PROGRAMS[0]), compiled.program(PROGRAMS[1]))
-            self._copies[HOST] = self.programs
         sweep(*tc.interfaces())
 
     def is_attached(self, interface: abi.Interface) -> bool:
@@ -64,15 +65,6 @@ class Private(Hold):
         return len(links) == len(PROGRAMS) and all(
             link.interface() == interface.ifindex for link in links
         )
-
-    def detach(self, interface: abi.Interface) -> None:
-        key = interface.scope, interface.ifindex
-        for link in self._links.pop(key, []):
-            link.close()
-        if key in self._filters:
-            detach_filters(interface, self._names())
-            self._filters.discard(key)
-            self._forget_notes(interface)
 
     def detach_all_but(self, known: Iterable[abi.Interface]) -> None:
         kept = {(interface.scope, interface.ifindex) for interface in known}
@@ -89,6 +81,14 @@ class Private(Hold):
 
     def remove(self) -> None:
         self.close()
+
+    def _take_off(self, interface: abi.Interface) -> None:
+        key = interface.scope, interface.ifindex
+        for link in self._links.pop(key, []):
+            link.close()
+        if key in self._filters:
+            detach_filters(interface, self._names())
+            self._filters.discard(key)
 
     def _attach_links(
         self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]

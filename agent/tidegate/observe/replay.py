@@ -87,6 +87,7 @@ class Replay:
         self._truncated = 0
         self._unreadable = 0
         self._not_tcp = 0
+        self._notes: tuple[str, ...] = ()
 
     def play(self, packet: Packet) -> None:
         """Gives one packet to the programs."""
@@ -103,6 +104,11 @@ class Replay:
                 self._play_segment(packet, frame, segment)
         if self.packets % _HELLO_ROUND == 0:
             self._hellos.take(self._classifier.hellos())
+
+    def note_end(self, early: capture.EndsEarly) -> None:
+        """That the capture goes no further, and has its last packet not in full."""
+        self._truncated += 1
+        self._notes += (f"{early}: all before that is told",)
 
     def report(self) -> Report:
         """What was seen in all packets that were played."""
@@ -124,6 +130,7 @@ class Replay:
             capture=CaptureLosses(
                 packet_truncated=self._truncated, link_type_unknown=self._unreadable
             ),
+            notes=self._notes,
         )
 
     def _count_unreadable(self, packet: Packet) -> None:
