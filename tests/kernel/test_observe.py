@@ -4,18 +4,16 @@ import json
 import signal
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 
 import pytest
-from namespaces import DEADLINE_S, Pair, namespace, pair_of
+from namespaces import Pair, namespace, pair_of
 from watching import (
     ANSWER,
     CLOSED_PORT,
     MESH_SNI,
     PORT,
     REQUEST,
-    TIDEGATE,
     TLS_PORT,
     answering,
     ask,
@@ -224,16 +222,3 @@ def test_a_profile_of_ones_own_says_what_the_mesh_is(pair, tls, tmp_path):
         seen = observer.end()
     assert by_class(seen, "sni")["pay.example.org"]["class"] == "mesh"
     assert by_class(seen, "sni")[MESH_SNI]["class"] == "tls"
-
-
-def test_only_root_may_observe(pair):
-    done = subprocess.run(
-        [*TIDEGATE, "observe"],
-        user=65534,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "this needs root" in done.stderr
