@@ -41,67 +41,82 @@ static __always_inline const struct tg_attachment *owner(const struct tg_flow_ke
 	return attachment;
 }
 
-/* Stores the flow, and counts its connection if no other processor was faster. */
-static __always_inline struct tg_flow *store(const struct tg_flow_key *key, struct tg_flow *fresh)
+/*
+ * Stores the flow, which is one of `fresh->tally[TG_CONNECTION]` connections from now on. Its edge is looked up before:
+ * so there is nothing to be looked up again behind a SYN. Returns whether no other processor was faster.
+ */
+static __always_inline int store(const struct tg_flow_key *key, struct tg_flow *fresh)
 {
-	struct tg_flow *flow;
-	long error;
+	enum tg_class class = flow_class(fresh);
+	struct tg_edge *edge, *full = overflow_of(class);
+	__u32 place;
 
-	fresh->tally[TG_CONNECTION] = tally(1, TG_PLACE_NOWHERE);
-	fresh->tally[TG_CLIENT] = tally(0, flow_class(fresh));
-	fresh->tally[TG_SERVER] = tally(0, flow_class(fresh));
 	fresh->seat = NO_SEAT;
-	error = bpf_map_update_elem(&flows, key, fresh, BPF_NOEXIST);
-	flow = bpf_map_lookup_elem(&flows, key);
-	if (!flow) {
+	edge = at_place(key, fresh, class, NO_SEAT);
+	if (!edge || !full)
+		return 0;
+	place = edge == full ? class | TG_PLACE_OVERFLOW : class;
+	fresh->tally[TG_CONNECTION] = tally(1, place);
+	fresh->tally[TG_CLIENT] = tally(0, place);
+	fresh->tally[TG_SERVER] = tally(0, place);
+	if (bpf_map_update_elem(&flows, key, fresh, BPF_NOEXIST))
+		return 0;
+	add(&edge->tally[TG_CONNECTION], 1);
+	touch(edge);
+	return 1;
+}
+
+/* The flow that is stored; by now another processor may have begun to count on it. */
+static __always_inline struct tg_flow *stored(const struct tg_flow_key *key)
+{
+	struct tg_flow *flow = bpf_map_lookup_elem(&flows, key);
+
+	if (!flow)
 		count(TG_FLOW_NOT_STORED);
-		return NULL;
-	}
-	if (!error)
-		bring(key, flow);
 	return flow;
 }
 
-/* A flow that begins with this SYN. */
-static __noinline struct tg_flow *new_flow(const struct tg_flow_key *key, const struct tg_segment *segment,
-					   enum way way)
+/*
+ * A SYN without ACK: the sender is the client. Whether it begins a flow, which takes the place of the one that had its
+ * tuple.
+ */
+static __always_inline int begins_flow(const struct tg_flow_key *key, const struct tg_segment *segment,
+				       enum way way, struct tg_flow *old)
 {
-	const struct tg_attachment *attachment = owner(key);
+	if (!old)
+		return 1;
+	if (sender(old, way) == TG_CLIENT && (old->flags & TG_FLOW_SYN_SEEN) &&
+	    first_of(old, TG_CLIENT) == segment->sequence)
+		return 0;
+	/* RFC 9293 3.5, figure 7: both ends opened at once; the first SYN made the flow. */
+	if (sender(old, way) == TG_SERVER && (old->flags & TG_FLOW_SYN_SEEN) &&
+	    !known_isn(old, TG_SERVER) && !(old->flags & TG_FLOW_CLOSED))
+		return 0;
+	/* Of several processors that see this SYN, one makes room for the new flow. */
+	if (__sync_fetch_and_or(&old->flags, TG_FLOW_REPLACED) & TG_FLOW_REPLACED)
+		return 0;
+	if (!is_settled(old))
+		conclude(key, old);
+	bpf_map_delete_elem(&flows, key);
+	return 1;
+}
+
+/* A flow that begins with this SYN. */
+static __noinline int new_flow(const struct tg_flow_key *key, const struct tg_segment *segment, enum way way,
+			       const struct tg_attachment *attachment)
+{
 	struct tg_flow fresh = {
 		.isn[TG_CLIENT] = (__u32)(segment->sequence - 1) | TG_ISN_KNOWN,
 		.flags = TG_FLOW_SYN_SEEN,
 		.verdict = TG_EMPTY,
 		.direction = way == FROM_POD ? TG_OUTBOUND : TG_INBOUND,
+		.segments = segment->packets,
 	};
 
-	if (!attachment)
-		return NULL;
 	fresh.opened = bpf_ktime_get_boot_ns();
 	fresh.workload = attachment->workload;
 	fresh.profile = attachment->profile;
 	return store(key, &fresh);
-}
-
-/* A SYN without ACK: the sender is the client. Returns the flow that it belongs to. */
-static __always_inline struct tg_flow *open_flow(const struct tg_flow_key *key, const struct tg_segment *segment,
-						 enum way way, struct tg_flow *old)
-{
-	if (old) {
-		if (sender(old, way) == TG_CLIENT && (old->flags & TG_FLOW_SYN_SEEN) &&
-		    first_of(old, TG_CLIENT) == segment->sequence)
-			return old;
-		/* RFC 9293 3.5, figure 7: both ends opened at once; the first SYN made the flow. */
-		if (sender(old, way) == TG_SERVER && (old->flags & TG_FLOW_SYN_SEEN) &&
-		    !known_isn(old, TG_SERVER) && !(old->flags & TG_FLOW_CLOSED))
-			return old;
-		/* Of several processors that see this SYN, one makes room for the new flow. */
-		if (__sync_fetch_and_or(&old->flags, TG_FLOW_REPLACED) & TG_FLOW_REPLACED)
-			return old;
-		if (!is_settled(old))
-			conclude(key, old);
-		bpf_map_delete_elem(&flows, key);
-	}
-	return new_flow(key, segment, way);
 }
 
 static __always_inline enum tg_direction guess_direction(const struct tg_attachment *attachment,
@@ -116,13 +131,14 @@ static __always_inline enum tg_direction guess_direction(const struct tg_attachm
 }
 
 /* Payload of a connection whose SYN was not seen: unknown, for good. */
-static __noinline struct tg_flow *join_flow(const struct tg_flow_key *key)
+static __noinline int join_flow(const struct tg_flow_key *key, const struct tg_segment *segment,
+				const struct tg_attachment *attachment)
 {
-	const struct tg_attachment *attachment = owner(key);
-	struct tg_flow fresh = { .verdict = TG_UNKNOWN | TG_VERDICT_SETTLED };
+	struct tg_flow fresh = {
+		.verdict = TG_UNKNOWN | TG_VERDICT_SETTLED,
+		.segments = segment->packets,
+	};
 
-	if (!attachment)
-		return NULL;
 	fresh.opened = bpf_ktime_get_boot_ns();
 	fresh.workload = attachment->workload;
 	fresh.profile = attachment->profile;
@@ -134,19 +150,30 @@ static __noinline struct tg_flow *join_flow(const struct tg_flow_key *key)
 static __always_inline int observe(struct __sk_buff *skb, enum way way)
 {
 	struct tg_flow_key key = { .interface = { .scope = scope, .ifindex = skb->ifindex } };
+	const struct tg_attachment *attachment;
 	struct tg_segment segment;
 	struct tg_flow *flow;
+	int opens, is_new = 0;
 
 	if (parse_packet(skb, way, &key, &segment))
 		return NEXT_PROGRAM;
+	segment.packets = skb->gso_segs ?: 1;
 	flow = bpf_map_lookup_elem(&flows, &key);
-	if ((segment.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN)
-		flow = open_flow(&key, &segment, way, flow);
-	else if (!flow && segment.length)
-		flow = join_flow(&key);
+	opens = (segment.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
+	if (opens ? begins_flow(&key, &segment, way, flow) : !flow && segment.length) {
+		attachment = owner(&key);
+		if (!attachment)
+			return NEXT_PROGRAM;
+		is_new = opens ? new_flow(&key, &segment, way, attachment) :
+				 join_flow(&key, &segment, attachment);
+		if (is_new && !segment.length)
+			return NEXT_PROGRAM;
+		flow = stored(&key);
+	}
 	if (!flow)
 		return NEXT_PROGRAM;
-	__sync_fetch_and_add(&flow->segments, skb->gso_segs ?: 1);
+	if (!is_new)
+		__sync_fetch_and_add(&flow->segments, segment.packets);
 	if (sender(flow, way) == TG_CLIENT)
 		from_client(skb, &key, flow, &segment);
 	else

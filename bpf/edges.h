@@ -282,32 +282,38 @@ static __always_inline void move(const struct tg_flow_key *key, struct tg_flow *
 		add(&edge->tally[what], -amount);
 }
 
-/* Brings the flow's tallies to where its verdict wants them. */
-__noinline int bring(const struct tg_flow_key *key, struct tg_flow *flow)
+/* Brings the flow's tallies to the edge of a class, or to the class's overflow. */
+__noinline int bring_to(const struct tg_flow_key *key, struct tg_flow *flow, __u32 class)
 {
-	struct tg_edge *edge, *full;
-	enum tg_class class;
+	struct tg_edge *edge, *full = overflow_of(class);
 	__u32 place, what;
 	__u64 seat;
-	int i;
 
 	if (!key || !flow)
 		return 0;
+	seat = flow->seat;
+	edge = at_place(key, flow, class, seat);
+	if (!edge || !full)
+		return 0;
+	place = edge == full ? class | TG_PLACE_OVERFLOW : class;
+	for (what = 0; what < TG_TALLIES; what++)
+		move(key, flow, what, place, edge, seat);
+	return 0;
+}
+
+/* Brings the flow's tallies to where its verdict wants them. */
+static __always_inline void bring(const struct tg_flow_key *key, struct tg_flow *flow)
+{
+	enum tg_class class;
+	int i;
+
 	for (i = 0; i < BRING_TRIES; i++) {
 		class = flow_class(flow);
-		seat = flow->seat;
-		edge = at_place(key, flow, class, seat);
-		full = overflow_of(class);
-		if (!edge || !full)
-			return 0;
-		place = edge == full ? class | TG_PLACE_OVERFLOW : class;
-		for (what = 0; what < TG_TALLIES; what++)
-			move(key, flow, what, place, edge, seat);
+		bring_to(key, flow, class);
 		if (flow_class(flow) == class)
-			return 0;
+			return;
 	}
 	count(TG_RACE_LOST);
-	return 0;
 }
 
 /* Gives the flow another verdict, unless it is surer of the one it has, and moves all that it counted to the edge of the new class. */

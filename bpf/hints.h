@@ -11,10 +11,11 @@
 
 #include "prefix.h"
 
+/* A bit each, see find_hint. */
 enum tg_answer {
 	ANSWER_NO,
-	ANSWER_MORE,
-	ANSWER_YES,
+	ANSWER_MORE = 1 << 0,
+	ANSWER_YES = 1 << 1,
 };
 
 enum {
@@ -234,12 +235,11 @@ static __always_inline enum tg_answer is_mongodb(const struct known *known)
 	return le32(known, 16) & ~0x10003 ? ANSWER_NO : ANSWER_YES;
 }
 
-static __always_inline enum tg_answer is_mysql(const struct known *known, int server_first)
+/* Of a stream whose server began. */
+static __always_inline enum tg_answer is_mysql(const struct known *known)
 {
 	__u32 i;
 
-	if (!server_first)
-		return ANSWER_NO;
 	if (known->length < MYSQL_HEADER)
 		return ANSWER_MORE;
 	if (at(known, 3) != 1 || (le32(known, 0) & 0xffffff) < MYSQL_LOGIN)
@@ -252,6 +252,11 @@ static __always_inline enum tg_answer is_mysql(const struct known *known, int se
 		if (at(known, i))
 			return ANSWER_NO;
 	return ANSWER_YES;
+}
+
+static __always_inline enum tg_answer is_h2c(const struct known *known)
+{
+	return TEXT(known, 0, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
 }
 
 static __always_inline enum tg_answer is_http_method(const struct known *known)
@@ -319,40 +324,71 @@ static __always_inline __u32 hint_length(const struct tg_prefix *prefix)
 	return least(prefix->have - prefix->base, TG_HINT_BYTES);
 }
 
-struct weighing {
-	enum tg_hint hint;
-	int more;
-};
+/*
+ * A global function of each protocol. The verifier looks at such a function once, and not again behind every
+ * answer that the ones before it could have given: with static ones, two thirds of its work were these.
+ */
+#define ANSWERS(protocol)							\
+	__noinline int answer_##protocol(struct tg_prefix *prefix, __u32 length)	\
+	{									\
+		struct known known = { .prefix = prefix, .length = length };	\
+										\
+		return prefix ? is_##protocol(&known) : ANSWER_NO;		\
+	}
 
-static __always_inline void weigh(struct weighing *weighing, enum tg_answer answer, enum tg_hint hint)
-{
-	if (answer == ANSWER_YES && weighing->hint == TG_HINT_NONE)
-		weighing->hint = hint;
-	weighing->more |= answer == ANSWER_MORE;
-}
+ANSWERS(postgres)
+ANSWERS(cassandra)
+ANSWERS(ssh)
+ANSWERS(amqp)
+ANSWERS(kafka)
+ANSWERS(redis)
+ANSWERS(mongodb)
+ANSWERS(h2c)
+ANSWERS(mysql)
+ANSWERS(http1)
 
-/* Returns the hint, TG_HINT_NONE when there will be none, or -1 when that takes more bytes. */
+#undef ANSWERS
+
+/*
+ * Returns the hint, TG_HINT_NONE when there will be none, or -1 when that takes more bytes. Who is asked first has the
+ * lower bits. That there is no branch between two questions saves the verifier all their combinations.
+ */
 __noinline int find_hint(struct tg_prefix *prefix, int server_first)
 {
-	struct known known = { .prefix = prefix };
-	struct weighing weighing = {};
+	__u64 yes = 0, more = 0, hints = 0;
+	__u32 length, asked = 0;
 
 	if (!prefix)
 		return TG_HINT_NONE;
-	known.length = hint_length(prefix);
-	weigh(&weighing, is_postgres(&known), TG_HINT_POSTGRES);
-	weigh(&weighing, is_cassandra(&known), TG_HINT_CASSANDRA);
-	weigh(&weighing, is_ssh(&known), TG_HINT_SSH);
-	weigh(&weighing, is_amqp(&known), TG_HINT_AMQP);
-	weigh(&weighing, is_kafka(&known), TG_HINT_KAFKA);
-	weigh(&weighing, is_redis(&known), TG_HINT_REDIS);
-	weigh(&weighing, is_mongodb(&known), TG_HINT_MONGODB);
-	weigh(&weighing, TEXT(&known, 0, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), TG_HINT_H2C);
-	weigh(&weighing, is_mysql(&known, server_first), TG_HINT_MYSQL);
-	weigh(&weighing, is_http1(&known), TG_HINT_HTTP1);
-	if (weighing.hint == TG_HINT_NONE && weighing.more && known.length < TG_HINT_BYTES)
-		return -1;
-	return weighing.hint;
+	length = hint_length(prefix);
+
+#define ASK(protocol, hint)								\
+	do {										\
+		__u64 answer = answer_##protocol(prefix, length);			\
+											\
+		yes |= (answer >> 1 & 1) << asked;					\
+		more |= answer & 1;							\
+		hints |= (__u64)(hint) << asked;					\
+		asked += 4;								\
+	} while (0)
+
+	ASK(postgres, TG_HINT_POSTGRES);
+	ASK(cassandra, TG_HINT_CASSANDRA);
+	ASK(ssh, TG_HINT_SSH);
+	ASK(amqp, TG_HINT_AMQP);
+	ASK(kafka, TG_HINT_KAFKA);
+	ASK(redis, TG_HINT_REDIS);
+	ASK(mongodb, TG_HINT_MONGODB);
+	ASK(h2c, TG_HINT_H2C);
+	if (server_first)
+		ASK(mysql, TG_HINT_MYSQL);
+	ASK(http1, TG_HINT_HTTP1);
+
+#undef ASK
+
+	if (yes)
+		return hints >> trailing_zeros(yes) & 0xf;
+	return more && length < TG_HINT_BYTES ? -1 : TG_HINT_NONE;
 }
 
 /* MySQL's client goes on with TLS behind a login that is cut short, without a word from the server. */

@@ -51,6 +51,7 @@ struct tg_segment {
 	__u32 acknowledged;
 	__u32 payload;		/* offset in the packet */
 	__u32 length;		/* of the payload */
+	__u32 packets;		/* as many as it is on the wire */
 	__u8 flags;		/* enum tcp_flag */
 };
 
