@@ -109,6 +109,31 @@ def test_a_nameless_namespace_is_new_and_dies_with_its_function():
     assert netns.run_in_new(here) != here()
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["", "that fails"])
+def test_from_inside_another_one_a_nameless_namespace_is_left_again_by_the_same_thread(
+    new_namespace, fails
+):
+    path = new_namespace()
+
+    def visit():
+        place = here(), threading.get_ident()
+        if fails:
+            raise LookupError(place)
+        return place
+
+    def inside():
+        try:
+            place = netns.run_in_new(visit)
+        except LookupError as error:
+            (place,) = error.args
+        return place, (here(), threading.get_ident())
+
+    (there, thread), (back, same) = netns.run_in(path, inside)
+    assert there not in (back, here())
+    assert back == netns.identity(path)
+    assert thread == same
+
+
 @pytest.fixture
 def supplementary_group():
     groups = os.getgroups()

@@ -241,19 +241,32 @@ def spawn(
 
 
 def run_in_new(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call `function` inside a new, nameless namespace that is gone when it returns."""
+    """Call `function` inside a new, nameless namespace that is gone when it returns.
+
+    It runs in a thread of its own; where run_in has made one already, in that, which comes back afterwards.
+    """
 
     def unshare_and_call() -> _T:
         _unshare()
         return function(*args, **kwargs)
 
-    return _in_fresh_thread(unshare_and_call)
+    if not getattr(_this_thread, "is_made_for_this", False):
+        return _in_fresh_thread(unshare_and_call)
+    with opened() as home:
+        try:
+            return unshare_and_call()
+        finally:
+            _set(home, CURRENT)
+
+
+_this_thread = threading.local()
 
 
 def _in_fresh_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def work() -> None:
+        _this_thread.is_made_for_this = True
         try:
             outcome.set_result(function(*args, **kwargs))
         except BaseException as error:  # noqa: BLE001 - it is raised where the work was asked for
@@ -281,8 +294,12 @@ def _unshare() -> None:
 
 def _enter(netns_path: str) -> None:
     with opened(netns_path) as descriptor:
-        if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
-            raise _failure(f"cannot enter network namespace {netns_path}", ctypes.get_errno())
+        _set(descriptor, netns_path)
+
+
+def _set(descriptor: int, netns_path: str) -> None:
+    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+        raise _failure(f"cannot enter network namespace {netns_path}", ctypes.get_errno())
 
 
 def _failure(what: str, number: int) -> KernelError:
