@@ -1,27 +1,36 @@
 """The classifier on real interfaces: real clients, real OpenSSL, agents that come and go."""
 
-import datetime
 import shutil
 import socket
 import ssl
 import struct
 import subprocess
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 from classifying import bpffs
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from namespaces import DEADLINE_S, Pair, landing, pair_of, serving
+from namespaces import DEADLINE_S, Pair, eventually, landing, pair_of, serving
 from packets import hello, with_extension
+from watching import (
+    ANSWER,
+    CLOSED_PORT,
+    MESH_SNI,
+    PORT,
+    REQUEST,
+    TLS_PORT,
+    TRUST_DOMAIN,
+    answering,
+    ask,
+    ask_tls,
+    connect,
+    listen,
+    server_context,
+)
 
 from tidegate.kernel import links, netns
 from tidegate.kernel.bpf import Map
@@ -32,12 +41,7 @@ from tidegate.observe import abi
 from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
 from tidegate.observe.ledger import Ledger
 
-TRUST_DOMAIN = "0a1b.consul"
-MESH_SNI = f"api.default.dc1.internal.{TRUST_DOMAIN}"
 WORKLOAD = 0xFEDCBA9876543210
-PORT, TLS_PORT = 8080, 8443
-REQUEST = b"GET / HTTP/1.0\r\n\r\n"
-ANSWER = b"HTTP/1.0 200 OK\r\nContent-Length: 3000000\r\n\r\n" + bytes(3_000_000)
 
 
 @pytest.fixture
@@ -56,28 +60,7 @@ def classifier(pins: Path) -> Iterator[Classifier]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
-    """A server's side of TLS, with a certificate that nobody checks."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1)
-        .not_valid_before(now)
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("certificate") / "server.pem"
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + signed.public_bytes(serialization.Encoding.PEM)
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return context
+    return server_context(tmp_path_factory.mktemp("certificate"))
 
 
 def observe(
@@ -96,91 +79,9 @@ def counts(classifier: Classifier, workload: int = WORKLOAD) -> Counter[FlowClas
     return +connections
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-
-
 def the_edge(classifier: Classifier) -> Edge:
     (edge,) = [edge for edge in classifier.edges() if edge.count.connections]
     return edge
-
-
-@contextmanager
-def answering(netns_path: str, tls: ssl.SSLContext) -> Iterator[None]:
-    """Servers for both families in a namespace, with and without TLS: they answer each request."""
-    listeners = {port: netns.run_in(netns_path, listen, port) for port in (PORT, TLS_PORT)}
-    threads = [
-        threading.Thread(target=accept_all, args=(listener, tls if port == TLS_PORT else None))
-        for port, listener in listeners.items()
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        for listener in listeners.values():
-            listener.shutdown(socket.SHUT_RDWR)
-        for thread in threads:
-            thread.join()
-        for listener in listeners.values():
-            listener.close()
-
-
-def listen(port: int) -> socket.socket:
-    return socket.create_server(
-        ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
-    )
-
-
-def accept_all(listener: socket.socket, tls: ssl.SSLContext | None) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            pool.submit(answer, connection, tls)
-
-
-def answer(connection: socket.socket, tls: ssl.SSLContext | None) -> None:
-    connection.settimeout(DEADLINE_S)
-    try:
-        if tls:
-            connection = tls.wrap_socket(connection, server_side=True)
-        with connection:
-            request = b""
-            while not request.endswith(b"\r\n\r\n"):
-                received = connection.recv(4096)
-                if not received:
-                    return
-                request += received
-            connection.sendall(ANSWER)
-    except OSError:
-        connection.close()
-
-
-def connect(netns_path: str, address: str, port: int) -> socket.socket:
-    return netns.run_in(netns_path, socket.create_connection, (address, port), DEADLINE_S)
-
-
-def ask(connection: socket.socket) -> int:
-    """Sends a request and reads the answer to its end; how long that was."""
-    with connection:
-        connection.sendall(REQUEST)
-        read = 0
-        while received := connection.recv(1 << 16):
-            read += len(received)
-        return read
-
-
-def ask_tls(connection: socket.socket, sni: str | None, alpn: Sequence[str] = ()) -> int:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols(list(alpn))
-    return ask(context.wrap_socket(connection, server_hostname=sni))
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -197,7 +98,7 @@ def test_calls_to_a_pod_are_classified_on_either_side_of_its_interface(
         ask_tls(connect(pair.peer, address, TLS_PORT), None)
         connect(pair.peer, address, PORT).close()
         with pytest.raises(ConnectionRefusedError):
-            connect(pair.peer, address, 9)
+            connect(pair.peer, address, CLOSED_PORT)
     assert counts(classifier) == {
         FlowClass.PLAINTEXT: 1,
         FlowClass.MESH: 1,

@@ -6,13 +6,11 @@ Where each kind of connection lands under each policy is in test_redirect_matrix
 import fcntl
 import os
 import re
-import socket
-import struct
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -26,9 +24,24 @@ from namespaces import (
     landing,
     namespace,
     open_descriptors,
-    pair_of,
     serving,
     set_sysctl,
+)
+from redirecting import (
+    APP,
+    INBOUND,
+    IPV4_ONLY,
+    IPV6_ONLY,
+    NOTHING,
+    OTHER,
+    PORTS,
+    PROXY_UID,
+    WITH_ALL_TABLES,
+    cgroup,
+    excluding_ports,
+    pair_with_servers,
+    policies_that_say_everything,
+    ports,
 )
 
 from tidegate.enforce.redirect import iptables, translations
@@ -49,32 +62,14 @@ from tidegate.intent.policy import (
     DEFAULT,
     Dns,
     Family,
-    IdRange,
-    Inbound,
-    Mark,
     Mode,
     Outbound,
     Policy,
-    PortRange,
     Protocol,
     Proxy,
-    UserPorts,
 )
-from tidegate.kernel import cgroups, ipset, legacy_tables, netns, xtables
+from tidegate.kernel import ipset, legacy_tables, netns, xtables
 from tidegate.kernel.errors import KernelError
-
-INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 5432
-PORTS = (INBOUND, OUTBOUND, APP, OTHER)
-PROXY_UID = 5995
-
-
-def ports(*numbers):
-    return tuple(PortRange(number, number) for number in numbers)
-
-
-def excluding_ports(*numbers):
-    return Policy(outbound=Outbound(exclude_ports=ports(*numbers)))
-
 
 MANY_PORTS = tuple(range(1, 2001, 2))
 MANY = Policy(
@@ -83,10 +78,6 @@ MANY = Policy(
         exclude_cidrs=("192.0.2.0/24", "198.51.100.7/32", "2001:db8::/32", "2001:db9::1/128"),
     )
 )
-IPV4_ONLY = Policy(families=(Family.IPV4,))
-IPV6_ONLY = Policy(families=(Family.IPV6,))
-NOTHING = Policy(inbound=Inbound(enabled=False), outbound=Outbound(enabled=False))
-WITH_ALL_TABLES = Policy(dns=Dns(enabled=True), drop_invalid=True)
 BACKENDS = [IptablesBackend(with_sets=True), IptablesBackend(with_sets=False)]
 WITH_AND_WITHOUT_SETS = pytest.mark.parametrize(
     "backend", BACKENDS, ids=["with sets", "without sets"]
@@ -128,8 +119,7 @@ def tables(netns_path):
 
 @pytest.fixture(scope="module")
 def lab():
-    """A pair with servers on all ports of both ends; each test applies a policy of its own."""
-    with pair_of() as pair, serving(pair.pod, "pod", PORTS), serving(pair.peer, "peer", PORTS):
+    with pair_with_servers() as pair:
         yield pair
 
 
@@ -146,141 +136,26 @@ def pod(new_namespace):
     return new_namespace()
 
 
-@contextmanager
-def cgroup(name):
-    """A new cgroup below the root of cgroup v2."""
-    place = cgroups.mounted_at() / name
-    place.mkdir()
-    try:
-        yield name
-    finally:
-        place.rmdir()
-
-
 @pytest.mark.parametrize("version", [4, 6])
-class TestBothFamilies:
-    def test_outbound_goes_to_the_sidecar_which_learns_what_was_dialled(self, redirected, version):
-        address = redirected.peer_address(version)
-        landed = landing(redirected.pod, address, APP)
-        assert (landed.server, landed.port) == ("pod", OUTBOUND)
-        assert landed.original == (address, APP)
-
-    def test_inbound_goes_to_the_sidecar_which_learns_what_was_dialled(self, redirected, version):
-        address = redirected.pod_address(version)
-        landed = landing(redirected.peer, address, APP)
-        assert (landed.server, landed.port) == ("pod", INBOUND)
-        assert landed.original == (address, APP)
-
-    def test_the_sidecars_own_connections_go_where_it_dials(self, redirected, version):
-        out = landing(redirected.pod, redirected.peer_address(version), APP, uid=PROXY_UID)
-        assert (out.server, out.port) == ("peer", APP)
-
-    def test_connections_that_are_older_than_the_first_rules_live_on(self, lab, version):
-        with ExitStack() as stack:
-            out, _ = dial(lab.pod, lab.peer_address(version), APP)
-            stack.enter_context(out)
-            into, _ = dial(lab.peer, lab.pod_address(version), APP)
-            stack.enter_context(into)
-            assert apply(lab.pod, DEFAULT) is Change.CREATED
-            stack.callback(remove, lab.pod)
-            for _ in range(3):
-                assert echoes(out)
-                assert echoes(into)
-
-    def test_rules_that_come_back_know_nothing_of_connections_from_before(self, lab, version):
-        address, port = lab.peer_address(version), 40_002
-        apply(lab.pod, DEFAULT)
-        before, landed = dial(lab.pod, address, APP, source_port=port)
-        assert landed.server == "pod"
-        before.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        before.close()
+@WITH_AND_WITHOUT_SETS
+def test_excluded_ports_and_networks_are_left_alone_with_sets_and_without(lab, version, backend):
+    peer = lab.peer_address(version)
+    networks = (f"{peer}/{32 if version == 4 else 128}", "192.0.2.0/24", "2001:db8::/32")
+    by_network = Policy(outbound=Outbound(exclude_cidrs=networks))
+    seen = []
+    try:
+        for policy in (MANY, by_network):
+            apply(lab.pod, policy, backend)
+            seen += [landing(lab.pod, peer, port).server for port in (APP, OTHER)]
+    finally:
         remove(lab.pod)
-        direct, landed = dial(lab.pod, address, APP, source_port=port)
-        with direct:
-            assert landed.server == "peer"
-            assert apply(lab.pod, DEFAULT) is Change.CREATED
-            try:
-                for _ in range(3):
-                    assert echoes(direct)
-            finally:
-                remove(lab.pod)
-
-    @WITH_AND_WITHOUT_SETS
-    def test_excluded_ports_and_networks_are_left_alone_with_sets_and_without(
-        self, lab, version, backend
-    ):
-        peer = lab.peer_address(version)
-        networks = (f"{peer}/{32 if version == 4 else 128}", "192.0.2.0/24", "2001:db8::/32")
-        by_network = Policy(outbound=Outbound(exclude_cidrs=networks))
-        seen = []
-        try:
-            for policy in (MANY, by_network):
-                apply(lab.pod, policy, backend)
-                seen += [landing(lab.pod, peer, port).server for port in (APP, OTHER)]
-        finally:
-            remove(lab.pod)
-        assert seen == ["peer", "pod", "peer", "peer"]
+    assert seen == ["peer", "pod", "peer", "peer"]
 
 
 @pytest.fixture
 def every_policy():
-    """Policies that use every criterion and every action, by name."""
     with cgroup(f"tg-xt-{os.getpid()}") as path:
-        yield {
-            "proxy": Policy(
-                proxy=Proxy(
-                    uids=(1, 2, 7),
-                    gids=(3, 9),
-                    mark=Mark(0x10, 0xF0),
-                    cgroup=path,
-                    self_calls_inbound=True,
-                )
-            ),
-            "whole mark": Policy(proxy=Proxy(uids=(), mark=Mark(5))),
-            "dns": WITH_ALL_TABLES,
-            "dns of some": Policy(dns=Dns(enabled=True, resolvers=("10.0.0.1", "10.0.0.9", "fd00::1"))),
-            "tproxy": Policy(mode=Mode.TPROXY, drop_invalid=True),
-            "including": Policy(
-                inbound=Inbound(include_ports=ports(1, 5), include_interfaces=("eth0", "eth1")),
-                outbound=Outbound(
-                    include_ports=ports(9),
-                    include_cidrs=("10.0.0.0/8", "192.0.2.0/24", "fd00::/8"),
-                    include_interfaces=("a", "b"),
-                ),
-            ),
-            "excluding": Policy(
-                inbound=Inbound(
-                    exclude_cidrs=("0.0.0.0/0", "::/0"),
-                    exclude_interfaces=("a", "b-c.d@e", "fifteen-letters"),
-                    direct_probes=True,
-                    node_addresses=("10.0.0.1/32", "fd00::1/128"),
-                ),
-                outbound=Outbound(
-                    exclude_gids=(IdRange(0, 4294967294),),
-                    exclude_uids=(IdRange(0, 1), IdRange(4294967294, 4294967294)),
-                    exclude_ports=(*(PortRange(port, port + 2) for port in range(1, 99, 4)), PortRange(30000, 65535)),
-                    exclude_cidrs=("10.0.0.0/9", "172.16.0.1/32", "fd00:1::/33", "fd00:2::1/128"),
-                    exclude_user_ports=(
-                        UserPorts((Protocol.TCP,), ports(5, 8), (IdRange(1, 1), IdRange(3, 4))),
-                        UserPorts((Protocol.TCP, Protocol.UDP), ports(5), (IdRange(1, 1),)),
-                    ),
-                ),
-            ),
-        }  # fmt: skip
-
-
-@WITH_AND_WITHOUT_SETS
-@pytest.mark.parametrize("families", [(Family.IPV4, Family.IPV6), (Family.IPV4,), (Family.IPV6,)])
-def test_everything_that_a_policy_can_say_the_kernel_takes_and_keeps(
-    pod, every_policy, families, backend
-):
-    for policy in every_policy.values():
-        rules = rules_for(msgspec.structs.replace(policy, families=families))
-        assert backend.apply(pod, rules) in (Change.CREATED, Change.REPLACED)
-        assert backend.check(pod, rules) == ()
-        assert backend.apply(pod, rules) is Change.UNCHANGED
-        installed = {(line.hook, line.name) for line in backend.current(pod)}
-        assert installed == {(hook, line.name) for hook, found in rules.lists for line in found}
+        yield policies_that_say_everything(path)
 
 
 @WITH_AND_WITHOUT_SETS
@@ -350,19 +225,6 @@ def test_an_unchanged_policy_changes_nothing_and_keeps_the_counters(redirected):
     assert check(redirected.pod, DEFAULT) == ()
     after = run(redirected.pod, "iptables-legacy-save", "-c", "-t", "nat").splitlines()[1:-1]
     assert after == before
-
-
-def test_open_connections_live_through_a_change_of_the_policy(redirected):
-    with ExitStack() as stack:
-        out, landed = dial(redirected.pod, redirected.peer_ipv4, APP)
-        stack.enter_context(out)
-        into, _ = dial(redirected.peer, redirected.pod_ipv6, APP)
-        stack.enter_context(into)
-        assert (landed.server, landed.port) == ("pod", OUTBOUND)
-        assert apply(redirected.pod, MANY) is Change.REPLACED
-        assert echoes(out)
-        assert echoes(into)
-        assert landing(redirected.pod, redirected.peer_ipv4, APP).server == "peer"
 
 
 OUR_SET = "$(ipset list -n | grep excluded-port)"

@@ -8,12 +8,10 @@ import errno
 import json
 import os
 import socket
-import struct
 import subprocess
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
 import msgspec
 import pytest
@@ -29,9 +27,23 @@ from namespaces import (
     open_descriptors,
     pair_of,
     serving,
-    set_sysctl,
 )
 from pyroute2 import NFCTSocket
+from redirecting import (
+    APP,
+    INBOUND,
+    IPV4_ONLY,
+    IPV6_ONLY,
+    NOTHING,
+    OUTBOUND,
+    PORTS,
+    PROXY_UID,
+    cgroup,
+    excluding_ports,
+    pair_with_servers,
+    policies_that_say_everything,
+    ports,
+)
 
 from tidegate.enforce.redirect import block, translations
 from tidegate.enforce.redirect.backend import Change
@@ -44,47 +56,23 @@ from tidegate.intent.policy import (
     Family,
     IdRange,
     Inbound,
-    Mark,
     Mode,
     Outbound,
     Policy,
     PortRange,
-    Protocol,
     Proxy,
-    UserPorts,
 )
 from tidegate.kernel import cgroups, isolation, links, netns, nf_tables, nf_transaction, nftables
 from tidegate.kernel.errors import KernelError
 
-INBOUND, OUTBOUND, APP, OTHER = 20000, 15001, 8080, 5432
-PORTS = (INBOUND, OUTBOUND, APP, OTHER)
-PROXY_UID = 5995
 PYTHON = "/usr/bin/python3"
 """One that every user may run, wherever the repository lies."""
-CLASH_FREE = (6, 7)
-"""The first kernel with commit e27c3295114b, "netfilter: nf_nat: undo erroneous tcp edemux lookup after port clash".
-
-What is to be done on older ones is in docs/redirect.md, Limits.
-"""
-
-
-def ports(*numbers):
-    return tuple(PortRange(number, number) for number in numbers)
-
-
-def excluding_ports(*numbers):
-    return Policy(outbound=Outbound(exclude_ports=ports(*numbers)))
-
-
 EXCLUDING = Policy(
     inbound=Inbound(exclude_ports=(PortRange(5000, 5500), PortRange(9999, 9999))),
     outbound=Outbound(
         exclude_ports=ports(5432), exclude_uids=(IdRange(1000, 1000), IdRange(1002, 1002))
     ),
 )
-IPV4_ONLY = Policy(families=(Family.IPV4,))
-IPV6_ONLY = Policy(families=(Family.IPV6,))
-NOTHING = Policy(inbound=Inbound(enabled=False), outbound=Outbound(enabled=False))
 
 
 def apply(netns_path, policy, backend=None):
@@ -100,27 +88,9 @@ def remove(netns_path):
     return NftablesBackend().remove(netns_path)
 
 
-def kernel_release():
-    """Major and minor number."""
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int(minor)
-
-
-@contextmanager
-def sysctl(netns_path, name, value):
-    """A setting of a namespace that is put back afterwards."""
-    before = netns.run_in(netns_path, Path("/proc/sys", name).read_text)
-    set_sysctl(netns_path, name, value)
-    try:
-        yield
-    finally:
-        set_sysctl(netns_path, name, before)
-
-
 @pytest.fixture(scope="module")
 def lab():
-    """A pair with servers on all ports of both ends; each test applies a policy of its own."""
-    with pair_of() as pair, serving(pair.pod, "pod", PORTS), serving(pair.peer, "peer", PORTS):
+    with pair_with_servers() as pair:
         yield pair
 
 
@@ -163,64 +133,6 @@ CLOSING = (Hook.INVALID, Hook.INVALID_OUTBOUND)
 def lines(netns_path):
     current = NftablesBackend().current(netns_path)
     return {line.name: line.packets for line in current if line.hook not in CLOSING}
-
-
-@pytest.mark.parametrize("version", [4, 6])
-class TestBothFamilies:
-    def test_outbound_goes_to_the_sidecar_which_learns_what_was_dialled(self, redirected, version):
-        address = redirected.peer_address(version)
-        landed = landing(redirected.pod, address, APP)
-        assert (landed.server, landed.port) == ("pod", OUTBOUND)
-        assert landed.original == (address, APP)
-        assert landed.client == redirected.pod_address(version)
-
-    def test_inbound_goes_to_the_sidecar_which_learns_what_was_dialled(self, redirected, version):
-        address = redirected.pod_address(version)
-        landed = landing(redirected.peer, address, APP)
-        assert (landed.server, landed.port) == ("pod", INBOUND)
-        assert landed.original == (address, APP)
-        assert landed.client == redirected.peer_address(version)
-
-    def test_from_outside_the_outbound_listener_cannot_be_reached(self, redirected, version):
-        landed = landing(redirected.peer, redirected.pod_address(version), OUTBOUND)
-        assert (landed.server, landed.port) == ("pod", INBOUND)
-
-    def test_from_outside_the_inbound_listener_is_reached_as_it_is(self, redirected, version):
-        landed = landing(redirected.peer, redirected.pod_address(version), INBOUND)
-        assert (landed.server, landed.port) == ("pod", INBOUND)
-        assert lines(redirected.pod)["inbound-listener"] >= 1
-
-    def test_the_sidecars_own_connections_go_where_it_dials(self, redirected, version):
-        out = landing(redirected.pod, redirected.peer_address(version), APP, uid=PROXY_UID)
-        assert (out.server, out.port) == ("peer", APP)
-        own = landing(redirected.pod, redirected.pod_address(version), APP, uid=PROXY_UID)
-        assert (own.server, own.port) == ("pod", APP)
-
-    def test_a_call_to_the_pods_own_address_stays_inside_and_is_not_redirected(
-        self, redirected, version
-    ):
-        for port in (APP, INBOUND):
-            landed = landing(redirected.pod, redirected.pod_address(version), port)
-            assert (landed.server, landed.port) == ("pod", port)
-
-    def test_one_source_port_may_be_used_towards_several_redirected_ports(
-        self, redirected, version
-    ):
-        with ExitStack() as stack:
-            if kernel_release() < CLASH_FREE:
-                stack.enter_context(sysctl(redirected.pod, "net/ipv4/tcp_early_demux", "0"))
-            first, landed = dial(redirected.peer, redirected.pod_address(version), APP)
-            stack.enter_context(first)
-            source = first.getsockname()[1]
-            second, other = dial(
-                redirected.peer, redirected.pod_address(version), OTHER, source_port=source
-            )
-            stack.enter_context(second)
-            assert second.getsockname()[1] == source
-            assert (landed.port, other.port) == (INBOUND, INBOUND)
-            assert (landed.original[1], other.original[1]) == (APP, OTHER)
-            assert echoes(first)
-            assert echoes(second)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -310,79 +222,6 @@ def test_an_unchanged_policy_changes_nothing_in_the_kernel(pod):
     before = tables(pod)
     assert apply(pod, EXCLUDING) is Change.UNCHANGED
     assert tables(pod) == before
-
-
-def test_open_connections_live_through_a_change_of_the_policy(redirected):
-    with ExitStack() as stack:
-        out, landed = dial(redirected.pod, redirected.peer_ipv4, APP)
-        stack.enter_context(out)
-        into, _ = dial(redirected.peer, redirected.pod_ipv6, APP)
-        stack.enter_context(into)
-        assert (landed.server, landed.port) == ("pod", OUTBOUND)
-        changed = Policy(outbound=Outbound(exclude_ports=ports(APP), exclude_uids=(IdRange(1, 2),)))
-        assert apply(redirected.pod, changed) is Change.REPLACED
-        assert echoes(out)
-        assert echoes(into)
-        assert landing(redirected.pod, redirected.peer_ipv4, APP).server == "peer"
-        assert apply(redirected.pod, DEFAULT) is Change.REPLACED
-        assert echoes(out)
-        assert echoes(into)
-        assert landing(redirected.pod, redirected.peer_ipv4, APP).server == "pod"
-
-
-@pytest.mark.parametrize("version", [4, 6])
-def test_connections_that_are_older_than_the_first_rules_live_on(lab, version):
-    with ExitStack() as stack:
-        out, _ = dial(lab.pod, lab.peer_address(version), APP)
-        stack.enter_context(out)
-        into, _ = dial(lab.peer, lab.pod_address(version), APP)
-        stack.enter_context(into)
-        assert apply(lab.pod, DEFAULT) is Change.CREATED
-        stack.callback(remove, lab.pod)
-        for _ in range(3):
-            assert echoes(out)
-            assert echoes(into)
-        assert landing(lab.pod, lab.peer_address(version), APP).server == "pod"
-
-
-@pytest.mark.parametrize("version", [4, 6])
-def test_rules_that_come_back_know_nothing_of_connections_from_before(lab, version):
-    address, port = lab.peer_address(version), 40_001
-    apply(lab.pod, DEFAULT)
-    before, landed = dial(lab.pod, address, APP, source_port=port)
-    assert landed.server == "pod"
-    before.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    before.close()
-    remove(lab.pod)
-    direct, landed = dial(lab.pod, address, APP, source_port=port)
-    with direct:
-        assert landed.server == "peer"
-        assert apply(lab.pod, DEFAULT) is Change.CREATED
-        try:
-            for _ in range(3):
-                assert echoes(direct)
-        finally:
-            remove(lab.pod)
-
-
-def test_a_family_that_comes_back_knows_nothing_of_connections_from_before(lab, backend):
-    port = 40_002
-    apply(lab.pod, DEFAULT, backend)
-    with ExitStack() as stack:
-        stack.callback(remove, lab.pod)
-        kept, _ = dial(lab.pod, lab.peer_ipv4, APP)
-        stack.enter_context(kept)
-        before, landed = dial(lab.pod, lab.peer_ipv6, APP, source_port=port)
-        assert landed.server == "pod"
-        before.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        apply(lab.pod, IPV4_ONLY, backend)
-        before.close()
-        direct, landed = dial(lab.pod, lab.peer_ipv6, APP, source_port=port)
-        stack.enter_context(direct)
-        assert landed.server == "peer"
-        assert apply(lab.pod, DEFAULT, backend) is Change.REPLACED
-        for connection in (direct, kept):
-            assert echoes(connection)
 
 
 DRIFTS = {
@@ -524,74 +363,10 @@ def tracked_families():
         return {4 if entry["nfgen_family"] == socket.AF_INET else 6 for entry in conntrack.dump()}
 
 
-@contextmanager
-def cgroup(*names):
-    """Path of a new cgroup below the root of cgroup v2."""
-    made = [cgroups.mounted_at() / "/".join(names[: depth + 1]) for depth in range(len(names))]
-    for path in made:
-        path.mkdir()
-    try:
-        yield "/".join(names)
-    finally:
-        for path in reversed(made):
-            path.rmdir()
-
-
 @pytest.fixture
 def every_policy():
-    """Policies that use every criterion and every action, by name."""
     with cgroup(f"tg-nft-{os.getpid()}", "sidecar") as path:
-        yield {
-            "proxy": Policy(
-                proxy=Proxy(
-                    uids=(1, 2, 7),
-                    gids=(3, 9),
-                    mark=Mark(0x10, 0xF0),
-                    cgroup=path,
-                    self_calls_inbound=True,
-                )
-            ),
-            "whole mark": Policy(proxy=Proxy(uids=(), mark=Mark(5))),
-            "dns": Policy(dns=Dns(enabled=True), drop_invalid=True),
-            "dns of some": Policy(dns=Dns(enabled=True, resolvers=("10.0.0.1", "10.0.0.9", "fd00::1"))),
-            "tproxy": Policy(mode=Mode.TPROXY, drop_invalid=True),
-            "including": Policy(
-                inbound=Inbound(include_ports=ports(1, 5), include_interfaces=("eth0", "eth1")),
-                outbound=Outbound(
-                    include_ports=ports(9),
-                    include_cidrs=("10.0.0.0/8", "192.0.2.0/24", "fd00::/8"),
-                    include_interfaces=(),
-                ),
-            ),
-            "excluding": Policy(
-                inbound=Inbound(
-                    exclude_cidrs=("0.0.0.0/0", "::/0"),
-                    exclude_interfaces=("a", "b-c.d@e"),
-                    direct_probes=True,
-                    node_addresses=("10.0.0.1/32", "fd00::1/128"),
-                ),
-                outbound=Outbound(
-                    exclude_gids=(IdRange(0, 4294967294),),
-                    exclude_uids=(IdRange(0, 1), IdRange(4294967294, 4294967294)),
-                    exclude_ports=(PortRange(1, 9999), PortRange(30000, 65535)),
-                    exclude_user_ports=(
-                        UserPorts((Protocol.TCP,), ports(5, 8), (IdRange(1, 1), IdRange(3, 4))),
-                        UserPorts((Protocol.TCP, Protocol.UDP), ports(5), (IdRange(1, 1),)),
-                    ),
-                ),
-            ),
-        }  # fmt: skip
-
-
-@pytest.mark.parametrize("families", [(Family.IPV4, Family.IPV6), (Family.IPV4,), (Family.IPV6,)])
-def test_everything_that_a_policy_can_say_the_kernel_takes_and_keeps(pod, every_policy, families):
-    for policy in every_policy.values():
-        rules = rules_for(msgspec.structs.replace(policy, families=families))
-        NftablesBackend().apply(pod, rules)
-        assert NftablesBackend().check(pod, rules) == ()
-        assert NftablesBackend().apply(pod, rules) is Change.UNCHANGED
-        installed = {(line.hook, line.name) for line in NftablesBackend().current(pod)}
-        assert installed == {(hook, line.name) for hook, found in rules.lists for line in found}
+        yield policies_that_say_everything(path)
 
 
 def test_a_family_is_not_asked_for_lines_of_the_other(pod, every_policy):

@@ -1,4 +1,4 @@
-"""What tests of `observe` and `classify` share: the commands as processes, traffic of every class, captures."""
+"""What tests of the classifier on real interfaces share: clients and servers of every class, captures, `observe`."""
 
 import datetime
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,10 @@ def server_context(directory: Path) -> ssl.SSLContext:
 
 @contextmanager
 def answering(netns_path: str, tls: ssl.SSLContext) -> Iterator[None]:
-    """Servers in a namespace, one of them of TLS: they answer one request and close."""
-    listeners = {port: netns.run_in(netns_path, _listen, port) for port in (PORT, TLS_PORT)}
+    """Servers for both families in a namespace, one of them of TLS: they answer one request and close."""
+    listeners = {port: netns.run_in(netns_path, listen, port) for port in (PORT, TLS_PORT)}
     threads = [
-        threading.Thread(target=_serve, args=(listener, tls if port == TLS_PORT else None))
+        threading.Thread(target=_accept_all, args=(listener, tls if port == TLS_PORT else None))
         for port, listener in listeners.items()
     ]
     for thread in threads:
@@ -133,21 +134,23 @@ def connect(netns_path: str, address: str, port: int) -> socket.socket:
     return netns.run_in(netns_path, socket.create_connection, (address, port), DEADLINE_S)
 
 
-def ask(connection: socket.socket) -> None:
-    """Sends a request and reads the answer to its end."""
+def ask(connection: socket.socket) -> int:
+    """Sends a request and reads the answer to its end; how long that was."""
     with connection:
         connection.sendall(REQUEST)
-        while connection.recv(1 << 16):
-            pass
+        read = 0
+        while received := connection.recv(1 << 16):
+            read += len(received)
+        return read
 
 
-def ask_tls(connection: socket.socket, sni: str | None, alpn: Sequence[str] = ()) -> None:
+def ask_tls(connection: socket.socket, sni: str | None, alpn: Sequence[str] = ()) -> int:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     if alpn:
         context.set_alpn_protocols(list(alpn))
-    ask(context.wrap_socket(connection, server_hostname=sni))
+    return ask(context.wrap_socket(connection, server_hostname=sni))
 
 
 def call_in_every_way(pair: Pair, version: int) -> None:
@@ -190,30 +193,35 @@ def pcap(frames: Sequence[bytes], *, link_type: int = 1, snap_length: int = 1 <<
     return b"".join(out)
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
+    """A listener for both families in the calling thread's namespace."""
     return socket.create_server(
         ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
     )
 
 
-def _serve(listener: socket.socket, tls: ssl.SSLContext | None) -> None:
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except OSError:
-            return
-        connection.settimeout(DEADLINE_S)
-        try:
-            if tls:
-                connection = tls.wrap_socket(connection, server_side=True)
-            with connection:
-                request = b""
-                while not request.endswith(b"\r\n\r\n"):
-                    received = connection.recv(4096)
-                    if not received:
-                        break
-                    request += received
-                else:
-                    connection.sendall(ANSWER)
-        except OSError:
-            connection.close()
+def _accept_all(listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            pool.submit(_answer, connection, tls)
+
+
+def _answer(connection: socket.socket, tls: ssl.SSLContext | None) -> None:
+    connection.settimeout(DEADLINE_S)
+    try:
+        if tls:
+            connection = tls.wrap_socket(connection, server_side=True)
+        with connection:
+            request = b""
+            while not request.endswith(b"\r\n\r\n"):
+                received = connection.recv(4096)
+                if not received:
+                    return
+                request += received
+            connection.sendall(ANSWER)
+    except OSError:
+        connection.close()

@@ -5,7 +5,7 @@ import resource
 import sqlite3
 import stat
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -223,6 +223,51 @@ def test_hints_are_kept_with_the_edge_and_survive_a_restart(path):
     ledger.close()
 
 
+def hints(ledger):
+    [seen] = ledger.window(None, None, 0, 1e11)
+    return seen.count.hints
+
+
+def test_an_edge_has_the_hints_of_all_its_counters_also_before_the_next_round(path):
+    ledger = Ledger.open(path)
+    former = {"slot": 1, "hints": (Hint.HTTP1,)}
+    ledger.record(T0, "g", [edge(T0, 1, **former)], {})
+    both = [edge(T0 + 1, 1, **former, live=False), edge(T0 + 1, 1, slot=2, hints=(Hint.KAFKA,))]
+    ledger.record(T0 + 1, "g", both, {})
+    assert hints(ledger) == (Hint.HTTP1, Hint.KAFKA)
+    ledger.close()
+    ledger = Ledger.open(path)
+    assert hints(ledger) == (Hint.HTTP1, Hint.KAFKA)
+    ledger.close()
+
+
+def test_hints_are_stored_with_the_round_that_tells_them(path):
+    with closing(Ledger.open(path)) as ledger:
+        ledger.record(T0, "g", [edge(T0, 1, hints=(Hint.HTTP1,))], {})
+    with closing(Ledger.open(path)) as ledger:
+        assert hints(ledger) == (Hint.HTTP1,)
+
+
+def test_an_edge_that_comes_again_has_the_hints_that_it_had(path):
+    ledger = Ledger.open(path)
+    ledger.record(T0, "g", [edge(T0, 1, hints=(Hint.HTTP1,))], {})
+    ledger.record(T0 + 1, "h", [], {})
+    ledger.close()
+    ledger = Ledger.open(path)
+    ledger.record(T0 + 2, "h", [edge(T0 + 2, 1, hints=(Hint.KAFKA,))], {})
+    assert hints(ledger) == (Hint.HTTP1, Hint.KAFKA)
+    ledger.close()
+    ledger = Ledger.open(path)
+    assert hints(ledger) == (Hint.HTTP1, Hint.KAFKA)
+    ledger.close()
+
+
+def test_an_edge_that_cannot_be_written_has_its_hints(ledger):
+    with no_room_on_disk():
+        ledger.record(T0, "g", [edge(T0, 1, hints=(Hint.REDIS,))], {})
+        assert hints(ledger) == (Hint.REDIS,)
+
+
 def test_every_hint_has_a_number_of_its_own():
     assert sorted(HINT_BITS.values()) == [1 << n for n in range(len(Hint))]
     assert list(HINT_BITS) == list(Hint)
@@ -231,13 +276,15 @@ def test_every_hint_has_a_number_of_its_own():
 def test_an_edge_whose_peer_changed_is_told_in_parts_that_add_up(ledger):
     for number in range(100):
         now = T0 + number
-        ledger.record(now, "g", [edge(now, number + 1, sent=number + 1)], {})
+        told = edge(now, number + 1, sent=number + 1, hints=(Hint.REDIS,))
+        ledger.record(now, "g", [told], {})
     cuts = {"10.0.0.1": (T0 + 20, T0 + 70.5), "10.0.0.2": (T0 + 30,)}
     parts = ledger.window(None, None, T0 + 5, T0 + 90, cuts)
     assert [part.count.connections for part in parts] == [15, 51, 20]
     assert [part.count.bytes_to_client for part in parts] == [30, 102, 40]
     assert [part.count.last_seen for part in parts] == [T0 + 19, T0 + 70, T0 + 90]
     assert [part.count.first_seen for part in parts] == [T0, T0 + 20, T0 + 70.5]
+    assert {part.count.hints for part in parts} == {(Hint.REDIS,)}
 
 
 def test_parts_of_what_is_in_minutes_and_hours_add_up_too(ledger):
@@ -559,13 +606,47 @@ def test_while_the_disk_is_full_evidence_stays_whole_and_it_is_told(ledger, path
     assert ledger.losses(T0, T0 + 3) == {"l": 2}
 
 
-def test_counts_of_a_map_that_went_away_while_the_disk_was_full_are_kept(ledger):
+def test_counts_of_a_map_that_went_away_while_the_disk_was_full_are_kept(ledger, path):
     ledger.record(T0, "g", [], {})
     with no_room_on_disk():
         ledger.record(T0 + 1, "g", [edge(T0 + 1, 5)], {})
         ledger.record(T0 + 2, "h", [edge(T0 + 2, 2)], {})
     ledger.record(T0 + 3, "h", [edge(T0 + 3, 3)], {})
     assert connections(ledger) == {key(): 8}
+    with closing(Ledger.open(path)) as again:
+        again.record(T0 + 4, "h", [edge(T0 + 4, 4)], {})
+        assert connections(again) == {key(): 9}
+
+
+def failing_once(function, monkeypatch, name):
+    """As that function of `history`, but for the first time."""
+    left = [1]
+
+    def fails(*arguments):
+        if left:
+            left.pop()
+            raise sqlite3.OperationalError("disk I/O error")
+        return function(*arguments)
+
+    monkeypatch.setattr(history, name, fails)
+
+
+def test_a_round_that_fails_half_way_is_written_whole_with_the_next(ledger, monkeypatch):
+    failing_once(history.pack, monkeypatch, "pack")
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    assert "disk I/O error" in ledger.problems()[0]
+    ledger.record(T0 + 1, "g", [edge(T0 + 1, 2)], {})
+    assert ledger.problems() == ()
+    assert connections(ledger) == {key(): 2}
+
+
+def test_a_history_that_cannot_be_condensed_is_told_until_it_can(ledger, monkeypatch):
+    failing_once(history.coarsen, monkeypatch, "coarsen")
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    assert "cannot be condensed: disk I/O error" in ledger.problems()[0]
+    ledger.record(T0 + 20, "g", [edge(T0 + 20, 2)], {})
+    assert ledger.problems() == ()
+    assert connections(ledger) == {key(): 2}
 
 
 def test_a_file_that_is_no_database_is_set_aside_and_told(path):
@@ -599,20 +680,79 @@ def test_damage_under_a_running_agent_costs_history_and_nothing_else(path):
     ledger = Ledger.open(path)
     many = [edge(T0, 5, key(peer=f"10.0.{n // 250}.{n % 250}")) for n in range(20_000)]
     ledger.extend(workload(), T0, T0)
-    ledger.record(T0, "g", many, {})
+    ledger.record(T0, "g", many, {"l": 3})
     ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     ledger._db.execute("PRAGMA shrink_memory")
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * (size - 4096))
-    for now in (T0 + 1, T0 + 2):
+    for now in (T0 + 1, T0 + 2, T0 + 3):
         ledger.extend(workload(), T0, now)
-        ledger.record(now, "g", [*many, edge(now, 1, key(peer="new"))], {})
+        ledger.record(now, "g", [*many, edge(now, 1, key(peer="new"))], {"l": 5})
     assert "set aside" in ledger.problems()[0]
     assert len(connections(ledger)) == 20_001
-    assert ledger.coverage(workload().key) == (Interval(T0, T0 + 2),)
+    assert ledger.coverage(workload().key) == (Interval(T0, T0 + 3),)
+    assert ledger.losses(0, 1e11) == {"l": 5}
     ledger.close()
+
+
+def spoil(ledger, path, table):
+    """Damages the first page of a table, under the agent that has the file open."""
+    query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+    [(page,)] = ledger._db.execute(query, (table,)).fetchall()
+    ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ledger._db.execute("PRAGMA shrink_memory")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+
+
+def test_damage_that_a_question_meets_is_told_and_the_kernels_counts_come_back(ledger, path):
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    ledger.record(T0 + 100, "g", [edge(T0 + 100, 2)], {})
+    spoil(ledger, path, "delta")
+    with pytest.raises(LedgerError, match="damaged"):
+        connections(ledger)
+    assert "set aside" in ledger.problems()[0]
+    ledger.record(T0 + 101, "g", [edge(T0 + 101, 3)], {})
+    assert connections(ledger) == {key(): 3}
+
+
+def test_damage_that_condensing_meets_is_told_and_the_kernels_counts_come_back(ledger, path):
+    ledger.record(T0, "g", [edge(T0, 1)], {})
+    spoil(ledger, path, "workload")
+    ledger.record(T0 + 20, "g", [edge(T0 + 20, 2)], {})
+    assert "set aside" in ledger.problems()[0]
+    ledger.record(T0 + 21, "g", [edge(T0 + 21, 3)], {})
+    assert connections(ledger) == {key(): 3}
+
+
+def alter_rounds(path):
+    """Other numbers in the same places: nothing that SQLite could notice."""
+    with closing(sqlite3.connect(path)) as db:
+        [(entries,)] = db.execute("SELECT entries FROM round WHERE number = 1")
+        db.execute("UPDATE round SET entries = ? WHERE number = 1", (b"\1" + entries[1:],))
+        db.commit()
+
+
+def test_a_round_that_is_not_as_it_was_written_is_damage(path):
+    with closing(Ledger.open(path)) as ledger:
+        ledger.record(T0, "g", [edge(T0, 1)], {})
+    alter_rounds(path)
+    with closing(Ledger.open(path)) as ledger:
+        assert "checksum" in ledger.problems()[0]
+        assert connections(ledger) == {}
+
+
+def test_a_round_that_is_not_as_it_was_written_is_damage_when_a_question_meets_it(ledger, path):
+    for later in (0, 1):
+        ledger.record(T0 + later, "g", [edge(T0 + later, 1 + later)], {})
+    alter_rounds(path)
+    with pytest.raises(LedgerError, match="checksum"):
+        connections(ledger, T0, T0 + 0.5)
+    ledger.record(T0 + 2, "g", [edge(T0 + 2, 3)], {})
+    assert connections(ledger) == {key(): 3}
 
 
 @pytest.mark.parametrize("where", ["no/such/directory/ledger.db", "link.db"])
@@ -656,21 +796,44 @@ def test_a_file_of_another_layout_is_set_aside(path):
     ledger.close()
 
 
+def write_former_layout(path):
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript((Path(__file__).parent / "golden" / "ledger-layout-1.sql").read_text())
+
+
+def test_a_file_of_the_former_layout_gets_the_tables_of_a_new_one(path, tmp_path):
+    def columns(file):
+        Ledger.open(file).close()
+        with closing(sqlite3.connect(file)) as db:
+            names = db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")
+            return {
+                name: {row[1] for row in db.execute(f"PRAGMA table_xinfo({name})")}
+                for (name,) in names.fetchall()
+            }
+
+    write_former_layout(path)
+    assert columns(path) == columns(tmp_path / "new.db")
+
+
 def test_history_of_the_former_layout_goes_on(path):
-    db = sqlite3.connect(path)
-    db.executescript((Path(__file__).parent / "golden" / "ledger-layout-1.sql").read_text())
-    db.close()
+    write_former_layout(path)
     ledger = Ledger.open(path)
     assert ledger.problems() == ()
-    assert connections(ledger) == {key(): 12, key(peer="10.0.0.2"): 4}
+    found = {edge.key.peer: edge.count for edge in ledger.window(None, None, 0, 1e11)}
+    assert {
+        peer: (count.connections, count.bytes_to_server, count.bytes_to_client)
+        for peer, count in found.items()
+    } == {"10.0.0.1": (14, 140, 1400), "10.0.0.2": (5, 50, 500)}
     assert ledger.coverage(workload().key) == (Interval(T0, T0 + 90),)
     assert ledger.losses(0, 1e11) == {"flow_not_stored": 1}
+    assert connections(ledger, T0 + 50)[key()] == 4, "minutes count whole where there are no rounds"
     ledger.record(T0 + 100, "a new map", [edge(T0 + 100, 3)], {"flow_not_stored": 2})
-    assert connections(ledger)[key()] == 15
+    assert connections(ledger)[key()] == 17
     assert ledger.losses(0, 1e11) == {"flow_not_stored": 3}
     ledger.close()
     ledger = Ledger.open(path)
-    assert connections(ledger)[key()] == 15
+    assert connections(ledger)[key()] == 17
+    assert {row[0] for row in ledger._db.execute("SELECT tier FROM delta")} == {1, 2}
     ledger.close()
 
 

@@ -12,7 +12,7 @@ META_PACKAGE = "linux-image-cloud-amd64"
 LIMIT_S = 1200
 _LIVE = "tests/kernel/test_classifier_live.py"
 _PINS = "tests/kernel/test_pins.py"
-_REDIRECT = "tests/kernel/test_redirect_nftables.py::TestBothFamilies"
+_REDIRECT = "tests/kernel/test_redirect_backends.py::TestBothFamilies"
 TESTS = (
     # The programs load, and packets have the classes that they should.
     "tests/kernel/test_classifier_streams.py",
@@ -32,11 +32,20 @@ TESTS = (
     f"{_PINS}::test_a_header_before_ip_is_where_an_interface_has_one",
     # They report the names in hellos.
     "tests/kernel/test_observe.py::test_every_connection_is_told_with_its_names_and_its_bytes",
+    # What is traced, by a program that is compiled there.
+    "tests/kernel/test_trace.py::test_what_is_redirected_is_told_with_what_was_dialled_and_where_it_went",
+    "tests/kernel/test_trace.py::test_connections_of_io_uring_are_told_the_accepting_end_by_who_reads",
     # Redirection.
     "tests/kernel/test_nftables.py",
-    f"{_REDIRECT}::test_outbound_goes_to_the_sidecar_which_learns_what_was_dialled",
-    f"{_REDIRECT}::test_inbound_goes_to_the_sidecar_which_learns_what_was_dialled",
-    f"{_REDIRECT}::test_one_source_port_may_be_used_towards_several_redirected_ports",
+    *(
+        f"{_REDIRECT}::{test}[nftables-{version}]"
+        for test in (
+            "test_outbound_goes_to_the_sidecar_which_learns_what_was_dialled",
+            "test_inbound_goes_to_the_sidecar_which_learns_what_was_dialled",
+            "test_one_source_port_may_be_used_towards_several_redirected_ports",
+        )
+        for version in (4, 6)
+    ),
 )
 
 
@@ -46,7 +55,9 @@ def main() -> int:
     parser.add_argument(
         "--command", action="store_true", help="what follows is a command, not for pytest"
     )
-    parser.add_argument("--compilers", action="store_true", help="with clang and its headers")
+    parser.add_argument(
+        "--compilers", action="store_true", help="with clang, bcc and their headers"
+    )
     chosen, arguments = parser.parse_known_args()
     command = arguments or list(TESTS)
     if not chosen.command:

@@ -34,6 +34,7 @@ _LIBRARIES = (
     "libip6tc.so.2",
     "libxtables.so.12",
 )
+_COMPILING_LIBRARIES = ("libbcc.so.0", "librt.so.1")
 _HEADERS = ("bpf", "linux", "asm-generic", "x86_64-linux-gnu/asm", "x86_64-linux-gnu/gnu")
 _TREES = ("agent", "bpf", "tests", "docs")
 _FILES = ("pyproject.toml", "Makefile", "README.md")
@@ -120,9 +121,17 @@ def _files(compilers: bool) -> Iterator[Path]:
         programs += [Path(_program(name)) for name in _COMPILERS]
         trees += [Path("/usr/include", each) for each in _HEADERS]
         trees += Path(_program("clang")).resolve().parent.parent.glob("lib/clang/*/include")
+        # Of bcc and of some kernel, for `tidegate trace`.
+        trees.append(Path("/usr/lib/python3/dist-packages/bcc"))
+        trees += Path("/usr/src").glob("linux-headers-*/include")
+        trees += Path("/usr/src").glob("linux-headers-*/arch/x86/include")
+        yield from Path("/lib/modules").glob("*/build")
+        yield from Path("/lib/modules").glob("*/source")
     inside = [each for tree in trees for each in _tree(tree)]
     elf = [each for each in inside if ".so" in each.name and each.is_file()]
     elf += [*programs, *(libraries / name for name in _LIBRARIES)]
+    if compilers:
+        elf += [libraries / name for name in _COMPILING_LIBRARIES]
     elf += [libraries / "libnss_files.so.2", *libraries.glob("ossl-modules/*.so")]
     yield from inside
     yield from elf
