@@ -14,7 +14,8 @@ from tidegate.model import FlowClass, Hint
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 
 WINDOW = 4096
-"""Bytes further ahead of the contiguous beginning than this are not kept."""
+"""Bytes further ahead of the contiguous beginning than this are not kept; and while nothing has the headers of TLS yet,
+none further from where they would begin, because everything from there on may have to be looked at again."""
 HINT_BYTES = 1024
 
 
@@ -65,7 +66,8 @@ class Stretch:
     def end(self) -> int:
         return self.origin + len(self.begin)
 
-    def add(self, position: int, payload: bytes) -> None:
+    def add(self, position: int, payload: bytes, limit: int | None = None) -> None:
+        """Bytes behind a hole are kept up to the limit, if there is one."""
         start, end = max(position, self.origin), self.end
         payload = payload[start - position :]
         again = payload[: max(end - start, 0)]
@@ -76,7 +78,8 @@ class Stretch:
             return
         for at, byte in enumerate(payload[len(again) :], start=start + len(again)):
             waiting = self.ahead.get(at)
-            if waiting is None and at - end < WINDOW:
+            near = at - end < WINDOW and (limit is None or at < limit)
+            if waiting is None and (at == end or near):
                 self.ahead[at] = byte
             elif waiting not in (None, byte):
                 self.differences += 1
@@ -128,7 +131,8 @@ class Connection:
         self._base = 0
         self._furthest = {True: 0, False: 0}
         self._first: dict[bool, int] = {}
-        """Where the count of each end begins: at its SYN, or else at its first payload."""
+        """Where the count of each end begins: at its SYN, if that was of a known connection, or else at its first
+        payload."""
         self._spoke_at: int | None = None
         """How far the client was seen when the server first sent payload."""
         self._fin: int | None = None
@@ -143,6 +147,8 @@ class Connection:
         self._mysql_asked = False
         self._hint: Hint | None = None
         self._proxy = False
+        self._has_headers = False
+        """Whether the beginning is TLS by its headers."""
         self._sslv2 = False
         self.must_tell_overlap = False
         """Whether bytes that were being kept for a decision came again and were others."""
@@ -230,7 +236,7 @@ class Connection:
     def _count(self, segment: Segment) -> bool:
         """Whether the segment goes further than all before it from its end."""
         who, end = segment.from_client, segment.position + len(segment.payload)
-        if segment.flags & SYN:
+        if segment.flags & SYN and self.counts:
             self._first[who] = 0
         if not segment.payload:
             return False
@@ -245,7 +251,8 @@ class Connection:
         end = segment.position + len(segment.payload)
         self._count(segment)
         conflicts = self._client.conflicts
-        self._client.add(segment.position, segment.payload)
+        limit = None if self._has_headers else self._base + WINDOW
+        self._client.add(segment.position, segment.payload, limit)
         if self._settled is None and self._client.conflicts > conflicts:
             self.must_tell_overlap = True
         for turn in (self._turn, self._upgraded):
@@ -323,7 +330,9 @@ class Connection:
         mesh = FlowClass.STARTTLS if server_first else FlowClass.MESH
         if header is None:
             return self._conclude(not_tls)
-        match beginning_of(begin[self._base :], self._profile):
+        look = beginning_of(begin[self._base :], self._profile)
+        self._has_headers = look not in (Look.MORE, Look.NOT_TLS)
+        match look:
             case Look.MORE:
                 return self._conclude(not_tls)
             case Look.NOT_TLS:
