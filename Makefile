@@ -17,11 +17,14 @@ PACKAGES := python3 python3-venv libbpf1 libnftables1 iptables \
 	clang llvm libbpf-dev linux-libc-dev libc6-dev gcc python3-dev \
 	ca-certificates curl iproute2 ipset nftables openssl
 
+# What only `tidegate trace` needs, as its document tells people to install it (docs/trace.md): headers of any kernel do.
+TEST_PACKAGES := python3-bpfcc linux-headers-$$(dpkg --print-architecture)
+
 # A virtual environment holds absolute paths: it is made again when the repository has moved.
 STAMP := $(VENV)/ready
 FINGERPRINT = $$(echo "$(CURDIR)" | cat - pyproject.toml | sha256sum | cut -d' ' -f1)
 
-.PHONY: help setup packages venv bpf demo test lint unit bench fuzz soak vm live clean
+.PHONY: help setup packages packages-of-tests venv bpf demo test lint unit bench fuzz soak vm live clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +41,9 @@ packages:
 	    apt-get -qq update && apt-get -qq install -y --no-install-recommends $$missing >/dev/null; \
 	fi
 
+packages-of-tests: packages
+	@$(MAKE) --silent --no-print-directory packages PACKAGES="$(TEST_PACKAGES)"
+
 venv: packages
 	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(FINGERPRINT)" ]; then \
 	    echo "making the Python environment .venv"; \
@@ -53,7 +59,7 @@ bpf: packages
 demo: setup ## the whole story in a lab of two nodes; leaves nothing behind
 	@$(BIN)/python -m tidegate.lab.demo
 
-test: setup lint ## every test (needs root for the kernel and lab tests)
+test: setup packages-of-tests lint ## every test (needs root for the kernel and lab tests)
 	@[ "$$(id -u)" = 0 ] || { echo "the tests make network namespaces: run sudo make test" >&2; exit 1; }
 	@$(BIN)/pytest -q tests
 
@@ -71,12 +77,15 @@ bench: setup ## measurements, as ratios with medians
 fuzz: setup ## the classifier against its reference: a million random streams, STREAMS and SEED to choose others
 	@$(BIN)/python -m tests.fuzz --streams $${STREAMS:-1000000} --seed $${SEED:-$$RANDOM}
 
-soak: setup ## long runs: 2,000 apply and remove cycles, 500 random policies
+soak: setup ## long runs: 2,000 apply and remove cycles, 500 random policies, 200 flips under load, 1,000 killed agents
 	@TIDEGATE_SOAK=1 $(BIN)/pytest -q --timeout 1800 tests/kernel/test_redirect_faults.py
 	@TIDEGATE_POLICIES=500 TIDEGATE_SEED=$$RANDOM $(BIN)/pytest -q --timeout 1800 \
 	    tests/kernel/test_redirect_properties.py
+	@TIDEGATE_SOAK=1 $(BIN)/pytest -q --timeout 600 tests/kernel/test_sidecar_flips.py
+	@TIDEGATE_SOAK=1 TIDEGATE_SEED=$$RANDOM $(BIN)/pytest -q --timeout 1800 \
+	    tests/kernel/test_ledger_sums.py
 
-vm: setup ## a choice of tests under Debian's kernel 6.1, in a virtual machine
+vm: setup packages-of-tests ## a choice of tests under Debian's kernel 6.1, in a virtual machine
 	@$(BIN)/python -m tests.vm
 
 live: setup ## real clients against real servers; tshark and `tidegate classify` have to agree

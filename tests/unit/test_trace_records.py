@@ -6,14 +6,18 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from msgspec.structs import replace
 
 from tidegate.cli import trace as command
+from tidegate.cli import workloads
 from tidegate.cli.main import main, make_parser
 from tidegate.cli.workloads import KnownWorkload, Node
 from tidegate.errors import TidegateError
 from tidegate.model import FlowClass
+from tidegate.observe.classifier import KUMA, MeshProfile, consul_profile
 from tidegate.observe.trace import session
 from tidegate.observe.trace.records import (
     MOST_CONNECTIONS,
@@ -430,11 +434,46 @@ def test_a_service_is_the_namespaces_of_its_workloads(
         number["a"]: f"{tmp_path}/a",
         number["c"]: f"{tmp_path}/c",
     }
-    assert command._workload_names() == {
+    assert command._workload_names(nodes) == {
         number["a"]: "one",
         number["b"]: "two",
         number["c"]: "three",
     }
+
+
+def test_an_agent_that_knows_the_namespace_says_in_which_trust_domain_its_mesh_is(
+    tmp_path: Path,
+) -> None:
+    for name in "ab":
+        (tmp_path / name).touch()
+    here, there = (tmp_path / name for name in "ab")
+    nodes = (
+        replace(node_of(("one", "shop", str(here))), trust_domain="one.test"),
+        replace(node_of(("two", "shop", str(there)), ("gone", "", "/none")), trust_domain="2.test"),
+        node_of(("old", "shop", str(here))),
+    )
+    number = here.stat().st_ino
+    assert workloads.trust_domains(nodes, [number]) == {"one.test"}
+    assert workloads.trust_domains(nodes, []) == set()
+
+
+def test_the_mesh_of_a_workload_is_recognised_by_its_agents_trust_domain(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def observing(paths: dict[int, str], profile: MeshProfile) -> NoReturn:
+        seen.append(profile)
+        raise TidegateError("that is all")
+
+    here = replace(node_of(("one", "shop", str(tmp_path))), trust_domain="one.test")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("tidegate.cli.target.agents_of_this_machine", lambda: ())
+    monkeypatch.setattr("tidegate.cli.workloads.known", lambda addresses: (here,))
+    monkeypatch.setattr("tidegate.cli.trace.observing", observing)
+    for options in ((), ("--profile", "kuma")):
+        assert main(["trace", "--service", "shop", *options]) == 1
+    assert seen == [consul_profile("one.test"), KUMA]
 
 
 # What is missing
@@ -481,7 +520,7 @@ def test_a_processor_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_kernel_that_lacks_a_field_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "tidegate.kernel.layout.offsets",
+        "tidegate.kernel.btf.offsets_in_kernel",
         lambda fields: {field: 8 if field != ("sock", "sk_err") else None for field in fields},
     )
     with (
@@ -519,6 +558,19 @@ def test_a_python_without_bcc_is_told_what_to_install() -> None:
     with (
         pytest.raises(Missing, match=r"cannot import \(No module named 'bcc'\): `apt-get install"),
         started(python=sys.executable, headers=Headers(None)),
+    ):
+        pass
+
+
+@needs_btf
+def test_a_bcc_without_its_library_is_told_what_to_install(
+    reader: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "bcc.py").write_text("import ctypes\nctypes.CDLL('libnone.so.0')\n")
+    python = reader(f'shift; PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+    with (
+        pytest.raises(Missing, match=r"cannot import \(libnone.so.0: cannot open.*apt-get install"),
+        started(python=python, headers=Headers(None)),
     ):
         pass
 
@@ -579,7 +631,9 @@ def test_a_reader_that_ends_by_itself_is_told_with_its_words(
 
 
 def test_more_namespaces_than_can_be_chosen_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidegate.kernel.layout.offsets", lambda fields: dict.fromkeys(fields, 0))
+    monkeypatch.setattr(
+        "tidegate.kernel.btf.offsets_in_kernel", lambda fields: dict.fromkeys(fields, 0)
+    )
     many = range(session.MOST_NETNS + 1)
     with (
         pytest.raises(TidegateError, match="1025 network namespaces are more than the 1024"),
@@ -627,10 +681,10 @@ def test_a_service_is_looked_for_at_the_agent_that_is_named(
         return (node_of(("pay-1", "pay", "")),)
 
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr("tidegate.cli.trace._workload_names", dict)
+    monkeypatch.setattr("tidegate.cli.target.agents_of_this_machine", lambda: ("unix:///b.sock",))
     monkeypatch.setattr("tidegate.cli.workloads.known", known)
     assert main(["trace", "--service", "api", "--socket", "/a.sock"]) == 2
-    assert asked == [("unix:///a.sock",)]
+    assert asked[1:] == [("unix:///a.sock",)]
     assert "(known: pay)" in capsys.readouterr().err
 
 
@@ -648,7 +702,7 @@ def test_the_commands_of_the_page_are_understood() -> None:
     commands = re.findall(
         r"^\$ sudo \.venv/bin/tidegate (trace .*)$", page.read_text(), re.MULTILINE
     )
-    assert len(commands) == 5
+    assert len(commands) == 6
     for line in commands:
         assert make_parser("trace").parse_args(line.split()).run == command.run_trace
 

@@ -13,30 +13,33 @@ import resource
 import select
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.admin import SidecarAdmin
-from tidegate.enforce.sidecar.files import SidecarError, SidecarFiles
+from tidegate.enforce.sidecar.files import SidecarError, SidecarFiles, bound_log, log_end
 from tidegate.kernel import netns
 from tidegate.kernel.capabilities import CAP_NET_RAW, has
 from tidegate.kernel.errors import KernelError
 
 DRAIN_TIME_S = 30
 """How long connections of a removed filter chain may go on before Envoy closes them."""
+FLUSH_INTERVAL_MS = 1000
+"""How late what happens can be in the logs of connections."""
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 30.0
 HEALTHY_AFTER_S = 60.0
 """An Envoy that ran this long has the next failure count as its first."""
 RESTART_DEADLINE_S = 5.0
-LARGEST_LOG = 1024 * 1024
 KEPT_LOG = 64 * 1024
 
 _PID_FILE = "envoy.pid"
 _LOG_FILE = "envoy.log"
-_OLD_LOG_FILE = "envoy.log.1"
+_PROGRAM = Path("bin", "envoy")
+"""Below the sidecar's directory, while its Envoy is being started."""
 _KILL_WAIT_S = 5.0
 
 
@@ -138,7 +141,7 @@ class EnvoyProcess:
                 self._start(now, transparent=transparent)
         elif now - self._started_at >= HEALTHY_AFTER_S:
             self._delay_s = FIRST_DELAY_S
-        self._bound_log()
+        self._bound_logs()
         return self.state
 
     def stop(self, deadline: float) -> None:
@@ -245,8 +248,7 @@ class EnvoyProcess:
                     stderr=log,
                     cwd=str(self._files.working),
                     env={},
-                    # The path may lead through directories that the proxy user cannot enter.
-                    executable=f"/proc/self/fd/{executable}",
+                    executable=stack.enter_context(self._named(executable)),
                     pass_fds=(executable,),
                     start_new_session=True,
                 )
@@ -262,6 +264,25 @@ class EnvoyProcess:
             self._process = _Process(child.pid, started)
             self._record(self._process)
 
+    @contextlib.contextmanager
+    def _named(self, executable: int) -> Iterator[str]:
+        """Path of a program that a child has open as the descriptor `executable`, to be executed by the proxy user.
+
+        By descriptor, because the program's own path may lead through directories that the proxy user cannot enter;
+        through a link, because a process is called as the path that it executes ends (Linux fs/exec.c
+        begin_new_exec), which would be the descriptor's number.
+        """
+        link = self._files.directory / _PROGRAM
+        link.parent.mkdir(exist_ok=True)
+        link.parent.chmod(0o711)
+        # One that an agent left that was killed here.
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"/proc/self/fd/{executable}")
+        try:
+            yield str(link)
+        finally:
+            link.unlink()
+
     def _arguments(self) -> list[str]:
         return [
             "envoy",
@@ -272,6 +293,8 @@ class EnvoyProcess:
             "--disable-hot-restart",
             "--drain-time-s",
             str(self._drain_time_s),
+            "--file-flush-interval-msec",
+            str(FLUSH_INTERVAL_MS),
             "--log-level",
             "warning",
         ]
@@ -290,16 +313,13 @@ class EnvoyProcess:
         staging.rename(self._pid_file)
 
     def _last_line(self) -> str:
-        lines = [line for line in _tail(self._log, 4096).splitlines() if "[backtrace]" not in line]
+        end = log_end(self._log, 4096).decode("utf-8", "replace")
+        lines = [line for line in end.splitlines() if "[backtrace]" not in line]
         return lines[-1].strip()[:300] if lines else ""
 
-    def _bound_log(self) -> None:
-        """Envoy appends, so that it goes on at the beginning of the emptied file."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._log.stat().st_size > LARGEST_LOG:
-                kept = _tail(self._log, KEPT_LOG)
-                (self._files.directory / _OLD_LOG_FILE).write_text(kept, encoding="utf-8")
-                os.truncate(self._log, 0)
+    def _bound_logs(self) -> None:
+        bound_log(self._log, KEPT_LOG)
+        bound_log(self._files.log(render.ACCESS_LOG))
 
 
 def _start_time(pid: int) -> int | None:
@@ -323,15 +343,6 @@ def _how(returncode: int) -> str:
     if returncode >= 0:
         return f"exited with status {returncode}"
     return f"killed by {signal.Signals(-returncode).name}"
-
-
-def _tail(path: Path, size: int) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-            return file.read(size).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return ""
 
 
 def _allow_files(number: int) -> None:

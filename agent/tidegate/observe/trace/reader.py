@@ -28,7 +28,8 @@ def main() -> int:
         os.environ["BCC_KERNEL_SOURCE"] = question["headers"]
     try:
         bcc = importlib.import_module("bcc")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
+        # OSError: a library that it loads is not there.
         return failed("bcc", str(error))
     try:
         program = bcc.BPF(text=question["text"], cflags=question["flags"])

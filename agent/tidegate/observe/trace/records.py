@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
+from tidegate.addresses import endpoint
 from tidegate.model import FlowClass
 
 _K = TypeVar("_K")
@@ -50,11 +51,7 @@ class Endpoint(msgspec.Struct, frozen=True, array_like=True):
     port: int
 
     def __str__(self) -> str:
-        return (
-            f"[{self.address}]:{self.port}"
-            if ":" in self.address
-            else f"{self.address}:{self.port}"
-        )
+        return endpoint(self.address, self.port)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

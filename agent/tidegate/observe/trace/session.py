@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 import msgspec
 
 from tidegate.errors import TidegateError
-from tidegate.kernel import layout
+from tidegate.kernel import btf
 from tidegate.kernel.errors import KernelError
 from tidegate.observe.trace.records import Event
 
@@ -35,8 +35,8 @@ _MODULES = Path("/lib/modules")
 _KERNEL_HEADERS = Path("/sys/kernel/kheaders.tar.xz")
 _INSTALL = "`apt-get install python3-bpfcc linux-headers-$(dpkg --print-architecture)`"
 """On Debian. The package of headers is that of the distribution's newest kernel."""
-_START_S = 60.0
-"""Compiling takes half a second on a machine that has nothing else to do."""
+_START_S = 180.0
+"""Compiling takes half a second on a machine that has nothing else to do, a minute on one that is emulated."""
 _END_S = 10.0
 _CHUNK = 1 << 16
 _SAID_BYTES = 4096
@@ -198,7 +198,7 @@ def _defines() -> dict[str, int]:
     machine = _machine()
     fields = _FIELDS | {name: ("pt_regs", field) for name, field in machine.registers.items()}
     try:
-        found = layout.offsets(fields.values())
+        found = btf.offsets_in_kernel(fields.values())
     except KernelError as error:
         raise Missing(f"tracing needs to know the kernel's structures: {error}") from error
     unknown = sorted(f"{kind}.{path}" for (kind, path), offset in found.items() if offset is None)
