@@ -1,10 +1,13 @@
 """Interfaces, addresses and routes in namespaces."""
 
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from namespaces import DEADLINE_S, open_descriptors
+from namespaces import DEADLINE_S, open_descriptors, set_sysctl
 
 from tidegate.kernel import links, netns
 from tidegate.kernel.errors import KernelError
@@ -45,6 +48,62 @@ def test_addresses_are_the_global_ones_of_both_families_ipv4_first(pair):
     assert links.addresses(pair.pod, "eth0") == ("10.9.0.1", pair.pod_ipv4, pair.pod_ipv6)
     assert links.addresses(pair.pod, "lo") == ()
     assert links.addresses(pair.pod, "nothing0") == ()
+
+
+def ip(netns_path, *arguments):
+    assert netns.spawn(netns_path, ["ip", *arguments]).wait(DEADLINE_S) == 0
+
+
+def test_of_an_address_with_a_peer_the_own_one_is_told(pair):
+    ip(pair.pod, "address", "add", "10.9.0.1", "peer", "10.9.0.2", "dev", "eth0")
+    ip(pair.pod, "address", "add", "fd09::1", "peer", "fd09::2", "dev", "eth0", "nodad")
+    assert {"10.9.0.1", "fd09::1"} < set(links.addresses(pair.pod, "eth0"))
+    assert {"10.9.0.1", "fd09::1"} < set(links.reach(pair.pod).addresses)
+
+
+def test_a_name_that_no_interface_can_have_is_none(pair):
+    for name in ("", "eth0" * 4, "e" * 200, "\udcff"):
+        assert links.addresses(pair.pod, name) == ()
+        assert links.host_ifindex(pair.pod, name) is None
+
+
+def test_a_namespace_reaches_the_families_that_have_a_default_route(pair):
+    own = (pair.pod_ipv4, pair.pod_ipv6)
+    assert links.reach(pair.pod) == (own, (4, 6))
+    ip(pair.pod, "route", "replace", "unreachable", "default", "metric", "7")
+    ip(pair.pod, "-6", "route", "delete", "default")
+    assert links.reach(pair.pod) == (own, (4,))
+    ip(pair.pod, "-4", "route", "delete", "default", "via", pair.peer_ipv4)
+    assert links.reach(pair.pod) == (own, ())
+
+
+def test_addresses_of_all_interfaces_are_reached_but_no_local_ones(pair):
+    ip(pair.pod, "address", "add", "10.9.0.1/32", "dev", "lo")
+    ip(pair.pod, "address", "add", "10.9.0.2/32", "dev", "eth0", "scope", "link")
+    assert links.reach(pair.pod).addresses == ("10.9.0.1", pair.pod_ipv4, pair.pod_ipv6)
+
+
+def test_an_ipv6_address_that_somebody_else_has_is_none(pair):
+    set_sysctl(pair.pod, "net/ipv6/conf/eth0/accept_dad", "1")
+    ip(pair.pod, "address", "add", f"{pair.peer_ipv6}/64", "dev", "eth0")
+    shown = ["ip", "-6", "address", "show", "dev", "eth0", "dadfailed"]
+    deadline = time.monotonic() + DEADLINE_S
+    while not netns.run_in(pair.pod, subprocess.check_output, shown):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert links.addresses(pair.pod, "eth0") == (pair.pod_ipv4, pair.pod_ipv6)
+
+
+def test_the_agent_reads_interfaces_without_the_library_that_changes_them():
+    program = (
+        "import sys, tidegate.cli.agent\n"
+        "from tidegate.kernel import links, netns\n"
+        "links.addresses(netns.CURRENT, 'lo')\n"
+        "links.host_ifindex(netns.CURRENT, 'lo')\n"
+        "links.reach(netns.CURRENT)\n"
+        "sys.exit('pyroute2' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_deleted_interface_is_gone_at_both_ends_and_may_be_deleted_again(pair):

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from rich.console import Console
 from rich.live import Live
 
-from tidegate.cli import namespaces, profiles, seen, tables
-from tidegate.cli.arguments import ExamplesFormatter, add_json, duration
+from tidegate.cli import namespaces, profiles, seen, tables, target, workloads
+from tidegate.cli.arguments import ExamplesFormatter, add_for, add_json
 from tidegate.cli.endings import told_to_end
 from tidegate.cli.target import require_root
 from tidegate.errors import InputError
@@ -53,13 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="in that namespace (default: eth0, else that of the default route, else the only one)",
     )
     profiles.add_option(parser)
-    parser.add_argument(
-        "--for",
-        dest="watch_for",
-        type=duration,
-        metavar="SECONDS",
-        help="end after this time, such as 30 or 5m",
-    )
+    add_for(parser)
     add_json(parser, "flows, edges and counters as one JSON object")
     parser.set_defaults(run=run_observe)
 
@@ -69,6 +63,10 @@ def run_observe(args: argparse.Namespace) -> int:
     require_root("only root may attach programs to an interface")
     profile = profiles.chosen(args.profile)
     named = namespaces.chosen(args)
+    if args.profile is None and named and named.workload:
+        number = netns.identity(named.path).inode
+        nodes = workloads.known(target.agent_addresses(args))
+        profile = profiles.chosen(None, workloads.trust_domains(nodes, (number,)))
     given = namespaces.options_given(args)
     if named is None and given:
         raise InputError(
@@ -83,7 +81,7 @@ def run_observe(args: argparse.Namespace) -> int:
         with _saying("attaching"):
             watch = stack.enter_context(session.watching(place, profile))
         print("ready", file=sys.stderr, flush=True)
-        deadline = time.monotonic() + args.watch_for if args.watch_for else None
+        deadline = time.monotonic() + args.end_after if args.end_after else None
         if console.is_terminal and not args.json:
             with Live(console=console, auto_refresh=False, transient=True) as live:
 

@@ -1,11 +1,13 @@
 """How `observe` and `classify` are told to recognise a mesh: the name of one they know, or a file."""
 
 import argparse
+from collections.abc import Iterable
 
 import msgspec
 
-from tidegate.cli.arguments import text_of
+from tidegate.cli.arguments import source_of, text_of
 from tidegate.errors import InputError
+from tidegate.intent.documents import read_documents
 from tidegate.observe.classifier import ISTIO, KUMA, MeshProfile, consul_profile
 
 ANY_TRUST_DOMAIN = "*.consul"
@@ -19,7 +21,7 @@ KNOWN = {
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A profile that a person wrote, in YAML or JSON. Field by field as in MeshProfile."""
+    """A profile that a person wrote, in YAML, JSON or HCL. Field by field as in MeshProfile."""
 
     name: str = "custom"
     sni_suffixes: tuple[str, ...] = ()
@@ -31,15 +33,21 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     """Adds --profile."""
     parser.add_argument(
         "--profile",
-        default="consul",
         metavar="NAME",
-        help=f"how the mesh's own mTLS is recognised: {', '.join(KNOWN)} (default: consul), or a YAML or JSON "
-        "file with any of sni_suffixes, alpn and proxy_ports",
+        help=f"how the mesh's own mTLS is recognised: {', '.join(KNOWN)} (default: consul, for workloads of "
+        "an agent with its trust domain), or a YAML, JSON or HCL file with any of sni_suffixes, alpn and proxy_ports",
     )
 
 
-def chosen(name: str) -> MeshProfile:
-    """The profile of that name, or in that file. InputError for neither, and for a file with a fault."""
+def chosen(name: str | None, trust_domains: Iterable[str] = ()) -> MeshProfile:
+    """The profile of that name, or in that file; without a name Consul's, in these trust domains or else in any.
+
+    InputError for what is neither, and for a file with a fault.
+    """
+    if name is None:
+        own = [consul_profile(domain) for domain in sorted(trust_domains)]
+        suffixes = tuple(suffix for profile in own for suffix in profile.sni_suffixes)
+        return MeshProfile(name="consul", sni_suffixes=suffixes) if own else KNOWN["consul"]
     if name in KNOWN:
         return KNOWN[name]
     try:
@@ -52,12 +60,17 @@ def chosen(name: str) -> MeshProfile:
             field="--profile",
             expected=f"{', '.join(KNOWN)}, or a file",
         ) from error
+    source = source_of(name)
+    documents = read_documents(text, source)
+    if len(documents) > 1:
+        raise InputError(
+            f"holds {len(documents)} profiles", source=source, expected="one for each file"
+        )
     try:
-        read = msgspec.yaml.decode(text, type=_File)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        # PyYAML's messages have several lines.
-        raise InputError(" ".join(str(error).split()), source=name) from error
-    _check(read, name)
+        read = msgspec.convert(documents[0] if documents else {}, type=_File)
+    except msgspec.ValidationError as error:
+        raise InputError(str(error), source=source) from error
+    _check(read, source)
     return MeshProfile(
         name=read.name,
         sni_suffixes=read.sni_suffixes,

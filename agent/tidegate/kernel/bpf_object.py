@@ -188,7 +188,10 @@ class Object:
             handle = library.bpf_object__next_program(self._pointer, handle)
 
     def _btf(self) -> Btf:
-        return Btf(libbpf().bpf_object__btf(self._pointer))
+        pointer = libbpf().bpf_object__btf(self._pointer)
+        if not pointer:
+            raise KernelError(f"{self._path} has no BTF")
+        return Btf(pointer, str(self._path))
 
     def _map(self, name: str) -> int:
         for found, handle in self._maps():

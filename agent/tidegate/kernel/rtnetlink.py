@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pyroute2 import IPRoute, NetlinkError
-
 from tidegate.kernel.errors import KernelError
 
 
@@ -16,6 +14,9 @@ def opened(what: str) -> Iterator[Any]:
 
     What the kernel refuses within becomes a KernelError, which says by `what` what cannot be done.
     """
+    # Takes 10 MB, and an agent, which lives long, only reads (links.py).
+    from pyroute2 import IPRoute, NetlinkError
+
     try:
         with IPRoute() as netlink:
             netlink.asyncore.socket.connect((0, 0))

@@ -50,7 +50,7 @@ _WAYS: dict[Side, tuple[Way, Way]] = {
 
 
 class MeshProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """How a ClientHello of the mesh's own mTLS is recognised: by either of the two."""
+    """How a ClientHello of the mesh's own mTLS is recognised: by any of the three."""
 
     name: str
     sni_suffixes: tuple[str, ...] = ()

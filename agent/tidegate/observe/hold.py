@@ -13,6 +13,7 @@ import enum
 import errno
 import hashlib
 import mmap
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ PROGRAMS = ("from_pod", "to_pod")
 _FLOWS = "flows"
 _SCRATCH = "scratch"
 OWNER = "tidegate"
-OWN_PID_NAMESPACE = Path("/proc/self/ns/pid")
+_OWN_PID_NAMESPACE = Path("/proc/self/ns/pid")
 _NO_TCX = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 """What kernels say to an attach type that they do not know."""
 
@@ -66,7 +67,7 @@ BEST = (By.TCX, By.CLSACT)
 """What is tried, in this order."""
 
 TCX_TYPES = {Way.INGRESS: AttachType.TCX_INGRESS, Way.EGRESS: AttachType.TCX_EGRESS}
-HOOKS = {Way.INGRESS: tc.Hook.INGRESS, Way.EGRESS: tc.Hook.EGRESS}
+_HOOKS = {Way.INGRESS: tc.Hook.INGRESS, Way.EGRESS: tc.Hook.EGRESS}
 
 
 class Variant(NamedTuple):
@@ -126,17 +127,30 @@ class Compiled:
             yield compiled
 
 
+def programs_of(loaded: Object) -> tuple[Program, Program]:
+    """Handles on both programs: for packets from the pod, and for packets to it."""
+    from_pod, to_pod = PROGRAMS
+    return loaded.program(from_pod), loaded.program(to_pod)
+
+
 class Hold(abc.ABC):
-    """Maps, programs, and the interfaces that they are attached to."""
+    """Maps, programs, and the interfaces that they are attached to.
 
-    maps: dict[str, Map]
+    Where one begins, the filters go that holders left whose process is gone.
+    """
 
-    def __init__(self, by: tuple[By, ...]) -> None:
+    def __init__(self, compiled: Compiled, by: tuple[By, ...], owner: str) -> None:
+        """`owner` is the name of its filters."""
+        self.maps: dict[str, Map] = {}
+        self._compiled = compiled
+        self._copies: dict[Variant, tuple[Program, Program]] = {}
         self._by = by
+        self._owner = owner
         self._began: tuple[str, ...] = ()
         """What a person should know of how this began, a sentence each."""
         self._beside: dict[tuple[int, int], tuple[str, ...]] = {}
         """What there is to know of interfaces, by scope and index, likewise."""
+        _sweep(*tc.interfaces())
 
     @property
     def programs(self) -> tuple[Program, Program]:
@@ -150,16 +164,19 @@ class Hold(abc.ABC):
 
     def attach(self, interface: abi.Interface, ways: tuple[Way, Way]) -> None:
         """Attaches both programs, each where its packets pass, in the calling thread's namespace."""
-        programs = self._copy(Variant(interface.scope, interfaces.link_header(interface.ifindex)))
-        sweep(interface.ifindex)
+        copy = self._copy(Variant(interface.scope, interfaces.link_header(interface.ifindex)))
+        programs = dict(zip(ways, copy, strict=True))
+        _sweep(interface.ifindex)
         refused = KernelError(f"nothing is allowed to attach to interface {interface.ifindex}")
         for by in self._by:
             try:
                 match by:
                     case By.TCX:
-                        self._attach_links(interface, programs, ways)
+                        self._attach_links(interface, programs)
                     case By.CLSACT:
-                        self._attach_filters(interface, programs, ways)
+                        self._will_have_filters(interface)
+                        hooks = {_HOOKS[way]: program for way, program in programs.items()}
+                        tc.attach(interface.ifindex, hooks, self._owner)
                         self._note_earlier_filters(interface, tc.filters(interface.ifindex))
                     case _:
                         assert_never(by)
@@ -190,9 +207,13 @@ class Hold(abc.ABC):
     def detach_all_but(self, known: Iterable[abi.Interface]) -> None:
         """Takes off what is on other interfaces than these."""
 
-    @abc.abstractmethod
     def close(self) -> None:
         """Lets go of the kernel objects; what is pinned stays."""
+        for programs in self._copies.values():
+            for program in programs:
+                program.close()
+        for each in self.maps.values():
+            each.close()
 
     @abc.abstractmethod
     def remove(self) -> None:
@@ -207,14 +228,11 @@ class Hold(abc.ABC):
         """The programs with these constants."""
 
     @abc.abstractmethod
-    def _attach_links(
-        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
-    ) -> None: ...
+    def _attach_links(self, interface: abi.Interface, programs: Mapping[Way, Program]) -> None: ...
 
     @abc.abstractmethod
-    def _attach_filters(
-        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
-    ) -> None: ...
+    def _will_have_filters(self, interface: abi.Interface) -> None:
+        """Remembers it before there are any, so that they are found whatever happens."""
 
     def _has_filters(self, interface: abi.Interface, names: Mapping[int, str]) -> bool:
         """Whether an interface has filters for both programs, of which these are the copies."""
@@ -280,15 +298,20 @@ def _is_ours(each: tc.Filter) -> bool:
     return each.owner == OWNER or _private_pid(each) is not None
 
 
+def private_owner() -> str:
+    """The name of the filters of a holder that ends with this process."""
+    return f"{OWNER}-{os.getpid()}-{_OWN_PID_NAMESPACE.stat().st_ino}"
+
+
 def _private_pid(each: tc.Filter) -> tuple[int, int] | None:
     """Process and PID namespace of a private holder."""
     named = re.fullmatch(rf"{OWNER}-(\d+)-(\d+)", each.owner)
     return (int(named[1]), int(named[2])) if named else None
 
 
-def sweep(*ifindexes: int) -> None:
+def _sweep(*ifindexes: int) -> None:
     """Removes filters of private holders whose process is gone."""
-    own = OWN_PID_NAMESPACE.stat().st_ino
+    own = _OWN_PID_NAMESPACE.stat().st_ino
     for ifindex in ifindexes:
         left = []
         for each in tc.filters(ifindex):

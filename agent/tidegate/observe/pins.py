@@ -25,7 +25,6 @@ from tidegate.kernel.errors import KernelError
 from tidegate.observe import abi
 from tidegate.observe.hold import (
     BEST,
-    HOOKS,
     HOST,
     HOST_SCOPE,
     OWNER,
@@ -38,7 +37,7 @@ from tidegate.observe.hold import (
     Way,
     detach_filters,
     in_scope,
-    sweep,
+    programs_of,
 )
 
 _CLSACT = "clsact"
@@ -55,11 +54,8 @@ class Pinned(Hold):
     """Programs, maps and links that outlive the process; make one with `open`."""
 
     def __init__(self, directory: Path, compiled: Compiled, by: tuple[By, ...]) -> None:
-        super().__init__(by)
+        super().__init__(compiled, by, OWNER)
         self._directory = directory
-        self._compiled = compiled
-        self._copies: dict[Variant, tuple[Program, Program]] = {}
-        self.maps = {}
 
     @classmethod
     def open(
@@ -78,7 +74,6 @@ class Pinned(Hold):
             pinned._copy(HOST)
             pinned._upgrade()
             undo.pop_all()
-        sweep(*tc.interfaces())
         return pinned
 
     def _maps_that_fit(self) -> dict[str, Map]:
@@ -183,13 +178,6 @@ class Pinned(Hold):
                 _remove_links(self._directory, directory)
         self._remove_unused_copies()
 
-    def close(self) -> None:
-        for programs in self._copies.values():
-            for program in programs:
-                program.close()
-        for each in self.maps.values():
-            each.close()
-
     def remove(self) -> None:
         self.close()
         _remove_all(self._directory)
@@ -198,21 +186,15 @@ class Pinned(Hold):
     def _take_off(self, interface: abi.Interface) -> None:
         _remove_links(self._directory, self._link_dir(interface))
 
-    def _attach_links(
-        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
-    ) -> None:
+    def _attach_links(self, interface: abi.Interface, programs: Mapping[Way, Program]) -> None:
         directory = self._link_dir(interface)
         directory.mkdir()
-        for program, way in zip(programs, ways, strict=True):
+        for way, program in programs.items():
             with Link.attach(program, interface.ifindex, TCX_TYPES[way]) as link:
                 link.pin(directory / program.name)
 
-    def _attach_filters(
-        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
-    ) -> None:
+    def _will_have_filters(self, interface: abi.Interface) -> None:
         (self._link_dir(interface) / _CLSACT).mkdir(parents=True)
-        hooks = (HOOKS[way] for way in ways)
-        tc.attach(interface.ifindex, dict(zip(hooks, programs, strict=True)), OWNER)
 
     def _copy(self, variant: Variant) -> tuple[Program, Program]:
         """The programs with these constants; pinned, if they were not."""
@@ -232,7 +214,7 @@ class Pinned(Hold):
         directory = self._program_dir(variant)
         _remove_tree(directory)
         directory.mkdir(parents=True)
-        copy = (compiled.program(PROGRAMS[0]), compiled.program(PROGRAMS[1]))
+        copy = programs_of(compiled)
         for program in copy:
             program.pin(directory / program.name)
         return copy

@@ -1,19 +1,14 @@
 """The classifier's programs, maps and links in one process: gone when it closes them, or when it is gone."""
 
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tidegate.kernel import tc
 from tidegate.kernel.bpf import Link, Program
 from tidegate.observe import abi
 from tidegate.observe.hold import (
     BEST,
     HELLOS,
-    HOOKS,
     HOST,
-    OWN_PID_NAMESPACE,
-    OWNER,
     PROGRAMS,
     TCX_TYPES,
     By,
@@ -22,7 +17,8 @@ from tidegate.observe.hold import (
     Variant,
     Way,
     detach_filters,
-    sweep,
+    private_owner,
+    programs_of,
 )
 
 
@@ -41,13 +37,10 @@ class Private(Hold):
 
         With `report` they send ClientHellos; `flows` is the room in the flow map.
         """
-        super().__init__(by)
-        self._compiled = Compiled(object_path)
+        super().__init__(Compiled(object_path), by, private_owner())
         self._report, self._flows = report, flows
-        self._copies: dict[Variant, tuple[Program, Program]] = {}
         self._links: dict[tuple[int, int], list[Link]] = {}
         self._filters: set[tuple[int, int]] = set()
-        self._owner = f"{OWNER}-{os.getpid()}-{OWN_PID_NAMESPACE.stat().st_ino}"
         with self._compiled.loaded(HOST, report=report, flows=flows, only_maps=True) as compiled:
             names = [
                 name
@@ -55,7 +48,6 @@ class Private(Hold):
                 if name == HELLOS or name in self._compiled.kept
             ]
             self.maps = {name: compiled.map(name) for name in names}
-        sweep(*tc.interfaces())
 
     def is_attached(self, interface: abi.Interface) -> bool:
         key = interface.scope, interface.ifindex
@@ -73,11 +65,7 @@ class Private(Hold):
 
     def close(self) -> None:
         self.detach_all_but(())
-        for programs in self._copies.values():
-            for program in programs:
-                program.close()
-        for each in self.maps.values():
-            each.close()
+        super().close()
 
     def remove(self) -> None:
         self.close()
@@ -90,19 +78,13 @@ class Private(Hold):
             detach_filters(interface, self._names())
             self._filters.discard(key)
 
-    def _attach_links(
-        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
-    ) -> None:
+    def _attach_links(self, interface: abi.Interface, programs: Mapping[Way, Program]) -> None:
         links = self._links.setdefault((interface.scope, interface.ifindex), [])
-        for program, way in zip(programs, ways, strict=True):
+        for way, program in programs.items():
             links.append(Link.attach(program, interface.ifindex, TCX_TYPES[way]))
 
-    def _attach_filters(
-        self, interface: abi.Interface, programs: tuple[Program, Program], ways: tuple[Way, Way]
-    ) -> None:
+    def _will_have_filters(self, interface: abi.Interface) -> None:
         self._filters.add((interface.scope, interface.ifindex))
-        hooks = (HOOKS[way] for way in ways)
-        tc.attach(interface.ifindex, dict(zip(hooks, programs, strict=True)), self._owner)
 
     def _copy(self, variant: Variant) -> tuple[Program, Program]:
         if variant not in self._copies:
@@ -110,10 +92,7 @@ class Private(Hold):
             with self._compiled.loaded(
                 variant, shared, report=self._report, flows=self._flows
             ) as compiled:
-                self._copies[variant] = (
-                    compiled.program(PROGRAMS[0]),
-                    compiled.program(PROGRAMS[1]),
-                )
+                self._copies[variant] = programs_of(compiled)
         return self._copies[variant]
 
     def _names(self) -> dict[int, str]:

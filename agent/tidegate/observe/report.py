@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from tidegate.addresses import endpoint
 from tidegate.model import Direction, Edge, FlowClass, Hint
 from tidegate.observe import abi
 from tidegate.observe.classifier import FlowRecord, Losses
@@ -134,11 +135,6 @@ def classes(rows: Iterable[EdgeRow]) -> dict[FlowClass, int]:
     for row in rows:
         counted[row.flow_class] += row.connections
     return {each: counted[each] for each in FlowClass if counted[each]}
-
-
-def endpoint(address: str, port: int) -> str:
-    """An address and a port as they are written together."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _says_something(edge: Edge) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from tidegate.errors import InputError
+from tidegate.errors import InputError, nearest
 from tidegate.kernel import links, netns, routes, sockets
 from tidegate.kernel.errors import KernelError
 from tidegate.observe.classifier import Attachment, Classifier, FlowRecord, MeshProfile, Side
@@ -48,15 +48,12 @@ def choose(netns_path: str, interface: str | None) -> Place:
     if interface is None:
         candidates = (USUAL_INTERFACE, *_default_routes(netns_path), *_only(there))
         interface = next((name for name in candidates if name in there), None)
-        problem = "it cannot be told which interface is meant"
-    else:
+        if interface is None:
+            problem = "it cannot be told which interface is meant"
+            raise InputError(problem, field="--interface", expected=f"one of {', '.join(there)}")
+    elif interface not in there:
         problem = f"there is no interface {interface!r}"
-    if interface is None or interface not in there:
-        raise InputError(
-            problem,
-            field="--interface",
-            expected=f"one of {', '.join(there)}" if there else "a namespace that has one",
-        )
+        raise InputError(problem, field="--interface", expected=nearest(interface, there))
     return Place(netns=netns_path, interface=interface)
 
 

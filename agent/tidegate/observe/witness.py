@@ -136,6 +136,7 @@ def _begin(this: Round, state: WitnessState, why: str) -> WitnessState:
         reading=WitnessReading(
             detail=detail,
             permissive_active=0,
+            permissive_open=this.sidecar.permissive_active,
             since=this.at,
             disagreed_at=state.disagreed_at,
         ),
@@ -210,6 +211,7 @@ def _compare(state: WitnessState, this: Round, before: Round, baseline: Round) -
             permissive_active=min(each.sidecar.permissive_active for each in latest)
             if len(latest) == PERSISTENT_ROUNDS
             else 0,
+            permissive_open=this.sidecar.permissive_active,
             since=baseline.at,
             disagreed_at=disagreed_at,
         ),
