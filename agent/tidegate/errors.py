@@ -5,6 +5,9 @@ what was wrong, where, and what would be right. The command line prints it and e
 Nothing here performs I/O, so that the pure parts can raise these errors too.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class TidegateError(Exception):
     """Base of all errors with a message for a person."""
@@ -39,3 +42,11 @@ class InputErrors(InputError):
     def __init__(self, faults: "tuple[InputError, ...]") -> None:
         self.faults = faults
         super().__init__("\n".join(str(fault) for fault in faults))
+
+
+def nearest(given: str, names: Sequence[str]) -> str:
+    """Which names were probably meant, else a few, and how many others there are; of at least one name."""
+    shown = difflib.get_close_matches(given, names, n=5, cutoff=0.5) or names[:3]
+    left = len(names) - len(shown)
+    more = f" (and {left} {'other' if left == 1 else 'others'})" if left else ""
+    return f"one of {', '.join(shown)}{more}"

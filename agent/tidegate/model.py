@@ -7,6 +7,7 @@ durations are seconds, addresses are canonical text (IPv4-mapped IPv6 addresses 
 
 import enum
 import hashlib
+from typing import NamedTuple
 
 import msgspec
 
@@ -66,6 +67,59 @@ class MutualTLSMode(enum.StrEnum):
     PERMISSIVE = "permissive"
 
 
+DEFAULT_TENANT = "default"
+"""Name of the namespace, and of the partition, of whatever says no other."""
+
+
+class ServiceName(NamedTuple):
+    """Which service of a datacenter: its name, in a namespace of an admin partition.
+
+    Its text is what the rest of tidegate calls a service by: `web`, `billing/web` in another namespace,
+    `east/billing/web` in another partition. Two services are the same if their texts are.
+    """
+
+    name: str
+    namespace: str = DEFAULT_TENANT
+    partition: str = DEFAULT_TENANT
+
+    @classmethod
+    def of(cls, text: str) -> "ServiceName":
+        """The service of this text; parts are not checked, and what is not said is the default."""
+        *tenancy, name = text.split("/", 2)
+        return cls(name, *reversed(tenancy))
+
+    def __str__(self) -> str:
+        if self.partition != DEFAULT_TENANT:
+            return f"{self.partition}/{self.namespace}/{self.name}"
+        return self.name if self.namespace == DEFAULT_TENANT else f"{self.namespace}/{self.name}"
+
+
+def source_matches(pattern: str, source: str) -> bool:
+    """Whether an intention's source is about the service `source`: texts of ServiceNames.
+
+    In the pattern, name, or namespace and name, may be "*"; "*" alone is every service of the default namespace.
+    """
+    if not pattern.endswith("*"):
+        return pattern == source
+    if pattern == "*":
+        return "/" not in source
+    wanted, asked = ServiceName.of(pattern), ServiceName.of(source)
+    return (
+        wanted.partition == asked.partition
+        and wanted.namespace in ("*", asked.namespace)
+        and wanted.name in ("*", asked.name)
+    )
+
+
+class ServicePort(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the services of a workload: a service for each port."""
+
+    service: str
+    """Text of a ServiceName."""
+    port: int
+    """TCP port that the application listens on."""
+
+
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """One network namespace that may have a sidecar: a pod, a VM service, a lab pod."""
 
@@ -81,6 +135,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Name of the interface inside the network namespace."""
     port: int = 0
     """TCP port that the application listens on, 0 for a workload that only calls."""
+    more_ports: tuple[ServicePort, ...] = ()
+    """Further services of the same workload, behind the same sidecar."""
     addresses: tuple[str, ...] = ()
     meshed: bool = False
     annotations: dict[str, str] = {}
@@ -172,6 +228,14 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """Index of the intent that the workload's sidecar is known to run (0: none). A caller uses mTLS towards an
     instance only when the instance already enforces the intention that allows it."""
     mode: MutualTLSMode = MutualTLSMode.STRICT
+    more_ports: tuple[ServicePort, ...] = ()
+    """Further services of the same workload, behind the same sidecar."""
+    virtual_addresses: tuple[str, ...] = ()
+    """Addresses that stand for all instances of the service, such as a Kubernetes ClusterIP."""
+    upstreams: tuple[str, ...] = ()
+    """Services that its registration says it calls, in addition to those that intentions let it call."""
+    registered_mode: MutualTLSMode | None = None
+    """MutualTLSMode of its proxy's registration, which wins over config entries; None says nothing."""
     agent_api: str = ""
     """Where the agent of this workload's node answers, such as unix:///run/tidegate/agent.sock."""
     seen_from: float = 0.0
@@ -184,9 +248,19 @@ class IntentionRule(msgspec.Struct, frozen=True, kw_only=True):
     """One resolved L4 intention towards a service, in order of precedence (highest first)."""
 
     source: str
-    """Service name or "*"."""
+    """Text of a ServiceName, in which name, or namespace and name, may be "*": see `source_matches`."""
     allow: bool
     precedence: int = 9
+
+
+class TLSSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What mTLS connections may use; empty says nothing and leaves it to the sidecar."""
+
+    min_version: str = ""
+    """Consul's word, such as TLSv1_2."""
+    max_version: str = ""
+    cipher_suites: tuple[str, ...] = ()
+    """IANA names, such as TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, for TLS 1.2 and before."""
 
 
 class ServiceIntent(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,12 +271,18 @@ class ServiceIntent(msgspec.Struct, frozen=True, kw_only=True):
     intentions: tuple[IntentionRule, ...] = ()
     default_allow: bool = False
     mesh_destinations_only: bool = False
+    outbound_port: int = 0
+    """Port of the sidecar's outbound listener, 0 where no entry says one."""
+    incoming_tls: TLSSettings = TLSSettings()
+    outgoing_tls: TLSSettings = TLSSettings()
+    access_logs: bool = False
+    """Whether sidecars log the plaintext connections that they let in."""
     index: int = 0
     """Highest ModifyIndex of what this was resolved from."""
 
     def allows(self, source: str) -> bool:
         """Whether an mTLS connection from the service `source` is allowed (Consul: first match by precedence)."""
         for rule in self.intentions:
-            if rule.source in (source, "*"):
+            if source_matches(rule.source, source):
                 return rule.allow
         return self.default_allow

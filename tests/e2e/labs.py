@@ -59,7 +59,7 @@ class Lab:
 
     def run(self, *args: str, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
         """A tidegate command towards this lab; the option goes behind the command's name."""
-        words = 2 if args[0] in ("lab", "config") else 1
+        words = 2 if args[0] in ("lab", "config", "onboard", "intentions") else 1
         return tidegate(*args[:words], "--lab", self.name, *args[words:], stdin=stdin)
 
     def json(self, *args: str) -> Any:

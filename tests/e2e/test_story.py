@@ -125,10 +125,10 @@ def test_6_the_flip_refuses_plaintext_from_outside_and_fails_no_mesh_request(lab
 
 def test_7_the_guard_rolls_back_for_a_caller_that_was_forgotten(lab: Lab) -> None:
     url = f"https://pay:{PAY}/"
-    flip = start("strict", "--lab", lab.name, "pay", "--guard", "10s", "--json")
+    flip = start("strict", "--lab", lab.name, "pay", "--guard", "2m", "--json")
     eventually(lambda: lab.pod("pay")["agent"]["mode"] == "strict", "strict mode")
     assert curl(lab, "nightly", url) != 0, "strict refuses nightly"
-    output, _ = flip.communicate(timeout=60)
+    output, _ = flip.communicate(timeout=120)
     events = [json.loads(line) for line in output.splitlines()]
     assert flip.returncode == 1, output
     assert events[-1]["event"] == "rolled-back"

@@ -19,8 +19,9 @@ from tidegate.enforce.redirect import foreign
 from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.envoy import Phase, binary
-from tidegate.enforce.sidecar.spec import SidecarSpec
+from tidegate.enforce.sidecar.spec import LocalService, SidecarSpec
 from tidegate.identity.ca import MeshCA
+from tidegate.intent.policy import DEFAULT, Outbound, Policy
 from tidegate.kernel import links, netns
 from tidegate.kernel import nftables as kernel_nftables
 from tidegate.kernel.capabilities import CAP_NET_RAW, has
@@ -28,7 +29,7 @@ from tidegate.kernel.errors import KernelError
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
 from tidegate.node import redirection
 from tidegate.node.config import OnFailure, RedirectConfig
-from tidegate.node.keeper import Keeper, Wanted, abandoned, spiffe_id_of
+from tidegate.node.keeper import Keeper, Wanted, abandoned, spiffe_ids_of
 from tidegate.node.redirection import Redirection
 
 DEADLINE_S = 20
@@ -38,7 +39,7 @@ SPEC = SidecarSpec(
     service="api",
     trust_domain="0f1e2d3c.consul",
     mode=MutualTLSMode.PERMISSIVE,
-    service_ports=(PORT,),
+    port=PORT,
 )
 STRICT = msgspec.structs.replace(SPEC, mode=MutualTLSMode.STRICT)
 
@@ -76,22 +77,38 @@ class Site:
         keeper.update(msgspec.structs.replace(self.workload, annotations=annotations))
         return keeper
 
-    def leaf(self, spec: SidecarSpec = SPEC) -> LeafMaterial:
-        leaf = self.ca.issue(spiffe_id_of(spec), 3600)
-        return LeafMaterial(
-            service=spec.service,
-            spiffe_uri=spiffe_id_of(spec),
-            certificate_pem=leaf.certificate_pem,
-            key_pem=leaf.key_pem,
-            not_before=leaf.not_before,
-            not_after=leaf.not_after,
-            serial=leaf.serial,
+    def leaves(self, spec: SidecarSpec = SPEC) -> tuple[LeafMaterial, ...]:
+        issued = [
+            (one.service, self.ca.issue(uri, 3600))
+            for one, uri in zip(spec.services, spiffe_ids_of(spec), strict=True)
+        ]
+        return tuple(
+            LeafMaterial(
+                service=service,
+                spiffe_uri=leaf.spiffe_uri,
+                certificate_pem=leaf.certificate_pem,
+                key_pem=leaf.key_pem,
+                not_before=leaf.not_before,
+                not_after=leaf.not_after,
+                serial=leaf.serial,
+            )
+            for service, leaf in issued
         )
 
     def wanted(
-        self, spec: SidecarSpec = SPEC, index: int = 1, leaf: LeafMaterial | None = None
+        self,
+        spec: SidecarSpec = SPEC,
+        index: int = 1,
+        leaves: tuple[LeafMaterial, ...] = (),
+        policy: Policy | None = None,
     ) -> Wanted:
-        return Wanted(spec=spec, index=index, leaf=leaf, roots_pem=self.ca.roots_pem)
+        return Wanted(
+            spec=spec,
+            index=index,
+            leaves=leaves,
+            roots_pem=self.ca.roots_pem,
+            policy=policy,
+        )
 
     def rules(self) -> bool:
         return self.engine.current(self.pair.pod) is not None
@@ -112,7 +129,7 @@ class Site:
     def until_meshed(self, keeper: Keeper, wanted: Wanted) -> None:
         deadline = time.monotonic() + DEADLINE_S
         keeper.reconcile(wanted)
-        wanted = msgspec.structs.replace(wanted, leaf=None)
+        wanted = msgspec.structs.replace(wanted, leaves=())
         while not (keeper.in_mesh and keeper.applied_index == wanted.index):
             assert time.monotonic() < deadline, keeper.problems
             time.sleep(0.02)
@@ -139,13 +156,13 @@ def site(pair: Pair) -> Iterator[Site]:
 def meshed(site: Site) -> Keeper:
     """A keeper whose workload is in the mesh."""
     keeper = site.keeper()
-    site.until_meshed(keeper, site.wanted(leaf=site.leaf()))
+    site.until_meshed(keeper, site.wanted(leaves=site.leaves()))
     return keeper
 
 
 def test_rules_come_only_once_envoy_works_by_exactly_these_files(site: Site) -> None:
     keeper = site.keeper()
-    wanted = site.wanted(leaf=site.leaf())
+    wanted = site.wanted(leaves=site.leaves())
     version = render.render(SPEC).version
     deadline = time.monotonic() + DEADLINE_S
     states = []
@@ -154,7 +171,7 @@ def test_rules_come_only_once_envoy_works_by_exactly_these_files(site: Site) -> 
         assert keeper.applied_index == 0
         assert time.monotonic() < deadline, keeper.problems
         keeper.reconcile(wanted)
-        wanted = msgspec.structs.replace(wanted, leaf=None)
+        wanted = msgspec.structs.replace(wanted, leaves=())
         states.append(keeper.redirection.state)
     assert site.rules()
     assert keeper.admin.applied_version() == version
@@ -179,7 +196,7 @@ def test_without_a_leaf_nothing_is_redirected_and_the_problem_says_so(site: Site
 
 def test_an_envoy_that_does_not_start_keeps_the_workload_out_of_the_mesh(site: Site) -> None:
     keeper = site.keeper(envoy=Path(shutil.which("false")))
-    wanted = site.wanted(leaf=site.leaf())
+    wanted = site.wanted(leaves=site.leaves())
     deadline = time.monotonic() + DEADLINE_S
     while "exited with status 1" not in "".join(keeper.problems):
         assert time.monotonic() < deadline, keeper.problems
@@ -199,7 +216,7 @@ def test_out_of_the_mesh_nothing_stays(site: Site, meshed: Keeper) -> None:
     assert meshed.problems == ()
     assert site.reaches_application()
     meshed.reconcile(None)
-    site.until_meshed(meshed, site.wanted(leaf=site.leaf()))
+    site.until_meshed(meshed, site.wanted(leaves=site.leaves()))
 
 
 def test_while_its_rules_cannot_be_removed_the_sidecar_stays(
@@ -230,7 +247,7 @@ def test_while_its_rules_cannot_be_removed_the_sidecar_stays(
 def test_a_returning_keeper_adopts_envoy_rules_and_leaf(site: Site, meshed: Keeper) -> None:
     returned = site.keeper()
     assert returned.spec == SPEC
-    assert not returned.needs_leaf(time.time(), spiffe_id_of(SPEC))
+    assert not returned.needs_leaves(time.time(), spiffe_ids_of(SPEC))
     returned.reconcile(site.wanted())
     assert returned.in_mesh
     assert (returned.applied_index, returned.mode) == (1, MutualTLSMode.PERMISSIVE)
@@ -276,8 +293,8 @@ def test_a_returning_keeper_with_a_damaged_memory_asks_for_a_leaf_and_adopts(
 ) -> None:
     (site.directory / "memory.json").write_bytes(content)
     returned = site.keeper()
-    assert returned.needs_leaf(time.time(), spiffe_id_of(SPEC))
-    site.until_meshed(returned, site.wanted(leaf=site.leaf()))
+    assert returned.needs_leaves(time.time(), spiffe_ids_of(SPEC))
+    site.until_meshed(returned, site.wanted(leaves=site.leaves()))
     assert returned.sidecar.pid == meshed.sidecar.pid
     (site.directory / "memory.json").write_bytes(content)
     site.keeper().reconcile(None)
@@ -286,7 +303,7 @@ def test_a_returning_keeper_with_a_damaged_memory_asks_for_a_leaf_and_adopts(
 
 def test_a_faulty_annotation_is_named_and_the_policy_stays(site: Site) -> None:
     keeper = site.keeper(**{EXCLUDE: "9000"})
-    site.until_meshed(keeper, site.wanted(leaf=site.leaf()))
+    site.until_meshed(keeper, site.wanted(leaves=site.leaves()))
     good = keeper.policy
     keeper.update(msgspec.structs.replace(site.workload, annotations={EXCLUDE: "nine"}))
     keeper.reconcile(site.wanted())
@@ -313,7 +330,7 @@ def test_a_faulty_annotation_is_named_and_the_policy_stays(site: Site) -> None:
 
 def test_a_workload_whose_annotations_were_never_good_is_left_alone(site: Site) -> None:
     keeper = site.keeper(**{EXCLUDE: "nine"})
-    keeper.reconcile(site.wanted(leaf=site.leaf()))
+    keeper.reconcile(site.wanted(leaves=site.leaves()))
     assert keeper.redirection.state is Redirection.FAILED
     assert "it has no policy" in keeper.problems[0]
     assert not site.rules()
@@ -324,14 +341,14 @@ def test_a_workload_whose_annotations_were_never_good_is_left_alone(site: Site) 
 def test_by_configuration_nothing_passes_until_a_workload_can_be_redirected(site: Site) -> None:
     site.redirect = RedirectConfig(on_failure=OnFailure.BLOCK)
     keeper = site.keeper(**{EXCLUDE: "nine"})
-    keeper.reconcile(site.wanted(leaf=site.leaf()))
+    keeper.reconcile(site.wanted(leaves=site.leaves()))
     assert keeper.redirection.state is Redirection.BLOCKED
     with pytest.raises(TimeoutError):
         netns.run_in(
             site.pair.peer, socket.create_connection, (site.pair.pod_ipv4, PORT), timeout=0.3
         )
     keeper.update(msgspec.structs.replace(site.workload, annotations={EXCLUDE: "9000"}))
-    site.until_meshed(keeper, site.wanted(leaf=site.leaf()))
+    site.until_meshed(keeper, site.wanted(leaves=site.leaves()))
     assert site.reaches_application()
 
 
@@ -339,7 +356,7 @@ def test_a_block_that_a_former_agent_left_goes_when_the_workload_leaves_the_mesh
     site: Site,
 ) -> None:
     site.redirect = RedirectConfig(on_failure=OnFailure.BLOCK)
-    site.keeper(**{EXCLUDE: "nine"}).reconcile(site.wanted(leaf=site.leaf()))
+    site.keeper(**{EXCLUDE: "nine"}).reconcile(site.wanted(leaves=site.leaves()))
     site.keeper().reconcile(None)
     assert site.reaches_application()
 
@@ -434,7 +451,7 @@ def test_a_change_of_mode_is_followed_by_a_sidecar_with_what_it_needs_and_no_mor
         for each in (before, after)
     }
     keeper = site.keeper(**{mode: before})
-    site.until_meshed(keeper, site.wanted(spec[before], leaf=site.leaf()))
+    site.until_meshed(keeper, site.wanted(spec[before], leaves=site.leaves()))
     pid = keeper.sidecar.pid
     assert has(pid, CAP_NET_RAW) is (before == "tproxy")
 
@@ -503,17 +520,65 @@ def test_a_leaf_is_renewed_in_time_and_whenever_the_identity_changes(
 ) -> None:
     memory = meshed._memory
     life = memory.leaf_until - memory.leaf_from
-    assert not meshed.needs_leaf(memory.leaf_from + 0.6 * life, spiffe_id_of(SPEC))
-    assert meshed.needs_leaf(memory.leaf_from + 0.7 * life, spiffe_id_of(SPEC))
+    assert not meshed.needs_leaves(memory.leaf_from + 0.6 * life, spiffe_ids_of(SPEC))
+    assert meshed.needs_leaves(memory.leaf_from + 0.7 * life, spiffe_ids_of(SPEC))
     renamed = msgspec.structs.replace(SPEC, service="billing")
-    assert meshed.needs_leaf(time.time(), spiffe_id_of(renamed))
+    assert meshed.needs_leaves(time.time(), spiffe_ids_of(renamed))
     meshed.reconcile(site.wanted(renamed, index=2))
-    assert meshed.spec == renamed
-    assert meshed.needs_leaf(time.time(), spiffe_id_of(renamed)), (
-        "it still has the other one's leaf"
+    assert meshed.spec == SPEC, "it still has the other one's leaf"
+    assert meshed.problems == (
+        "api-1 has no leaf certificates for billing yet; its sidecar stays as it is",
     )
-    meshed.reconcile(site.wanted(renamed, index=2, leaf=site.leaf(renamed)))
-    assert not meshed.needs_leaf(time.time(), spiffe_id_of(renamed))
+    meshed.reconcile(site.wanted(renamed, index=2, leaves=site.leaves(renamed)))
+    assert not meshed.needs_leaves(time.time(), spiffe_ids_of(renamed))
+    assert meshed.spec == renamed
+
+
+def test_a_service_that_joins_others_gets_its_own_leaf(site: Site, meshed: Keeper) -> None:
+    further = LocalService(service="api-admin", port=9090, mode=MutualTLSMode.PERMISSIVE)
+    both = msgspec.structs.replace(SPEC, more_services=(further,))
+    assert meshed.plaintext_ports == {PORT}
+    site.until_meshed(meshed, site.wanted(both, index=2, leaves=site.leaves(both)))
+    assert meshed.plaintext_ports == {PORT, 9090}
+    assert not meshed.needs_leaves(time.time(), spiffe_ids_of(both))
+    assert meshed.needs_leaves(time.time(), spiffe_ids_of(SPEC))
+
+
+def test_another_port_of_the_outbound_listener_is_the_rules_as_well(
+    site: Site, meshed: Keeper
+) -> None:
+    spec = msgspec.structs.replace(SPEC, outbound_port=16000)
+    policy = msgspec.structs.replace(DEFAULT, outbound=Outbound(port=16000))
+    site.until_meshed(meshed, site.wanted(spec, index=2, policy=policy))
+    assert meshed.policy == policy
+    assert meshed.described == DEFAULT
+    peer = site.pair.peer
+    with serving(peer, "outside", [9000]):
+        assert landing(site.pair.pod, site.pair.peer_ipv4, 9000).server == "outside"
+    assert meshed.admin.sidecar_stats().passthrough_connections == 1
+
+
+def test_a_listener_that_envoy_refuses_is_told_and_the_old_one_stays(
+    site: Site, meshed: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = render.render
+
+    def broken(spec: SidecarSpec) -> render.Configuration:
+        good = rendered(spec)
+        lds = good.lds.replace(b'"0.0.0.0"', b'"0.0.0.999"')
+        return msgspec.structs.replace(good, lds=lds)
+
+    monkeypatch.setattr(render, "render", broken)
+    deadline = time.monotonic() + DEADLINE_S
+    while not any("0.0.0.999" in problem for problem in meshed.problems):
+        assert time.monotonic() < deadline, meshed.problems
+        meshed.reconcile(site.wanted(STRICT, index=2))
+    assert meshed.problems[0].startswith("the sidecar of api-1 refuses its configuration: ")
+    assert (meshed.applied_index, meshed.mode) == (1, MutualTLSMode.PERMISSIVE)
+    assert site.reaches_application()
+    monkeypatch.undo()
+    site.until_meshed(meshed, site.wanted(STRICT, index=2))
+    assert meshed.problems == ()
 
 
 def test_of_a_workload_that_is_gone_nothing_stays(site: Site, meshed: Keeper) -> None:

@@ -177,7 +177,9 @@ def refused(*options, inside=netns.CURRENT):
 def test_what_is_not_there_is_answered_with_what_is(pair):
     name = pair.pod.rpartition("/")[2]
     assert name in refused("--netns", f"{name}x")
-    assert "expected one of lo, eth0" in refused("--netns", pair.pod, "--interface", "eth9")
+    assert "one of eth0 (and 1 other)" in refused("--netns", pair.pod, "--interface", "eth9")
+    assert "one of lo, eth0" in refused("--netns", pair.pod, "--interface", "wan")
+    assert "--pid: 'abc' is not the number of a process; see" in refused("--pid", "abc")
     assert "consul, istio, kuma" in refused("--profile", "consl")
     assert "--lab: says whom to ask, and there is nothing to ask" in refused("--lab", "any")
 
@@ -205,10 +207,16 @@ def test_a_profile_file_with_a_fault_is_refused(tmp_path):
         ("{}", "recognises nothing"),
         ("proxy_ports: [70000]", "70000 is no port"),
         ("aplns: [x]", "aplns"),
-        ("alpn: [x, ", "mesh.yaml"),
+        ("alpn: [x, ", "mesh.yaml: line "),
+        ('alpn = ["x"', "mesh.yaml: line 1"),
+        ('{"alpn": ["x"}', "mesh.yaml: line 1"),
+        ("alpn: [x]\n---\nalpn: [y]\n", "mesh.yaml: holds 2 profiles"),
+        ("", "recognises nothing"),
     ):
         profile.write_text(text)
-        assert problem in refused("--profile", str(profile))
+        told = refused("--profile", str(profile))
+        assert problem in told
+        assert "mesh.yaml: " in told
 
 
 def test_a_profile_of_ones_own_says_what_the_mesh_is(pair, tls, tmp_path):

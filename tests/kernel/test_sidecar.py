@@ -1,209 +1,53 @@
 """Real Envoys in network namespaces, configured and kept by enforce/sidecar, with real traffic."""
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
-import ssl
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from namespaces import Pair
+from sidecars import (
+    API,
+    DOMAIN,
+    DRAIN_S,
+    OTHER_PORT,
+    PORT,
+    SEVERAL,
+    UID,
+    WEB,
+    App,
+    Sidecar,
+    call,
+    calling_api,
+    dial,
+    echoes,
+    echoing,
+    sidecar,
+    tls,
+    until,
+)
 
-from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.admin import SidecarAdmin
 from tidegate.enforce.sidecar.envoy import EnvoyProcess, Phase, binary
 from tidegate.enforce.sidecar.files import SidecarError, SidecarFiles
-from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec, Upstream
+from tidegate.enforce.sidecar.spec import Endpoint, Upstream
 from tidegate.identity import spiffe
-from tidegate.identity.ca import Leaf, MeshCA
-from tidegate.intent.policy import Family, Mode, Policy
+from tidegate.identity.ca import MeshCA
+from tidegate.intent.policy import Family
 from tidegate.kernel import netns
 from tidegate.model import IntentionRule, MutualTLSMode
-
-DEADLINE_S = 20
-DRAIN_S = 2
-DOMAIN = "0f1e2d3c.consul"
-UID = 5995
-PORT = 8080
-OTHER_PORT = 9090
-
-API = SidecarSpec(
-    service="api",
-    trust_domain=DOMAIN,
-    mode=MutualTLSMode.PERMISSIVE,
-    service_ports=(PORT,),
-    intentions=(IntentionRule(source="web", allow=True),),
-)
-WEB = SidecarSpec(service="web", trust_domain=DOMAIN)
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S} s: {what}"
-        time.sleep(0.02)
-
-
-@dataclass
-class App:
-    """A TCP server that speaks only when spoken to, and remembers who came."""
-
-    accepted: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@contextlib.contextmanager
-def echoing(netns_path: str, port: int) -> Iterator[App]:
-    app = App()
-    listener = netns.run_in(
-        netns_path,
-        lambda: socket.create_server(
-            ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
-        ),
-    )
-    connections: list[socket.socket] = []
-
-    def echo(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            while data := connection.recv(4096):
-                connection.sendall(data)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                app.accepted += 1
-                connections.append(connection)
-                threading.Thread(target=echo, args=(connection,), daemon=True).start()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield app
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
-        listener.close()
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
-
-
-def dial(netns_path: str, address: str, port: int) -> socket.socket:
-    return netns.run_in(
-        netns_path, lambda: socket.create_connection((address, port), timeout=DEADLINE_S)
-    )
-
-
-def echoes(connection: socket.socket) -> bool:
-    """Whether the application answers; False when the connection is closed instead."""
-    try:
-        connection.sendall(b"hello, application\n")
-        return connection.recv(64) == b"hello, application\n"
-    except (ConnectionError, ssl.SSLError):
-        return False
-
-
-def call(netns_path: str, address: str, port: int = PORT) -> bool:
-    """One request over a new connection."""
-    try:
-        with dial(netns_path, address, port) as connection:
-            return echoes(connection)
-    except ConnectionError:
-        return False
-
-
-@dataclass
-class Sidecar:
-    """One pod's Envoy, as the node would run it."""
-
-    ca: MeshCA
-    netns_path: str
-    files: SidecarFiles
-    envoy: EnvoyProcess
-    admin: SidecarAdmin
-
-    def write_leaf(self, service: str) -> tuple[Leaf, str]:
-        """A new leaf for a service, and the version of the secrets with it."""
-        leaf = self.ca.issue(spiffe.service_id(DOMAIN, service), 3600)
-        secrets = render.render_secrets(leaf.certificate_pem, leaf.key_pem, self.ca.roots_pem)
-        assert self.files.write_secrets(secrets)
-        return leaf, secrets.version
-
-    def rotate(self, service: str) -> Leaf:
-        leaf, version = self.write_leaf(service)
-        until(lambda: self.admin.applied_secrets() == version, f"{service} has its new leaf")
-        return leaf
-
-    def start(self, spec: SidecarSpec) -> None:
-        self.write_leaf(spec.service)
-        self.files.write_bootstrap(render.bootstrap(f"test-{spec.service}", spec.service))
-        configuration = render.render(spec)
-        self.files.write_configuration(configuration)
-        self.envoy.ensure(time.monotonic(), transparent=spec.transparent)
-        self.until_applied(configuration)
-
-    def apply(self, spec: SidecarSpec) -> None:
-        configuration = render.render(spec)
-        assert self.files.write_configuration(configuration)
-        self.until_applied(configuration)
-
-    def until_applied(self, configuration: render.Configuration) -> None:
-        until(
-            lambda: self.admin.ready() and self.admin.applied_version() == configuration.version,
-            f"version {configuration.version} is applied; log: {self.log()}",
-        )
-
-    def log(self) -> str:
-        return (self.files.directory / "envoy.log").read_text()
-
-
-@pytest.fixture
-def state() -> Iterator[Path]:
-    """A directory that the proxy user can pass, which pytest's own are not."""
-    directory = Path(tempfile.mkdtemp(prefix="tidegate-test-"))
-    directory.chmod(0o711)
-    yield directory
-    shutil.rmtree(directory)
 
 
 @pytest.fixture
 def ca(state: Path) -> MeshCA:
     return MeshCA.create(state / "ca", DOMAIN)
-
-
-@contextlib.contextmanager
-def sidecar(state: Path, ca: MeshCA, spec: SidecarSpec, netns_path: str) -> Iterator[Sidecar]:
-    files = SidecarFiles(state / spec.service, uid=UID, gid=UID)
-    envoy = EnvoyProcess(files, netns_path, envoy=binary(), drain_time_s=DRAIN_S)
-    made = Sidecar(ca, netns_path, files, envoy, SidecarAdmin(files.working))
-    try:
-        made.start(spec)
-        mode = Mode.TPROXY if spec.transparent else Mode.REDIRECT
-        Engine().apply(netns_path, Policy(mode=mode))
-        yield made
-    finally:
-        envoy.stop(5)
-        end_sidecars(netns_path)
-
-
-def end_sidecars(netns_path: str) -> None:
-    """What a failed test may have started besides, in a namespace that is the test's own."""
-    for pid in netns.pids(netns_path):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}").stat().st_uid == UID:
-                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -220,31 +64,11 @@ def app(pair: Pair) -> Iterator[App]:
         yield made
 
 
-def calling_api(pair: Pair) -> SidecarSpec:
-    endpoints = tuple(
-        Endpoint(address=address, service_port=PORT) for address in (pair.pod_ipv4, pair.pod_ipv6)
-    )
-    upstream = Upstream(service="api", port=PORT, endpoints=endpoints)
-    return msgspec.structs.replace(WEB, upstreams=(upstream,))
-
-
 @pytest.fixture
 def web(state: Path, ca: MeshCA, pair: Pair, api: Sidecar) -> Iterator[Sidecar]:
     """The sidecar of the service web at the other end of the pair, with api as upstream."""
     with sidecar(state, ca, calling_api(pair), pair.peer) as made:
         yield made
-
-
-def tls(state: Path, connection: socket.socket, ca: MeshCA, leaf: Leaf | None) -> ssl.SSLSocket:
-    """A mesh client's TLS over a connection, with OpenSSL."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.load_verify_locations(cadata=ca.roots_pem)
-    if leaf is not None:
-        pem = state / f"client-{leaf.serial}.pem"
-        pem.write_text(leaf.certificate_pem + leaf.key_pem)
-        context.load_cert_chain(pem)
-    return context.wrap_socket(connection)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -468,22 +292,23 @@ def test_adding_an_upstream_leaves_connections_of_other_chains_alone(
         endpoints=(Endpoint(address="10.77.0.77", service_port=OTHER_PORT),),
     )
     before = calling_api(pair)
+    api.write_leaves("api", "api-admin")
+    api.apply(SEVERAL)
     with (
         echoing(pair.pod, OTHER_PORT),
         dial(pair.peer, pair.pod_ipv4, PORT) as to_upstream,
+        dial(pair.peer, pair.pod_ipv4, OTHER_PORT) as passed_through,
     ):
-        api.apply(msgspec.structs.replace(API, service_ports=(PORT, OTHER_PORT)))
-        with dial(pair.peer, pair.pod_ipv4, OTHER_PORT) as passed_through:
+        assert echoes(to_upstream)
+        assert echoes(passed_through)
+        after = msgspec.structs.replace(before, upstreams=(elsewhere, *before.upstreams))
+        web.apply(after)
+        web.apply(before)
+        web.apply(after)
+        after_draining = time.monotonic() + 2 * DRAIN_S
+        while time.monotonic() < after_draining:
             assert echoes(to_upstream)
             assert echoes(passed_through)
-            after = msgspec.structs.replace(before, upstreams=(elsewhere, *before.upstreams))
-            web.apply(after)
-            web.apply(before)
-            web.apply(after)
-            after_draining = time.monotonic() + 2 * DRAIN_S
-            while time.monotonic() < after_draining:
-                assert echoes(to_upstream)
-                assert echoes(passed_through)
 
 
 def test_what_is_no_upstream_passes_through_unless_only_mesh_destinations_are_allowed(
@@ -576,6 +401,35 @@ def test_a_killed_envoy_is_started_again_after_a_delay_that_doubles(
     until(lambda: call(pair.peer, pair.pod_ipv4), "it serves again")
 
 
+def test_an_envoy_is_called_so_where_processes_are_listed(api: Sidecar) -> None:
+    process = Path(f"/proc/{api.envoy.state.pid}")
+    assert (process / "comm").read_text() == "envoy\n"
+    assert (process / "cmdline").read_bytes().startswith(b"envoy\0")
+    assert (process / "exe").samefile(binary())
+    assert not [*(api.files.directory / "bin").iterdir()]
+
+
+def test_a_program_where_the_proxy_user_cannot_go_is_started_all_the_same(
+    state: Path, pair: Pair
+) -> None:
+    # No Envoy, but a program that refuses Envoy's options.
+    hidden = state / "hidden"
+    hidden.mkdir(mode=0o700)
+    shutil.copy("/bin/sleep", hidden)
+    files = SidecarFiles(state / "api", uid=UID, gid=UID)
+    envoy = EnvoyProcess(files, pair.pod, envoy=hidden / "sleep")
+    now = time.monotonic()
+    envoy.ensure(now)
+    until(lambda: envoy.state.pid == 0, "the program gives up")
+    assert "exited with status 1: Try" in envoy.ensure(now).last_exit
+
+
+def test_a_start_that_was_cut_short_does_not_hinder_the_next(api: Sidecar) -> None:
+    api.envoy.stop(5)
+    (api.files.directory / "bin" / "envoy").symlink_to("/proc/self/fd/99")
+    assert api.envoy.ensure(time.monotonic()).pid != 0
+
+
 def test_a_returning_agent_adopts_the_envoy_that_is_there(api: Sidecar) -> None:
     pid = api.envoy.state.pid
     for forget in (False, True):
@@ -658,7 +512,7 @@ def test_a_second_envoy_cannot_take_connections_of_the_first(
         SidecarAdmin(files.working),
     )
     try:
-        second.write_leaf("api")
+        second.write_leaves("api")
         files.write_bootstrap(render.bootstrap("second", "api"))
         files.write_configuration(render.render(API))
         second.envoy.ensure(time.monotonic())

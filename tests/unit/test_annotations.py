@@ -606,7 +606,7 @@ def test_consuls_dns_annotation_redirects_what_its_webhook_would():
         ("[]", "", "is not a JSON object"),
         ("a: b", "", "is not a JSON object"),
         ("{", "", "line 1, column 2"),
-        ("{} {}", "", "extra data"),
+        ("{} {}", "", "line 1, column 4: found '{'"),
         (WEBHOOK | {"ProxyUserID": ""}, "ProxyUserID", "is missing"),
         (WEBHOOK | {"ProxyInboundPort": 0}, "ProxyInboundPort", "is missing"),
         (WEBHOOK | {"ProxyInboundPort": 70000}, "ProxyInboundPort", "no port 70000"),

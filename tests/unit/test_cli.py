@@ -21,6 +21,11 @@ ROOT_ONLY = [
     ["ready"],
     ["ready", "api"],
     ["strict", "api"],
+    ["permissive", "api"],
+    ["onboard", "status"],
+    ["onboard", "plan", "api"],
+    ["intentions", "suggest"],
+    ["resecure"],
     ["agent", "run"],
     ["server"],
     ["doctor"],
@@ -30,6 +35,7 @@ ROOT_ONLY = [
     ["lab", "down"],
     ["lab", "status"],
 ]
+ASK_AN_AGENT = ("flows", "ready", "strict", "permissive", "onboard", "intentions", "resecure")
 NOBODY = 65534
 
 
@@ -101,6 +107,10 @@ def test_an_unknown_command_is_answered_with_those_that_there_are(capsys):
         ["agent"],
         ["agent", "walk"],
         ["strict"],
+        ["permissive"],
+        ["onboard"],
+        ["intentions"],
+        ["resecure", "--window", "soon"],
         ["strict", "api", "--guard", "soon"],
         ["strict", "api", "--guard", "0"],
         ["strict", "api", "--guard", "-5s"],
@@ -158,7 +168,7 @@ def test_without_root_it_is_one_sentence_and_exit_1(monkeypatch, capsys, argv):
     told = sentence(capsys)
     assert told.startswith("this needs root: ")
     assert told.endswith("; try sudo")
-    asks = argv[0] in ("flows", "ready", "strict")
+    asks = argv[0] in ASK_AN_AGENT
     assert ("only root may ask an agent" in told) is asks
 
 
@@ -214,10 +224,10 @@ def test_where_no_agent_answers_it_is_one_sentence(
 
 def test_a_fault_in_standard_input_says_that_it_is_there(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'Kind = "mash"')))
-    assert main(["config", "write", "-"]) == 2
+    assert main(["config", "write", "-"]) == 1
     assert sentence(capsys).startswith("standard input: ")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
-    assert main(["config", "write", "-"]) == 2
+    assert main(["config", "write", "-"]) == 1
     assert sentence(capsys).startswith("standard input: byte 0 is not UTF-8")
 
 

@@ -160,7 +160,7 @@ def test_a_command_on_a_namespace_needs_one_and_only_one(capsys, command):
         (["explain"], "required"),
         (["explain", "sideways", "10.0.0.1:1"], "invalid choice"),
         (["apply", "--netns", "a", "--backend", "ebtables"], "invalid choice"),
-        (["show", "--pid", "self"], "invalid int"),
+        (["show", "--pid", "self"], "argument --pid: 'self' is not the number of a process"),
     ],
 )
 def test_bad_usage_is_told_in_one_line(capsys, argv, problem):
@@ -523,7 +523,7 @@ def test_a_manifest_without_annotations_has_the_built_in_policy_and_a_warning(
         ),
         ("a: b\n---\nkind: Pod\n", "holds 2 documents (a mapping, a Pod)"),
         ("", "holds nothing; expected one mapping, or one manifest"),
-        ("{", "expected JSON"),
+        ("{", "line 1, column 2: found the end of the text; expected a name in quotes"),
         (
             "kind: List\nitems:\n- kind: Pod\n  metadata: {name: a}\n- {kind: Pod}\n",
             "is a List of 2 manifests (Pod a, a Pod); expected one of them, "

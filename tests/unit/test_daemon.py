@@ -17,9 +17,10 @@ from tidegate.catalog.server import ServerConfig, running
 from tidegate.enforce.redirect.backend import Change
 from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar.files import SidecarFiles
+from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
-from tidegate.model import Instance, Workload
+from tidegate.model import Instance, ServicePort, Workload
 from tidegate.node import daemon as daemon_module
 from tidegate.node import intent as intent_module
 from tidegate.node import keeper as keeper_module
@@ -214,6 +215,28 @@ def test_a_workload_with_an_invalid_service_name_is_told_and_stops_no_other(node
             for name in ("a-bad", "b-worse"):
                 node.file(name).unlink()
             await status_where(daemon, lambda status: not status.problems)
+
+    run(scenario())
+
+
+def test_a_sidecar_whose_description_becomes_wrong_stays_as_it_is(node, monkeypatch):
+    asked = []
+    good = SidecarSpec(service="api", trust_domain="mesh.consul", port=8080)
+    monkeypatch.setattr(keeper_module.Keeper, "spec", good)
+    monkeypatch.setattr(
+        keeper_module.Keeper, "reconcile", lambda _keeper, wanted: asked.append(wanted)
+    )
+    node.put("api", meshed=True, more_ports=(ServicePort(service="admin", port=8080),))
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            await status_where(daemon, lambda _: asked)
+            problems = (await daemon._status()).problems
+            assert any(
+                problem.startswith("the sidecar of api stays as it is: port: the ports")
+                for problem in problems
+            )
+            assert {wanted.spec for wanted in asked} == {good}
 
     run(scenario())
 

@@ -6,7 +6,7 @@ import pytest
 from tidegate.intent.annotations import policy_from_annotations
 from tidegate.intent.policy import DEFAULT
 from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass, Hint, Instance, Workload
-from tidegate.node.flows import OUTSIDE_SIDECARS, THROUGH_SIDECAR, row, told_once
+from tidegate.node.flows import OUTSIDE_SIDECARS, THROUGH_SIDECAR, named, told_once
 from tidegate.observe.labels import Labels
 
 API = Workload(
@@ -72,17 +72,17 @@ def outbound(peer="10.1.0.2", **fields):
 
 
 def test_an_inbound_edge_names_its_caller_and_an_outbound_one_its_server(labels):
-    inbound = row(edge(), API, None, labels)
+    inbound = named(edge(), API, None, labels)
     assert (inbound.caller.workload, inbound.server.workload) == ("web-1", "api-1")
     assert (inbound.caller.service, inbound.caller.node) == ("web", "n2")
     assert inbound.server.meshed
     assert not inbound.caller.meshed
-    other_way = row(outbound(), WEB, None, labels)
+    other_way = named(outbound(), WEB, None, labels)
     assert (other_way.caller.workload, other_way.server.workload) == ("web-1", "api-1")
 
 
 def test_a_stranger_has_an_address_and_no_name(labels):
-    caller = row(edge(peer="192.0.2.1"), API, None, labels).caller
+    caller = named(edge(peer="192.0.2.1"), API, None, labels).caller
     assert (caller.address, caller.workload, caller.service) == ("192.0.2.1", "", "")
 
 
@@ -91,15 +91,15 @@ def test_a_stranger_has_an_address_and_no_name(labels):
     [("10.2.0.3", "10.1.0.2"), ("fd00:2::3", "fd00:1::2"), ("192.0.2.1", "10.1.0.2")],
 )
 def test_the_workload_has_its_address_of_the_peers_family(labels, peer, own):
-    assert row(edge(peer=peer), API, None, labels).server.address == own
+    assert named(edge(peer=peer), API, None, labels).server.address == own
 
 
 def test_a_workload_without_an_address_of_that_family_has_none(labels):
-    assert row(outbound(peer="fd00:9::9"), WEB, None, labels).caller.address == "fd00:2::3"
+    assert named(outbound(peer="fd00:9::9"), WEB, None, labels).caller.address == "fd00:2::3"
     only_ipv4 = Workload(
         id="x", name="x", service="x", node="n1", netns="", addresses=("10.1.0.9",)
     )
-    server = row(edge(peer="fd00:2::3"), only_ipv4, None, labels).server
+    server = named(edge(peer="fd00:2::3"), only_ipv4, None, labels).server
     assert (server.address, server.addresses) == ("", ())
 
 
@@ -112,7 +112,7 @@ def test_the_path_is_that_of_the_policy_in_force(labels):
     )
 
     def path(one, own, by=policy):
-        return row(one, own, by, labels).path
+        return named(one, own, by, labels).path
 
     assert path(edge(port=8080), API) == THROUGH_SIDECAR
     assert path(edge(port=9000), API) == OUTSIDE_SIDECARS
@@ -124,8 +124,8 @@ def test_the_path_is_that_of_the_policy_in_force(labels):
 
 
 def test_both_families_of_a_pair_are_one_row(labels):
-    four = row(edge(first_seen=50.0), API, None, labels)
-    six = row(edge(peer="fd00:2::3", connections=4, last_seen=300.0), API, None, labels)
+    four = named(edge(first_seen=50.0), API, None, labels)
+    six = named(edge(peer="fd00:2::3", connections=4, last_seen=300.0), API, None, labels)
     for order in ((four, six), (six, four)):
         [merged] = told_once(order, {("api-1", "n1")})
         assert (merged.connections, merged.bytes_to_server, merged.bytes_to_client) == (5, 20, 40)
@@ -137,56 +137,61 @@ def test_both_families_of_a_pair_are_one_row(labels):
 
 def test_what_differs_in_class_port_path_or_stranger_stays_apart(labels):
     rows = [
-        row(edge(), API, None, labels),
-        row(edge(), API, DEFAULT, labels),
-        row(edge(port=8081), API, None, labels),
-        row(edge(flow_class=FlowClass.MESH), API, None, labels),
-        row(edge(peer="192.0.2.1"), API, None, labels),
-        row(edge(peer="192.0.2.2"), API, None, labels),
+        named(edge(), API, None, labels),
+        named(edge(), API, DEFAULT, labels),
+        named(edge(port=8081), API, None, labels),
+        named(edge(flow_class=FlowClass.MESH), API, None, labels),
+        named(edge(peer="192.0.2.1"), API, None, labels),
+        named(edge(peer="192.0.2.2"), API, None, labels),
     ]
     assert len(told_once(rows, ())) == len(rows)
 
 
 def test_a_flow_between_observed_workloads_is_told_from_the_servers_side(labels):
-    rows = [row(edge(), API, None, labels), row(outbound(), WEB, None, labels)]
+    rows = [named(edge(), API, None, labels), named(outbound(), WEB, None, labels)]
     [told] = told_once(rows, {("api-1", "n1"), ("web-1", "n2")})
     assert told.observed_at is Direction.INBOUND
 
 
 def test_the_callers_view_stays_where_the_server_is_not_observed(labels):
-    rows = [row(outbound(), WEB, None, labels), row(outbound(peer="192.0.2.1"), WEB, None, labels)]
+    rows = [
+        named(outbound(), WEB, None, labels),
+        named(outbound(peer="192.0.2.1"), WEB, None, labels),
+    ]
     assert len(told_once(rows, {("web-1", "n2")})) == 2
 
 
 def test_a_namesake_on_another_node_does_not_hide_a_flow(labels):
-    rows = [row(outbound(), WEB, None, labels)]
+    rows = [named(outbound(), WEB, None, labels)]
     assert len(told_once(rows, {("api-1", "n9")})) == 1
 
 
 @pytest.mark.parametrize("flow_class", [FlowClass.EMPTY, FlowClass.UNKNOWN])
 def test_connections_that_turned_out_to_be_something_else_are_not_shown(labels, flow_class):
     left = {"flow_class": flow_class, "bytes_to_server": 0, "bytes_to_client": 0}
-    gone = row(edge(connections=0, **left), API, None, labels)
-    corrected = row(edge(connections=-2, **left), API, None, labels)
+    gone = named(edge(connections=0, **left), API, None, labels)
+    corrected = named(edge(connections=-2, **left), API, None, labels)
     assert corrected.connections == 0, "a count is never below zero"
     assert told_once([gone, corrected], ()) == ()
 
 
 def test_a_correction_in_one_family_takes_nothing_from_the_other(labels):
-    four = row(edge(flow_class=FlowClass.EMPTY, connections=3), API, None, labels)
-    six = row(edge(flow_class=FlowClass.EMPTY, connections=-2, peer="fd00:2::3"), API, None, labels)
+    four = named(edge(flow_class=FlowClass.EMPTY, connections=3), API, None, labels)
+    six = named(
+        edge(flow_class=FlowClass.EMPTY, connections=-2, peer="fd00:2::3"), API, None, labels
+    )
     [told] = told_once([four, six], ())
     assert told.connections == 3
 
 
 def test_a_connection_that_was_opened_before_the_window_is_shown(labels):
-    [told] = told_once([row(edge(connections=0), API, None, labels)], ())
+    [told] = told_once([named(edge(connections=0), API, None, labels)], ())
     assert told.connections == 0
 
 
 def test_the_order_does_not_depend_on_the_order_of_the_nodes_answers(labels):
     rows = [
-        row(edge(peer=f"192.0.2.{n}", port=port), API, None, labels)
+        named(edge(peer=f"192.0.2.{n}", port=port), API, None, labels)
         for n in range(3)
         for port in (8080, 8081)
     ]
@@ -194,8 +199,8 @@ def test_the_order_does_not_depend_on_the_order_of_the_nodes_answers(labels):
 
 
 def test_the_hints_of_all_that_is_told_as_one_are_united_in_their_order(labels):
-    four = row(edge(hints=(Hint.KAFKA,)), API, None, labels)
-    six = row(edge(peer="fd00:2::3", hints=(Hint.HTTP1, Hint.KAFKA)), API, None, labels)
+    four = named(edge(hints=(Hint.KAFKA,)), API, None, labels)
+    six = named(edge(peer="fd00:2::3", hints=(Hint.HTTP1, Hint.KAFKA)), API, None, labels)
     assert four.hints == (Hint.KAFKA,)
     for order in ((four, six), (six, four)):
         [merged] = told_once(order, ())

@@ -9,12 +9,23 @@ import pytest
 
 from tidegate.catalog.client import CatalogRefused, CatalogUnreachable
 from tidegate.errors import TidegateError
-from tidegate.intent.entries import Kind, ServiceDefaults
-from tidegate.model import Instance, MutualTLSMode
+from tidegate.intent.entries import EntryKey, Kind, ServiceDefaults
+from tidegate.model import FlowClass, Instance, MutualTLSMode
 from tidegate.node import guard as guard_module
+from tidegate.node import modes
 from tidegate.node.guard import Event, Flip, Guard, refused_callers
-from tidegate.verdict.evidence import Caller, CallerKind
-from tidegate.verdict.readiness import Answer, Coverage, Reason, ReasonKind, Verdict
+from tidegate.verdict.evidence import Caller, CallerKind, ChainTotals
+from tidegate.verdict.permission import Permission
+from tidegate.verdict.readiness import (
+    Answer,
+    CallerFlow,
+    Coverage,
+    Effect,
+    InstanceWitness,
+    Reason,
+    ReasonKind,
+    Verdict,
+)
 
 STRICT, PERMISSIVE = MutualTLSMode.STRICT, MutualTLSMode.PERMISSIVE
 SOON = 0.05
@@ -24,7 +35,8 @@ SOON = 0.05
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(guard_module, "POLL_S", 0.005)
-    monkeypatch.setattr(guard_module, "ENFORCE_DEADLINE_S", 0.3)
+    monkeypatch.setattr(modes, "POLL_S", 0.005)
+    monkeypatch.setattr(modes, "ENFORCE_DEADLINE_S", 0.3)
     monkeypatch.setattr(guard_module, "BLIND_GRACE_S", 0.2)
 
 
@@ -57,6 +69,11 @@ class FakeMesh:
         self.written = []
         self.windows = []
         self.on_write = lambda: None
+        self.gate_command = ""
+        self.flows = ()
+        self.flows_before = ()
+        self.open_plaintext = [0]
+        self.registered = None
 
     @property
     def mode(self):
@@ -76,14 +93,24 @@ class FakeMesh:
             window_s=window_s or 60.0,
             at=time.time(),
             reasons=reasons,
-            callers=(),
+            callers=self.flows_before if window_s is None else self.flows,
             callers_omitted=0,
             coverage=Coverage(complete=self.complete, since=0.0, share=1.0),
-            witness=(),
+            witness=(witness(self._open_now(window_s)),),
         )
 
-    async def read_entry(self, kind, name):
-        assert (kind, name) == (Kind.SERVICE_DEFAULTS, "api")
+    def _open_now(self, window_s):
+        """Plaintext connections that are open: one reading after the other, the last for ever."""
+        if window_s is None or len(self.open_plaintext) == 1:
+            return self.open_plaintext[-1] if window_s else 0
+        return self.open_plaintext.pop(0)
+
+    async def opens_gate(self, service):
+        assert service == "api"
+        return self.gate_command
+
+    async def read_entry(self, key):
+        assert key == EntryKey(Kind.SERVICE_DEFAULTS, "api")
         if self.read_errors:
             raise self.read_errors.pop(0)
         return msgspec.structs.replace(self.entry, modify_index=self.index)
@@ -108,10 +135,47 @@ class FakeMesh:
                 node="n1",
                 meshed=meshed,
                 mode=self.mode if self.follows else PERMISSIVE,
+                registered_mode=self.registered,
                 applied_index=self.index if self.follows else 0,
             )
             for number, meshed in enumerate(self.meshed)
         )
+
+
+def witness(permissive_open):
+    totals = ChainTotals()
+    return InstanceWitness(
+        workload="api-0",
+        node="n1",
+        agrees=True,
+        detail="",
+        sidecar=totals,
+        least=totals,
+        most=totals,
+        permissive_active=0,
+        permissive_open=permissive_open,
+        since=0.0,
+    )
+
+
+def mtls(workload, permission=Permission.MISSING, **fields):
+    """Connections with the mesh's mTLS, of which intentions say so."""
+    whole = {"kind": CallerKind.WORKLOAD, "connections": 2, **fields}
+    return CallerFlow(
+        caller=Caller(address="10.0.0.8", workload=workload, kind=whole["kind"]),
+        flow_class=FlowClass.MESH,
+        port=20000,
+        connections=whole["connections"],
+        bytes_to_server=1,
+        bytes_to_client=1,
+        first_seen=1.0,
+        last_seen=2.0,
+        effect=Effect.MESH,
+        unprotected=False,
+        permission=permission,
+        hints=(),
+        note="",
+    )
 
 
 class LostAnswer(CatalogUnreachable):
@@ -372,6 +436,86 @@ def test_a_mode_that_a_person_changes_under_guard_ends_the_guard(tmp_path):
     assert (events[-1].event, events[-1].exit_code) == ("ended", 1)
     assert mesh.written == [STRICT], "what the person wrote stays"
     assert kept(tmp_path) is None
+
+
+def test_a_caller_that_intentions_newly_deny_brings_the_former_mode_back(tmp_path):
+    mesh = FakeMesh()
+    mesh.flows = (mtls("batch"), mtls("web", Permission.ALLOWED))
+    events = flipped(mesh, tmp_path, guard_s=60)
+    assert names(events) == ["written", "enforced", "rolling-back", "rolled-back"]
+    assert events[-1].message == "api is permissive again, because batch was denied"
+    assert [reason.kind for reason in events[-1].reasons] == [ReasonKind.DENIED]
+    assert mesh.written == [STRICT, PERMISSIVE]
+
+
+@pytest.mark.parametrize(
+    ("before", "since"),
+    [
+        ((mtls("batch"),), mtls("batch")),
+        ((), mtls("batch", connections=0)),
+        ((), mtls("", kind=CallerKind.OUTSIDE)),
+        ((), mtls("batch", Permission.BY_DEFAULT)),
+    ],
+    ids=["denied before", "opened before", "outside", "allowed"],
+)
+def test_whoever_was_denied_before_or_is_nobody_known_does_not_end_the_guard(
+    tmp_path, before, since
+):
+    mesh = FakeMesh()
+    mesh.flows_before, mesh.flows = before, (since,)
+    assert names(flipped(mesh, tmp_path))[-1] == "kept"
+
+
+def test_who_was_denied_before_the_flip_is_known_to_the_next_agent(tmp_path):
+    mesh = FakeMesh(own=STRICT)
+    mesh.flows = (mtls("batch"),)
+    leave(tmp_path, enforced_at=time.time() - 1, denied_before=("batch",))
+    resumed(mesh, tmp_path)
+    assert mesh.written == []
+
+
+def test_plaintext_connections_are_counted_down_until_none_is_left(tmp_path):
+    mesh = FakeMesh()
+    mesh.open_plaintext = [3, 3, 1, 1, 0]
+    events = flipped(mesh, tmp_path, guard_s=0.001)
+    assert names(events) == ["written", "enforced", "draining", "draining", "drained", "kept"]
+    assert "3 plaintext connections are still open" in events[2].message
+    assert "1 plaintext connection is still open" in events[3].message
+    assert events[-1].message == "api is strict; no known caller was refused"
+
+
+def test_plaintext_that_never_closes_does_not_hold_the_guard_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard_module, "DRAIN_S", 0.05)
+    mesh = FakeMesh()
+    mesh.open_plaintext = [2]
+    events = flipped(mesh, tmp_path, guard_s=0.001)
+    assert names(events) == ["written", "enforced", "draining", "kept"]
+    assert events[-1].message.endswith("; 2 plaintext connections are still open")
+
+
+def test_a_flip_that_could_not_be_rolled_back_is_refused_with_the_command_for_it(tmp_path):
+    mesh = FakeMesh()
+    mesh.gate_command = "open the gate"
+    [event] = flipped(mesh, tmp_path)
+    assert (event.event, event.exit_code) == ("refused", 1)
+    assert "`open the gate` opens it" in event.message
+    assert mesh.written == []
+    assert names(flipped(mesh, tmp_path, force=True))[0] == "no-way-back"
+
+
+def test_a_mode_that_was_only_inherited_has_a_way_back_behind_a_closed_gate(tmp_path):
+    mesh = FakeMesh(own=None, inherited=PERMISSIVE)
+    mesh.gate_command = "open the gate"
+    assert names(flipped(mesh, tmp_path)) == ["written", "enforced", "kept"]
+
+
+def test_a_registration_that_says_permissive_wins_and_is_named(tmp_path):
+    mesh = FakeMesh()
+    mesh.registered = PERMISSIVE
+    [event] = flipped(mesh, tmp_path, force=True)
+    assert (event.event, event.exit_code) == ("refused", 2)
+    assert "api-0, api-1" in event.message
+    assert mesh.written == []
 
 
 # Evidence and server that are away

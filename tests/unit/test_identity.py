@@ -1,5 +1,8 @@
 """SPIFFE names and the mesh CA, checked by OpenSSL where a certificate has to mean something."""
 
+import contextlib
+import re
+import shutil
 import stat
 import subprocess
 import time
@@ -10,7 +13,7 @@ from cryptography import x509
 
 from tidegate.errors import InputError
 from tidegate.identity import spiffe
-from tidegate.identity.ca import BACKDATE_S, IdentityError, MeshCA
+from tidegate.identity.ca import BACKDATE_S, IdentityError, Leaf, MeshCA
 
 DOMAIN = "11111111-2222-3333-4444-555555555555.consul"
 WEB = spiffe.service_id(DOMAIN, "web")
@@ -28,17 +31,24 @@ def openssl(*arguments: str | Path) -> str:
 
 def test_names_have_the_forms_of_consul() -> None:
     assert f"spiffe://{DOMAIN}/ns/default/dc/dc1/svc/web" == WEB
-    assert spiffe.service_id(DOMAIN, "web", "shop", "dc2").endswith("/ns/shop/dc/dc2/svc/web")
+    assert spiffe.service_id(DOMAIN, "shop/web", "dc2").endswith("/ns/shop/dc/dc2/svc/web")
+    in_partition = spiffe.service_id(DOMAIN, "east/shop/web", "dc2")
+    assert in_partition == f"spiffe://{DOMAIN}/ap/east/ns/shop/dc/dc2/svc/web"
     assert spiffe.sni(DOMAIN, "web") == f"web.default.dc1.internal.{DOMAIN}"
-    assert spiffe.sni(DOMAIN, "web", "shop", "dc2") == f"web.shop.dc2.internal.{DOMAIN}"
+    assert spiffe.sni(DOMAIN, "shop/web", "dc2") == f"web.shop.dc2.internal.{DOMAIN}"
+    assert (
+        spiffe.sni(DOMAIN, "east/default/web", "dc2")
+        == f"web.default.east.dc2.internal-v1.{DOMAIN}"
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["", "Web", "web.api", "-web", "web-", "we b", "web/api", "web\n", "*", "é", "a" * 64]
+    "name",
+    ["", "Web", "web.api", "-web", "web-", "we b", "web/", "a/b/c/d", "web\n", "*", "é", "a" * 64],
 )
 def test_what_is_no_dns_label_is_no_part_of_a_name(name: str) -> None:
     for make in (spiffe.service_id, spiffe.sni):
-        for arguments in ((name,), ("web", name), ("web", "default", name)):
+        for arguments in ((name,), (f"{name}/web",), (f"{name}/default/web",), ("web", name)):
             with pytest.raises(InputError):
                 make(DOMAIN, *arguments)
 
@@ -163,3 +173,82 @@ def test_a_key_shows_in_no_repr(ca: MeshCA) -> None:
     for shown in (repr(ca), str(ca), repr(leaf), str(leaf), f"{[leaf]}"):
         assert secret not in shown
         assert "PRIVATE" not in shown
+
+
+def is_accepted(directory: Path, roots_pem: str, leaf: Leaf) -> bool:
+    """Whether somebody who trusts these roots accepts what a sidecar shows with this leaf."""
+    own, *others = re.findall(
+        "-----BEGIN.+?END CERTIFICATE-----\n", leaf.certificate_pem, re.DOTALL
+    )
+    for name, text in (("roots", roots_pem), ("leaf", own), ("others", "".join(others))):
+        (directory / f"{name}.pem").write_text(text)
+    more = ("-untrusted", directory / "others.pem") if others else ()
+    verified = openssl(
+        "verify", "-x509_strict", "-purpose", "sslserver",
+        "-CAfile", directory / "roots.pem", *more, directory / "leaf.pem",
+    )  # fmt: skip
+    return "leaf.pem: OK" in verified
+
+
+def test_while_a_root_is_exchanged_everybody_accepts_everybody(ca: MeshCA, tmp_path: Path) -> None:
+    rotated = ca.rotate(keep_s=3600)
+    for issuer in (ca, rotated):
+        leaf = issuer.issue(WEB, 600)
+        for trusted in (ca.roots_pem, rotated.roots_pem):
+            assert is_accepted(tmp_path, trusted, leaf)
+    assert rotated.roots == (rotated.roots[0], ca.roots_pem)
+    again = rotated.rotate(keep_s=3600)
+    assert len(again.roots) == 3
+    for issuer in (ca, rotated, again):
+        assert is_accepted(tmp_path, again.roots_pem, issuer.issue(WEB, 600))
+    assert is_accepted(tmp_path, rotated.roots_pem, again.issue(WEB, 600))
+
+
+def test_a_former_root_is_trusted_as_long_as_it_was_kept(ca: MeshCA, tmp_path: Path) -> None:
+    rotated = ca.rotate(keep_s=0)
+    assert not is_accepted(tmp_path, rotated.roots_pem, ca.issue(WEB, 600))
+    assert is_accepted(tmp_path, rotated.roots_pem, rotated.issue(WEB, 600))
+    with pytest.raises(InputError, match="-1 s"):
+        rotated.rotate(keep_s=-1)
+
+
+def test_an_exchanged_root_is_found_again(ca: MeshCA, tmp_path: Path) -> None:
+    rotated = ca.rotate(keep_s=3600)
+    loaded = MeshCA.load(tmp_path / "ca")
+    assert loaded.roots == rotated.roots
+    assert is_accepted(tmp_path, ca.roots_pem, loaded.issue(WEB, 600)), "by the former root"
+    mode = stat.S_IMODE((tmp_path / "ca" / "root.key").stat().st_mode)
+    assert mode == 0o600
+    assert {path.name for path in (tmp_path / "ca").iterdir()} == {
+        "root.key",
+        "root.pem",
+        "former.json",
+    }
+
+
+def test_an_exchange_that_is_interrupted_anywhere_leaves_a_whole_ca(
+    ca: MeshCA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tmp_path / "before"
+    shutil.copytree(tmp_path / "ca", before)
+    replace = Path.replace
+    for completed in range(5):
+        directory = tmp_path / f"ca-{completed}"
+        shutil.copytree(before, directory)
+        left = iter(range(completed))
+
+        def interrupted(path: Path, target: Path, left=left) -> Path:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return replace(path, target)
+
+        whole = MeshCA.load(directory)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                whole.rotate(keep_s=3600)
+        found = MeshCA.load(directory)
+        issued = found.issue(WEB, 600)
+        assert is_accepted(tmp_path, ca.roots_pem, issued)
+        assert is_accepted(tmp_path, found.roots_pem, ca.issue(WEB, 600))
+        assert is_accepted(tmp_path, found.rotate(keep_s=60).roots_pem, issued)

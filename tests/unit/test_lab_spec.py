@@ -53,6 +53,47 @@ def test_a_small_file_means_what_it_says_and_the_rest_has_defaults() -> None:
     assert (call.every_s, call.keepalive) == (0.2, 1)
 
 
+MORE_PORTS = """
+lab: small
+nodes: [n1]
+pods:
+  - name: api
+    node: n1
+    port: 8080
+    more_ports: [{service: admin, port: 8081}, {service: metrics, port: 9090}]
+    app: {kind: http}
+  - name: web
+    node: n1
+    app:
+      kind: caller
+      calls: [{target: api, every: 1s}, {target: admin, every: 1s}]
+"""
+
+
+def test_a_pod_can_have_several_services_with_a_port_each() -> None:
+    spec = parse(MORE_PORTS, source="lab.yaml")
+    api, web = spec.pods
+    assert api.ports == {"api": 8080, "admin": 8081, "metrics": 9090}
+    assert api.names == ("api", "admin", "metrics")
+    assert [call.port for call in web.app.calls] == [8080, 8081]
+    assert spec.pods_of("metrics") == (api,)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "expected"),
+    [
+        ("port: 8081", "port: 8080", "more_ports[0].port (line 8): 8080 is there twice"),
+        ("service: admin", "service: api", "more_ports[0].service (line 8): api is there twice"),
+        ("service: metrics", "servce: metrics", "more_ports[1].servce (line 8): "),
+        ("port: 9090", "port: 90900", "more_ports[1].port (line 8): "),
+        ("    port: 8080\n", "", "are further ports, and the pod has no port; expected port"),
+    ],
+)
+def test_wrong_services_of_a_pod_are_refused(good: str, bad: str, expected: str) -> None:
+    assert good in MORE_PORTS
+    assert any(expected in fault for fault in faults_of(MORE_PORTS.replace(good, bad, 1)))
+
+
 def test_the_demo_is_the_lab_of_the_story() -> None:
     spec = load(DEMO)
     assert len(spec.nodes) == 2

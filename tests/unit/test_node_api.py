@@ -365,7 +365,9 @@ def test_flows_of_a_service_that_nobody_knows_are_refused_with_those_that_are_kn
     assert ask(node, "GET", "/v1/flows?service=api")[0] == 200
     status, answer = ask(node, "GET", "/v1/flows?service=ap")
     assert (status, answer["exit_code"]) == (400, 2)
-    assert answer["error"] == "service: no service 'ap' is known (known: api, web)"
+    assert (
+        answer["error"] == "service: no service 'ap' is known; did you mean api? (known: api, web)"
+    )
     nobody = Node(tmp_path, name="n2")
     assert "(known: none yet)" in ask(nobody, "GET", "/v1/flows?service=api")[1]["error"]
 

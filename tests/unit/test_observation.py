@@ -79,6 +79,7 @@ class Keeper:
 
     policy = None
     mode = MutualTLSMode.STRICT
+    plaintext_ports = frozenset()
     in_mesh = True
     applied_index = 0
     problems = ()

@@ -1,10 +1,17 @@
 """The verdict: what blocks, what is missing, what a person does next."""
 
+import re
+
 import msgspec
 import pytest
 
 from tidegate.model import (
+    Direction,
+    Edge,
+    EdgeCount,
+    EdgeKey,
     FlowClass,
+    Hint,
     Instance,
     IntentionRule,
     Interval,
@@ -267,6 +274,46 @@ def test_what_a_departed_instance_received_still_counts():
     gone = seen(flow(ago=7200), of=departed, coverage=(Interval(NOW - 9 * DAY, NOW - 3600),))
     judged = verdict(seen(MESH), departed=(gone,))
     assert kinds(judged) == [ReasonKind.BLOCKING_FLOW]
+
+
+def test_a_reason_names_the_protocols_that_were_recognised():
+    first = msgspec.structs.replace(flow(), hints=(Hint.REDIS,))
+    other = msgspec.structs.replace(flow(peer="fd00:2::4"), hints=(Hint.HTTP1, Hint.REDIS))
+    judged = verdict(seen(first, other, flow(FlowClass.SERVER_FIRST)))
+    by_class = {reason.flow_class: reason for reason in judged.reasons}
+    plaintext = by_class[FlowClass.PLAINTEXT]
+    assert plaintext.hints == (Hint.HTTP1, Hint.REDIS)
+    assert "calls api:8080 in plaintext (HTTP/1, Redis): 2 connections" in plaintext.message
+    assert "in plaintext in which the server speaks first: 1" in (
+        by_class[FlowClass.SERVER_FIRST].message
+    )
+
+
+def test_the_evidence_of_an_edge_says_all_that_the_edge_does():
+    key = EdgeKey(
+        workload=1, direction=Direction.INBOUND, peer="10.0.0.9", port=80, flow_class=FlowClass.TLS
+    )
+    count = EdgeCount(
+        connections=2,
+        bytes_to_server=3,
+        bytes_to_client=4,
+        first_seen=5.0,
+        last_seen=6.0,
+        hints=(Hint.H2C,),
+    )
+    said = msgspec.structs.asdict(EdgeEvidence.of(Edge(key=key, count=count)))
+    assert said == {
+        "peer": key.peer,
+        "port": key.port,
+        "flow_class": key.flow_class,
+        **msgspec.structs.asdict(count),
+    }
+
+
+@pytest.mark.parametrize("hint", Hint)
+def test_every_protocol_has_a_name_in_reasons(hint):
+    [reason] = verdict(seen(msgspec.structs.replace(flow(), hints=(hint,)))).reasons
+    assert re.search(r"in plaintext \([A-Z]\w+(/\d)?\): ", reason.message)
 
 
 def test_a_strict_service_is_not_ready_while_callers_are_refused():

@@ -7,7 +7,7 @@ from tidegate.model import Direction, Edge, EdgeCount, EdgeKey, FlowClass, Hint
 from tidegate.observe import abi
 from tidegate.observe.classifier import FlowRecord, Losses
 from tidegate.observe.hellos import HelloBook, Names
-from tidegate.observe.report import classes, endpoint, flow_row, report
+from tidegate.observe.report import classes, flow_row, report
 
 
 def record(direction=Direction.OUTBOUND, flags=abi.FlowFlag.SYN_SEEN, local="10.0.0.1", **more):
@@ -68,7 +68,6 @@ def test_the_client_is_who_opened_the_connection(direction, client, server):
 
 def test_ipv6_addresses_stand_in_brackets():
     assert flow_row(record(local="fd00::1"), Names()).client == "[fd00::1]:40000"
-    assert endpoint("::", 1) == "[::]:1"
 
 
 def test_a_row_has_the_fields_that_programs_read():

@@ -14,12 +14,18 @@ import pytest
 
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.envoy import binary
-from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec, Upstream
+from tidegate.enforce.sidecar.spec import (
+    CIPHER_SUITES,
+    Endpoint,
+    LocalService,
+    SidecarSpec,
+    Upstream,
+)
 from tidegate.errors import InputError
 from tidegate.identity import spiffe
 from tidegate.identity.ca import MeshCA
 from tidegate.intent.policy import Family
-from tidegate.model import IntentionRule, MutualTLSMode
+from tidegate.model import IntentionRule, MutualTLSMode, TLSSettings
 
 GOLDEN = Path(__file__).parent / "golden" / "sidecar"
 DOMAIN = "0f1e2d3c.consul"
@@ -38,20 +44,64 @@ def upstream(service: str, *addresses: str, port: int = 8080) -> Upstream:
     return Upstream(service=service, port=port, endpoints=endpoints)
 
 
-STRICT = SidecarSpec(
-    service="api", trust_domain=DOMAIN, service_ports=(8080,), intentions=(allow("web"),)
-)
+STRICT = SidecarSpec(service="api", trust_domain=DOMAIN, port=8080, intentions=(allow("web"),))
 PERMISSIVE = msgspec.structs.replace(STRICT, mode=MutualTLSMode.PERMISSIVE)
+ADMIN = LocalService(
+    service="api-admin",
+    port=9090,
+    mode=MutualTLSMode.PERMISSIVE,
+    intentions=(allow("ops"),),
+)
+SEVERAL = msgspec.structs.replace(PERMISSIVE, more_services=(ADMIN,))
 CALLER = SidecarSpec(
     service="web",
     trust_domain=DOMAIN,
     upstreams=(upstream("api", "10.0.0.2", "fd00::2"), upstream("pay", "10.0.0.3", port=8443)),
 )
+TENANCY = SidecarSpec(
+    service="east/shop/api",
+    datacenter="dc2",
+    trust_domain=DOMAIN,
+    port=8080,
+    intentions=(
+        deny("east/shop/legacy"),
+        allow("east/shop/*"),
+        deny("east/billing/*"),
+        allow("east/*/*"),
+        allow("web"),
+    ),
+    upstreams=(
+        msgspec.structs.replace(upstream("east/billing/pay", "10.0.0.3"), datacenter="dc2"),
+        msgspec.structs.replace(upstream("shop/pay", "10.0.0.4"), datacenter="dc2"),
+    ),
+)
 
 SPECS = {
     "strict": STRICT,
     "permissive": PERMISSIVE,
-    "permissive-several-ports": msgspec.structs.replace(PERMISSIVE, service_ports=(8080, 9090)),
+    "several-services": SEVERAL,
+    "several-services-one-permissive": msgspec.structs.replace(SEVERAL, mode=MutualTLSMode.STRICT),
+    "tenancy": TENANCY,
+    "tls-settings": msgspec.structs.replace(
+        CALLER,
+        incoming_tls=TLSSettings(
+            min_version="TLSv1_1",
+            max_version="TLSv1_2",
+            cipher_suites=tuple(CIPHER_SUITES),
+        ),
+        outgoing_tls=TLSSettings(min_version="TLSv1_3"),
+    ),
+    "virtual-addresses": msgspec.structs.replace(
+        CALLER,
+        upstreams=(
+            msgspec.structs.replace(
+                upstream("api", "10.0.0.2", "10.0.0.4", "fd00::2"),
+                virtual_addresses=("10.96.0.1", "fd00:96::1"),
+            ),
+        ),
+    ),
+    "access-logs": msgspec.structs.replace(PERMISSIVE, access_logs=True),
+    "transparent": msgspec.structs.replace(PERMISSIVE, transparent=True),
     "caller": CALLER,
     "caller-of-mesh-only": msgspec.structs.replace(CALLER, mesh_destinations_only=True),
     "nothing-to-call": SidecarSpec(service="db", trust_domain=DOMAIN, mesh_destinations_only=True),
@@ -81,7 +131,7 @@ def chains(spec: SidecarSpec) -> dict[str, dict[str, Any]]:
 
 
 def rules(spec: SidecarSpec) -> dict[str, Any]:
-    (intentions,) = resources(render.render(spec).ecds)
+    (intentions,) = resources(render.render(spec).ecds[render.RBAC_STAT_PREFIX])
     return intentions["typed_config"]["rules"]
 
 
@@ -106,9 +156,10 @@ def permitted_sources(spec: SidecarSpec) -> str:
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_a_configuration_is_the_golden_one(name: str) -> None:
     rendered = render.render(SPECS[name])
-    files = {"lds": rendered.lds, "cds": rendered.cds, "ecds": rendered.ecds}
-    for kind, content in files.items():
-        golden = GOLDEN / f"{name}.{kind}.json"
+    files = {"lds.json": rendered.lds, "cds.json": rendered.cds}
+    files |= {render.intentions_file(kind): text for kind, text in rendered.ecds.items()}
+    for file, content in files.items():
+        golden = GOLDEN / f"{name}.{file}"
         if os.environ.get("TIDEGATE_WRITE_GOLDEN"):
             golden.write_bytes(content)
         assert content == golden.read_bytes(), f"{golden.name} differs"
@@ -130,23 +181,34 @@ def test_the_bootstrap_is_the_golden_one() -> None:
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_envoy_finds_a_configuration_valid(name: str, tmp_path: Path) -> None:
     """As static resources, because Envoy validates only what its bootstrap file holds."""
+    working = tmp_path / "envoy"
+    working.mkdir()
     ca = MeshCA.create(tmp_path / "ca", DOMAIN)
-    leaf = ca.issue(spiffe.service_id(DOMAIN, "api"), 60)
-    secrets = render.render_secrets(leaf.certificate_pem, leaf.key_pem, ca.roots_pem)
-    (tmp_path / render.LEAF_FILE).write_bytes(secrets.leaf)
-    (tmp_path / render.ROOTS_FILE).write_bytes(secrets.roots)
-    rendered = render.render(SPECS[name])
-    (tmp_path / render.INTENTIONS_FILE).write_bytes(rendered.ecds)
+    spec = SPECS[name]
+    leaf = ca.issue(spiffe.service_id(DOMAIN, spec.service), 60)
+    certificates = [
+        render.ServiceCertificate(
+            service=one.service, certificate_pem=leaf.certificate_pem, key_pem=leaf.key_pem
+        )
+        for one in spec.services
+    ]
+    secrets = render.render_secrets(certificates, ca.roots_pem)
+    rendered = render.render(spec)
+    files = {render.leaf_file(name): content for name, content in secrets.leaves.items()}
+    files |= {render.ROOTS_FILE: secrets.roots, render.SWITCHES_FILE: rendered.rtds}
+    files |= {render.intentions_file(name): text for name, text in rendered.ecds.items()}
+    for file, content in files.items():
+        (working / file).write_bytes(content)
     bootstrap = json.loads(render.bootstrap("node", "api"))
     del bootstrap["dynamic_resources"]
     bootstrap["static_resources"] = {
         kind: [{key: one[key] for key in one if key != "@type"} for one in resources(content)]
         for kind, content in (("listeners", rendered.lds), ("clusters", rendered.cds))
     }
-    (tmp_path / "static.json").write_text(json.dumps(bootstrap))
+    (working / "static.json").write_text(json.dumps(bootstrap))
     validated = subprocess.run(
         [binary(), "--mode", "validate", "--log-level", "error", "-c", "./static.json"],
-        cwd=tmp_path,
+        cwd=working,
         capture_output=True,
         text=True,
     )
@@ -161,6 +223,12 @@ def test_a_mode_flip_changes_nothing_of_a_listener_but_its_filter_chains() -> No
     before, after = render.render(STRICT), render.render(PERMISSIVE)
     assert resources(before.cds) == resources(after.cds)
     assert before.version != after.version
+
+
+def test_logs_are_switched_without_a_change_of_listeners() -> None:
+    before, after = render.render(PERMISSIVE), render.render(SPECS["access-logs"])
+    assert (before.lds, before.cds, before.ecds) == (after.lds, after.cds, after.ecds)
+    assert before.rtds != after.rtds
 
 
 def test_intentions_change_neither_listeners_nor_clusters() -> None:
@@ -208,7 +276,7 @@ def test_an_instance_with_another_sidecar_port_is_reached_at_that_port() -> None
         for name, chain in chains(spec).items()
         if name.startswith("api")
     }
-    assert ports == {8080, 8081}
+    assert ports == {8081}, "on another port it may be another service"
     overrides = [
         cluster["original_dst_lb_config"]["upstream_port_override"]
         for cluster in resources(render.render(spec).cds)
@@ -254,9 +322,12 @@ def test_a_principal_is_one_service_of_the_mesh_and_dots_are_no_wildcards() -> N
 
 
 def test_secrets_show_no_key_in_their_repr() -> None:
-    secrets = render.render_secrets("CERTIFICATE", "THE-KEY", "ROOTS")
-    assert b"THE-KEY" in secrets.leaf
-    assert "THE-KEY" not in repr(secrets)
+    certificate = render.ServiceCertificate(
+        service="api", certificate_pem="CERTIFICATE", key_pem="THE-KEY"
+    )
+    secrets = render.render_secrets([certificate], "ROOTS")
+    assert b"THE-KEY" in secrets.leaves["leaf"]
+    assert "THE-KEY" not in repr(secrets) + repr(certificate)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +336,29 @@ def test_secrets_show_no_key_in_their_repr() -> None:
         ({"service": "Api"}, "service"),
         ({"trust_domain": "x/y"}, "trust_domain"),
         ({"intentions": (allow("a|b"),)}, "intentions.source"),
-        ({"service_ports": (0,)}, "port"),
-        ({"service_ports": (15001,)}, "service_ports"),
-        ({"service_ports": (80, 80)}, "service_ports"),
+        ({"intentions": (allow("*/web"),)}, "intentions.source"),
+        ({"intentions": (allow("*/*/*"),)}, "intentions.source"),
+        ({"port": -1}, "port"),
+        ({"port": 65536}, "port"),
+        ({"port": 15001}, "port"),
+        ({"more_services": (LocalService(service="b", port=8080),)}, "port"),
+        ({"more_services": (LocalService(service="api", port=9090),)}, "more_services"),
+        ({"more_services": (LocalService(service="b"),)}, "more_services"),
+        ({"more_services": (LocalService(service="east/shop/b", port=1),)}, "more_services"),
         ({"families": ()}, "families"),
+        (
+            {"incoming_tls": TLSSettings(min_version="TLSv1_3", max_version="TLSv1_2")},
+            "incoming_tls",
+        ),
+        ({"outgoing_tls": TLSSettings(cipher_suites=("RC4",))}, "outgoing_tls"),
+        (
+            {
+                "outgoing_tls": TLSSettings(
+                    max_version="TLSv1_2", cipher_suites=("TLS_RSA_WITH_AES_128_CBC_SHA",)
+                )
+            },
+            "outgoing_tls",
+        ),
     ],
 )
 def test_a_spec_that_envoy_would_refuse_cannot_be_made(change: dict[str, Any], field: str) -> None:

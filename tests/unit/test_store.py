@@ -27,7 +27,7 @@ from tidegate.catalog.registration import (
 )
 from tidegate.catalog.store import FIRST_INDEX, Store, StoreError, Topic
 from tidegate.errors import InputError
-from tidegate.intent.entries import Kind, Mesh, ServiceDefaults
+from tidegate.intent.entries import EntryKey, Kind, Mesh, ServiceDefaults
 from tidegate.model import Instance, MutualTLSMode
 
 PERMISSIVE = MutualTLSMode.PERMISSIVE
@@ -81,9 +81,9 @@ def seen(store):
 
 def test_an_entry_is_there_with_the_indexes_of_its_writes(store):
     assert store.write_entry(ServiceDefaults(name="api"))
-    first = store.entry(Kind.SERVICE_DEFAULTS, "api")
+    first = store.entry(EntryKey(Kind.SERVICE_DEFAULTS, "api"))
     assert store.write_entry(ServiceDefaults(name="api", protocol="http"))
-    second = store.entry(Kind.SERVICE_DEFAULTS, "api")
+    second = store.entry(EntryKey(Kind.SERVICE_DEFAULTS, "api"))
     assert (first.create_index, first.modify_index) == (FIRST_INDEX + 1, FIRST_INDEX + 1)
     assert (second.create_index, second.modify_index) == (FIRST_INDEX + 1, FIRST_INDEX + 2)
     assert store.entries() == (second,)
@@ -105,13 +105,13 @@ def test_compare_and_set_writes_only_over_what_was_read(store):
     assert not store.write_entry(entry, cas=5)
     assert store.write_entry(entry, cas=0)
     assert not store.write_entry(ServiceDefaults(name="api", protocol="http"), cas=0)
-    index = store.entry(Kind.SERVICE_DEFAULTS, "api").modify_index
-    assert not store.delete_entry(Kind.SERVICE_DEFAULTS, "api", cas=index + 1)
+    index = store.entry(EntryKey(Kind.SERVICE_DEFAULTS, "api")).modify_index
+    assert not store.delete_entry(EntryKey(Kind.SERVICE_DEFAULTS, "api"), cas=index + 1)
     assert store.write_entry(ServiceDefaults(name="api", protocol="http"), cas=index)
-    assert not store.delete_entry(Kind.SERVICE_DEFAULTS, "api", cas=index)
-    assert store.delete_entry(Kind.SERVICE_DEFAULTS, "api", cas=index + 1)
-    assert not store.delete_entry(Kind.SERVICE_DEFAULTS, "api", cas=index + 1)
-    assert store.delete_entry(Kind.SERVICE_DEFAULTS, "api")
+    assert not store.delete_entry(EntryKey(Kind.SERVICE_DEFAULTS, "api"), cas=index)
+    assert store.delete_entry(EntryKey(Kind.SERVICE_DEFAULTS, "api"), cas=index + 1)
+    assert not store.delete_entry(EntryKey(Kind.SERVICE_DEFAULTS, "api"), cas=index + 1)
+    assert store.delete_entry(EntryKey(Kind.SERVICE_DEFAULTS, "api"))
     assert store.entries() == ()
 
 
@@ -125,7 +125,7 @@ def test_of_two_writers_that_race_with_compare_and_set_exactly_one_wins_each_rou
 
     def race(me):
         for number in range(rounds):
-            index = stores[me].entry(Kind.SERVICE_DEFAULTS, "api").modify_index
+            index = stores[me].entry(EntryKey(Kind.SERVICE_DEFAULTS, "api")).modify_index
             barrier.wait(30)
             proposal = ServiceDefaults(name="api", meta={"round": f"{number} by {me}"})
             wins[me].append(stores[me].write_entry(proposal, cas=index))
@@ -149,7 +149,7 @@ def test_the_permissive_gate_is_held_inside_the_store(store):
     assert store.entries() == ()
     store.write_entry(Mesh(allow_enabling_permissive_mutual_tls=True))
     assert store.write_entry(permissive)
-    store.delete_entry(Kind.MESH, "mesh")
+    store.delete_entry(EntryKey(Kind.MESH, "mesh"))
     assert store.write_entry(
         ServiceDefaults(name="api", mutual_tls_mode=PERMISSIVE, protocol="tcp")
     )

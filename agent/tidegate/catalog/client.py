@@ -1,33 +1,44 @@
 """Client of the intent and catalog API: typed values in and out, Consul's HTTP in between.
 
-Every request has a time limit and every answer a size limit. Remembers the last snapshot, so that asking
-again costs one small request while nothing changes. Knows no files: what to do when the server is
-unreachable is its user's decision.
+Speaks to tidegate's own server, and to Consul's: what that has no snapshot of is followed by `consul.ConsulView`. Every
+request has a time limit and every answer a size limit. Remembers the last snapshot, so that asking again costs one
+small request, or none, while nothing changes. Knows no files: what to do when the server is unreachable is its
+user's decision.
 """
 
 import calendar
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import aiohttp
 import msgspec
 
+from tidegate.catalog.access import ACCESS_FOR_ALL, Access
+from tidegate.catalog.consul import ConsulView, Snapshot
 from tidegate.catalog.registration import (
     NodeInfo,
+    Service,
+    further_id,
     is_published,
     node_of,
     proxy_id,
     services_of,
 )
-from tidegate.errors import InputError, TidegateError
-from tidegate.intent.entries import Entry, Kind, from_consul, to_consul
-from tidegate.model import Instance
+from tidegate.catalog.transport import (
+    TIMEOUT_S,
+    Answer,
+    CatalogRefused,
+    CatalogUnreachable,
+    Transport,
+    not_understood,
+)
+from tidegate.intent.entries import Entry, EntryKey, Kind, from_server, to_request
+from tidegate.model import DEFAULT_TENANT, Instance, ServiceName
 
 __all__ = [
+    "Access",
     "CatalogClient",
     "CatalogRefused",
     "CatalogUnreachable",
@@ -36,24 +47,9 @@ __all__ = [
     "Snapshot",
 ]
 
-TIMEOUT_S = 10.0
-MAX_ANSWER_BYTES = 64 << 20
-_MAX_ERROR_TEXT = 2000
+_ALL = "*"
 
 T = TypeVar("T")
-
-
-class CatalogUnreachable(TidegateError):
-    """No server answers at the address, or not in time."""
-
-
-class CatalogRefused(TidegateError):
-    """The server answered and said no: `status` is HTTP's, `text` the server's words."""
-
-    def __init__(self, status: int, text: str) -> None:
-        self.status = status
-        self.text = text
-        super().__init__(f"Unexpected response code: {status} ({text})")
 
 
 class LeafMaterial(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,38 +67,21 @@ class LeafMaterial(msgspec.Struct, frozen=True, kw_only=True):
         return f"LeafMaterial({self.spiffe_uri!r}, serial={self.serial!r})"
 
 
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything the server has, at one index; empty before the first answer."""
-
-    index: int = 0
-    entries: tuple[Entry, ...] = ()
-    instances: tuple[Instance, ...] = ()
-    """Living (seen_until 0) and recently departed."""
-    nodes: tuple[NodeInfo, ...] = ()
-    default_allow: bool = False
-    trust_domain: str = ""
-    datacenter: str = ""
-
-    def living(self) -> dict[str, Instance]:
-        """The living instances by id."""
-        return {instance.id: instance for instance in self.instances if not instance.seen_until}
-
-
 class CatalogClient:
-    """Speaks to one server. `address` is unix:///path or http://host:port.
+    """Speaks to one server. `address` is unix:///path, http://host:port or https://host:port.
 
     Methods raise CatalogUnreachable and CatalogRefused. Belongs to the event loop of its first request.
     """
 
-    def __init__(self, address: str) -> None:
-        """Raises InputError for an address of another form."""
-        if not re.fullmatch(r"unix:///.+|https?://[^/]+/?", address):
-            raise InputError(
-                f"{address!r} is no server address", expected="unix:///path or http://host:port"
-            )
+    def __init__(self, address: str, access: Access = ACCESS_FOR_ALL) -> None:
+        """Raises InputError for an address of another form, and for files that `access` names and that are wrong."""
         self.address = address
-        self._session: aiohttp.ClientSession | None = None
+        self._access = access
+        self._known: tuple[Instance, ...] = ()
+        self._transport = Transport(address, access)
         self._last: tuple[str, Snapshot] | None = None
+        self._consul: ConsulView | None = None
+        self._is_tidegate: bool | None = None
 
     async def __aenter__(self) -> "CatalogClient":
         return self
@@ -117,35 +96,59 @@ class CatalogClient:
 
     async def close(self) -> None:
         """Closes the connections; the client can be used again afterwards."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._consul is not None:
+            await self._consul.close()
+            self._consul = None
+        await self._transport.close()
+
+    def remember(self, known: Iterable[Instance]) -> None:
+        """Takes in who was there before, by a snapshot of an earlier client: Consul tells only who is there now.
+
+        To be called before the first snapshot is asked for.
+        """
+        self._known = tuple(known)
 
     # Config entries.
 
     async def read_entries(self, kind: Kind | None = None) -> tuple[Entry, ...]:
-        """All entries, or those of a kind, sorted by kind and name."""
+        """All entries, or those of a kind, of all namespaces that can be read, sorted by kind and name."""
         found: list[Entry] = []
         for each in (kind,) if kind else sorted(Kind):
-            raw = await self._get(f"/v1/config/{each}", list[dict[str, Any]])
-            found += [from_consul(entry, self.address) for entry in raw]
+            query = await self._everywhere(each)
+            raw = await self._get(f"/v1/config/{each}", list[dict[str, Any]], query)
+            found += [from_server(entry, self.address) for entry in raw]
         return tuple(found)
 
-    async def read_entry(self, kind: Kind, name: str) -> Entry:
+    async def list_entries(
+        self, kind: Kind, expression: str = "", *, namespace: str = "", partition: str = ""
+    ) -> tuple[Entry, ...]:
+        """The entries of a kind in one namespace, or in all ("*"), that a filter expression is true of."""
+        query = tenancy_for(kind, namespace, partition)
+        query |= {"filter": expression} if expression else {}
+        raw = await self._get(f"/v1/config/{kind}", list[dict[str, Any]], query)
+        return tuple(from_server(entry, self.address) for entry in raw)
+
+    async def read_entry(self, key: EntryKey) -> Entry:
         """One entry; CatalogRefused with status 404 when there is none."""
-        raw = await self._get(f"/v1/config/{kind}/{quote(name, safe='')}", dict[str, Any])
-        return from_consul(raw, self.address)
+        query = _tenancy_of(key)
+        raw = await self._get(_path(key), dict[str, Any], query)
+        return from_server(raw, self.address)
 
-    async def write_entry(self, entry: Entry, cas: int | None = None) -> bool:
-        """Writes an entry; False when `cas` is not its ModifyIndex (0: it must not exist)."""
-        return await self._put("/v1/config", to_consul(entry), cas)
+    async def write_entry(
+        self, entry: Entry, cas: int | None = None, *, namespace: str = "", partition: str = ""
+    ) -> bool:
+        """Writes an entry; False when `cas` is not its ModifyIndex (0: it must not exist).
 
-    async def delete_entry(self, kind: Kind, name: str, cas: int | None = None) -> bool:
+        `namespace` and `partition` are for what is in the default ones by itself.
+        """
+        query = tenancy_for(entry.kind, namespace, partition)
+        return await self._put("/v1/config", to_request(entry), cas, query)
+
+    async def delete_entry(self, key: EntryKey, cas: int | None = None) -> bool:
         """Deletes an entry; False when `cas` is not its ModifyIndex."""
-        query = {} if cas is None else {"cas": str(cas)}
-        path = f"/v1/config/{kind}/{quote(name, safe='')}"
-        answer = await self._ask("DELETE", path, query=query)
-        return True if cas is None else self._decoded(answer, bool)
+        query = _tenancy_of(key) | ({} if cas is None else {"cas": str(cas)})
+        answer = await self._transport.ask("DELETE", _path(key), query=query)
+        return True if cas is None else answer.decoded(bool)
 
     # Catalog.
 
@@ -153,22 +156,38 @@ class CatalogClient:
         """Publishes a node and instances on it, as far as the catalog does not have them already."""
         snapshot = await self.snapshot()
         living = snapshot.living()
-        body = _node_body(node)
         if node not in snapshot.nodes:
-            await self._put("/v1/catalog/register", body)
+            await self._put("/v1/catalog/register", _node_body(node))
         for instance in instances:
             if is_published(instance, living):
                 continue
             for service in services_of(instance):
+                body = _node_body(node, service.partition)
                 await self._put("/v1/catalog/register", body | {"Service": service})
             known = living.get(instance.id)
-            if known is not None and known.meshed and not instance.meshed:
-                await self._deregister(node.name, proxy_id(instance.id))
+            if known is not None:
+                still = _parts(instance)
+                gone = {key: name for key, name in _parts(known).items() if key not in still}
+                await self._withdraw(node.name, known, gone)
+
+    async def register_service(self, node: str, address: str, service: Service) -> None:
+        """Registers one service. Without an `address` the node has to be known, and stays as it is."""
+        body = {"Node": node, "Address": address, "Service": service}
+        body |= {} if address else {"SkipNodeUpdate": True}
+        body |= {} if service.partition == DEFAULT_TENANT else {"Partition": service.partition}
+        await self._put("/v1/catalog/register", body)
+
+    async def deregister_service(self, node: str, service: Service) -> None:
+        """Takes one service out of the catalog; what is not there is no error."""
+        body = {"Node": node, "ServiceID": service.id} | _said_tenancy(service)
+        await self._put("/v1/catalog/deregister", body)
 
     async def deregister(self, node: str, instance_id: str) -> None:
         """Takes an instance out of the catalog, and remembers that it was there."""
-        await self._deregister(node, instance_id)
-        await self._deregister(node, proxy_id(instance_id))
+        known = (await self.snapshot()).living().get(instance_id)
+        if known is None:
+            known = Instance(id=instance_id, name=instance_id, service="", node=node, meshed=True)
+        await self._withdraw(node, known, {instance_id: known.service} | _parts(known))
 
     async def instances(self) -> tuple[Instance, ...]:
         """Living and recently departed instances (`seen_until` above 0), with their times."""
@@ -181,11 +200,13 @@ class CatalogClient:
     # Certificates.
 
     async def leaf(self, service: str, ttl: float) -> LeafMaterial:
-        """A fresh leaf for `service`, valid for `ttl` seconds. Only over a unix socket."""
-        path = f"/v1/agent/connect/ca/leaf/{quote(service, safe='')}"
-        raw = await self._get(path, _Leaf, {"ttl": f"{ttl:.3f}"})
+        """A fresh leaf for `service` (text of a ServiceName), valid for `ttl` seconds; Consul decides how long."""
+        name = ServiceName.of(service)
+        path = f"/v1/agent/connect/ca/leaf/{quote(name.name, safe='')}"
+        query = {"ttl": f"{ttl:.3f}"} | _tenancy_of(EntryKey(Kind.SERVICE_DEFAULTS, *name))
+        raw = await self._get(path, _Leaf, query)
         return LeafMaterial(
-            service=raw.service,
+            service=service,
             spiffe_uri=raw.service_uri,
             certificate_pem=raw.cert_pem,
             key_pem=raw.private_key_pem,
@@ -197,20 +218,30 @@ class CatalogClient:
     async def roots(self) -> str:
         """The trust bundle, PEM: what leaves of the mesh may chain to."""
         answer = await self._get("/v1/connect/ca/roots", _Roots)
-        return "".join(root.root_cert for root in answer.roots)
+        return "".join(root.root_cert.strip() + "\n" for root in answer.roots)
 
     # Everything.
 
     async def snapshot(self) -> Snapshot:
         """Everything at one index, in one request; nothing is sent again that has not changed."""
+        if self._consul is not None:
+            return await self._consul.snapshot()
         headers = {"If-None-Match": self._last[0]} if self._last else {}
-        answer = await self._ask("GET", "/v1/tidegate/snapshot", headers=headers)
+        try:
+            answer = await self._transport.ask("GET", "/v1/tidegate/snapshot", headers=headers)
+        except CatalogRefused as error:
+            if error.status != 404:
+                raise
+            self._is_tidegate = False
+            self._consul = ConsulView(self._transport, self._known)
+            return await self._consul.snapshot()
+        self._is_tidegate = True
         if answer.status == 304 and self._last:
             return self._last[1]
-        raw = self._decoded(answer, _Snapshot)
+        raw = answer.decoded(_Snapshot)
         snapshot = Snapshot(
             index=raw.index,
-            entries=tuple(from_consul(entry, self.address) for entry in raw.entries),
+            entries=tuple(from_server(entry, self.address) for entry in raw.entries),
             instances=raw.instances,
             nodes=raw.nodes,
             default_allow=raw.default_allow,
@@ -222,15 +253,30 @@ class CatalogClient:
 
     async def wait(self, index: int, timeout: float) -> int:  # noqa: ASYNC109 - the server waits
         """Returns the server's index as soon as it is not `index`, or after `timeout` seconds."""
+        if self._consul is not None:
+            return await self._consul.wait(index, timeout)
         answer = await self._get(
             "/v1/tidegate/index",
             dict[str, int],
             {"index": str(max(1, index)), "wait": f"{int(timeout * 1000)}ms"},
-            limit_s=timeout + TIMEOUT_S,
+            limit_s=timeout * 17 / 16 + TIMEOUT_S,
         )
         return answer.get("Index", 0)
 
     # HTTP.
+
+    async def _everywhere(self, kind: Kind) -> dict[str, str]:
+        """The parameters that ask for all namespaces: Consul's community edition refuses to be asked."""
+        if self._is_tidegate is None:
+            try:
+                await self._transport.ask("GET", "/v1/tidegate/index")
+            except CatalogRefused as error:
+                self._is_tidegate = error.status != 404
+            else:
+                self._is_tidegate = True
+        if self._is_tidegate:
+            return {"ns": _ALL, "partition": _ALL} | self._access.query
+        return tenancy_for(kind, self._access.namespace, "")
 
     async def _get(
         self,
@@ -239,82 +285,66 @@ class CatalogClient:
         query: dict[str, str] | None = None,
         limit_s: float = TIMEOUT_S,
     ) -> T:
-        return self._decoded(await self._ask("GET", path, query=query, limit_s=limit_s), shape)
+        answer = await self._transport.ask("GET", path, query=query, limit_s=limit_s)
+        return answer.decoded(shape)
 
-    async def _put(self, path: str, body: dict[str, Any], cas: int | None = None) -> bool:
-        query = {} if cas is None else {"cas": str(cas)}
-        return self._decoded(await self._ask("PUT", path, query=query, body=body), bool)
-
-    async def _deregister(self, node: str, service_id: str) -> None:
-        await self._put("/v1/catalog/deregister", {"Node": node, "ServiceID": service_id})
-
-    async def _ask(
+    async def _put(
         self,
-        method: str,
         path: str,
-        *,
-        query: dict[str, str] | None = None,
-        body: dict[str, Any] | None = None,
-        headers: dict[str, str] | None = None,
-        limit_s: float = TIMEOUT_S,
-    ) -> "_Answer":
-        try:
-            async with self._open_session().request(
-                method,
-                self._base() + path,
-                params=query,
-                data=None if body is None else msgspec.json.encode(body),
-                headers={"Content-Type": "application/json", **(headers or {})},
-                timeout=aiohttp.ClientTimeout(total=limit_s),
-                allow_redirects=False,
-            ) as response:
-                answer = _Answer(
-                    status=response.status,
-                    tag=response.headers.get("ETag", ""),
-                    body=await _bounded(response.content),
-                )
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise CatalogUnreachable(
-                f"no server answers at {self.address} ({_reason(error, limit_s)})"
-            ) from error
-        if answer.status not in (200, 304):
-            text = answer.body[:_MAX_ERROR_TEXT].decode(errors="replace").strip()
-            raise CatalogRefused(answer.status, text)
-        return answer
+        body: dict[str, Any],
+        cas: int | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> bool:
+        query = dict(query or {}) | ({} if cas is None else {"cas": str(cas)})
+        answer: Answer = await self._transport.ask("PUT", path, query=query, body=body)
+        return answer.decoded(bool)
 
-    def _base(self) -> str:
-        return "http://server" if self.address.startswith("unix://") else self.address.rstrip("/")
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector: aiohttp.BaseConnector
-            if self.address.startswith("unix://"):
-                connector = aiohttp.UnixConnector(self.address.removeprefix("unix://"))
-            else:
-                connector = aiohttp.TCPConnector()
-            self._session = aiohttp.ClientSession(connector=connector)
-        return self._session
-
-    def _decoded(self, answer: "_Answer", shape: type[T]) -> T:
-        try:
-            return msgspec.json.decode(answer.body, type=shape)
-        except msgspec.DecodeError as error:
-            raise self._not_understood(str(error)) from error
+    async def _withdraw(self, node: str, instance: Instance, gone: dict[str, str]) -> None:
+        """Takes services, by id with the text of their name, out of the catalog."""
+        partition = ServiceName.of(instance.service).partition
+        for service_id, text in gone.items():
+            name = ServiceName.of(text)
+            service = Service(
+                id=service_id, service=name.name, namespace=name.namespace, partition=partition
+            )
+            await self.deregister_service(node, service)
 
     def _time(self, text: str) -> float:
         try:
             return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
         except ValueError as error:
-            raise self._not_understood(f"{text!r} is no time") from error
-
-    def _not_understood(self, detail: str) -> CatalogRefused:
-        return CatalogRefused(200, f"{self.address} answers something else than expected: {detail}")
+            raise not_understood(self.address, f"{text!r} is no time") from error
 
 
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    status: int
-    tag: str
-    body: bytes
+def _path(key: EntryKey) -> str:
+    return f"/v1/config/{key.kind}/{quote(key.name, safe='')}"
+
+
+def tenancy_for(kind: Kind, namespace: str, partition: str) -> dict[str, str]:
+    """The parameters that say where an entry of a kind is, as far as that is said."""
+    of_partition = kind in (Kind.MESH, Kind.PROXY_DEFAULTS)
+    said = {"ns": "" if of_partition else namespace, "partition": partition}
+    return {name: value for name, value in said.items() if value}
+
+
+def _tenancy_of(key: EntryKey) -> dict[str, str]:
+    """What is default goes unsaid: Consul's community edition refuses to be told."""
+    if key.namespace == key.partition == DEFAULT_TENANT:
+        return {}
+    return tenancy_for(key.kind, key.namespace, key.partition)
+
+
+def _said_tenancy(service: Service) -> dict[str, str]:
+    said = {"Namespace": service.namespace, "Partition": service.partition}
+    return {field: tenant for field, tenant in said.items() if tenant != DEFAULT_TENANT}
+
+
+def _parts(instance: Instance) -> dict[str, str]:
+    """Ids, with the texts of their names, of the services that an instance has beside its application."""
+    parts = {further_id(instance.id, one): one.service for one in instance.more_ports}
+    if instance.meshed:
+        parts[proxy_id(instance.id)] = instance.service
+    return parts
 
 
 class _Leaf(msgspec.Struct, rename="pascal"):
@@ -345,30 +375,12 @@ class _Snapshot(msgspec.Struct, rename="pascal"):
     instances: tuple[Instance, ...]
 
 
-def _node_body(node: NodeInfo) -> dict[str, Any]:
+def _node_body(node: NodeInfo, partition: str = DEFAULT_TENANT) -> dict[str, Any]:
     form = node_of(node)
-    return {
+    body = {
         "Node": form.node,
         "Address": form.address,
         "TaggedAddresses": form.tagged_addresses,
         "NodeMeta": form.meta,
     }
-
-
-def _reason(error: Exception, limit_s: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"not within {limit_s:g} s"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return error.os_error.strerror or str(error.os_error)
-    return str(error) or type(error).__name__
-
-
-async def _bounded(content: aiohttp.StreamReader) -> bytes:
-    chunks = []
-    size = 0
-    async for chunk in content.iter_any():
-        size += len(chunk)
-        if size > MAX_ANSWER_BYTES:
-            raise aiohttp.ClientPayloadError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
+    return body if partition == DEFAULT_TENANT else body | {"Partition": partition}

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tidegate import durations
@@ -26,6 +27,17 @@ def duration(text: str) -> float:
     return seconds
 
 
+def add_for(parser: argparse.ArgumentParser) -> None:
+    """Adds --for, `end_after` seconds, None where it is not given."""
+    parser.add_argument(
+        "--for",
+        dest="end_after",
+        type=duration,
+        metavar="TIME",
+        help="end after this time, such as 30 or 5m (default: on Ctrl-C)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser, shape: str = "one JSON object") -> None:
     """Adds --json; `shape` is what it prints."""
     parser.add_argument(
@@ -33,6 +45,21 @@ def add_json(parser: argparse.ArgumentParser, shape: str = "one JSON object") ->
         action="store_true",
         help=f"print {shape} on standard output; warnings stay on standard error",
     )
+
+
+def exiting_as_consul(
+    run: Callable[[argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
+    """A command that exits as Consul's commands do for input that is wrong: 1, as for everything else."""
+
+    def run_and_exit(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except InputError as error:
+            error.exit_code = 1
+            raise
+
+    return run_and_exit
 
 
 def source_of(file: str) -> str:

@@ -1,16 +1,17 @@
-"""`tidegate flows`, `ready` and `strict`: what the ledger saw, what follows from it, and acting on it."""
+"""`tidegate flows`, `ready`, `permissive` and `strict`: what the ledger saw, what follows from it, and acting on it."""
 
 import argparse
 import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from tidegate.cli import filters, tables
 from tidegate.cli.arguments import ExamplesFormatter, add_json, duration
@@ -24,12 +25,29 @@ examples:
   tidegate flows --service api --caller batch --follow
   tidegate flows --hint postgres --since 7d --json"""
 
+READY_EXAMPLES = """\
+examples:
+  tidegate ready api
+  tidegate ready api --window 24h --wait 10m
+  tidegate ready --json"""
+
+PERMISSIVE_EXAMPLES = """\
+examples:
+  tidegate permissive api
+  tidegate permissive billing/api --json"""
+
+STRICT_EXAMPLES = """\
+examples:
+  tidegate strict api
+  tidegate strict api --guard 1h
+  tidegate strict api --force --json"""
+
 REFRESH_S = 0.5
 ASKS = "only root may ask an agent"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the commands `flows`, `ready` and `strict`."""
+    """Adds the commands `flows`, `ready`, `permissive` and `strict`."""
     flows = subparsers.add_parser(
         "flows",
         help="who talks to whom, and how",
@@ -61,6 +79,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Says READY (exit 0), NOT READY (1) or UNKNOWN (2), with every reason, the caller "
         "behind it and what to do next. Without SERVICE: every service, exit code of the worst. "
         "Exits 2 too when no agent can be asked.",
+        epilog=READY_EXAMPLES,
+        formatter_class=ExamplesFormatter,
     )
     add_options(ready)
     ready.add_argument("service", nargs="?", metavar="SERVICE")
@@ -79,11 +99,32 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_json(ready, '{"verdicts": [...]}, one for each service,')
     ready.set_defaults(run=run_ready)
 
+    permissive = subparsers.add_parser(
+        "permissive",
+        help="let a service take plaintext too, while its callers are onboarded",
+        description="Sets MutualTLSMode=permissive in the service's own entry, and waits until every sidecar of it "
+        "runs it. Exits 1 when the mesh does not allow permissive mode, with the command that allows it, or when a "
+        "sidecar does not follow; 2 when nobody knows the service.",
+        epilog=PERMISSIVE_EXAMPLES,
+        formatter_class=ExamplesFormatter,
+    )
+    add_options(permissive)
+    permissive.add_argument("service", metavar="SERVICE")
+    permissive.add_argument(
+        "--force", action="store_true", help="also for a service that the catalog does not know yet"
+    )
+    add_json(permissive, "one JSON event a line")
+    permissive.set_defaults(run=run_permissive)
+
     strict = subparsers.add_parser(
         "strict",
         help="flip a service to strict mTLS, and guard the flip",
         description="Refuses unless the service is READY. After the flip the guard watches for known "
-        "callers that are refused; on the first it puts the service back to its former mode and exits 1.",
+        "callers that are refused; on the first it puts the service back to its former mode and exits 1. It says "
+        "how many plaintext connections are still open, until none is. Exits 0 when the service is strict and nobody "
+        "was refused, 1 when it was refused, rolled back or NOT READY, 2 when it is UNKNOWN or could not be watched.",
+        epilog=STRICT_EXAMPLES,
+        formatter_class=ExamplesFormatter,
     )
     add_options(strict)
     strict.add_argument("service", metavar="SERVICE")
@@ -126,8 +167,7 @@ async def _flows(args: argparse.Namespace) -> int:
             answer = await fetch()
             table = tables.flows(answer, time.time(), nothing=nothing)
             tables.print_table(tables.console(), table)
-            for problem in answer.get("problems", ()):
-                print(f"tidegate: {problem}", file=sys.stderr)
+            _tell_problems(answer)
     return 0
 
 
@@ -146,18 +186,34 @@ async def _follow(
     elif console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             while not over():
-                table = tables.flows(await fetch(), time.time(), nothing=nothing)
-                live.update(tables.fitted(console, table), refresh=True)
+                answer = await fetch()
+                table = tables.flows(answer, time.time(), nothing=nothing)
+                problems = (Text(problem, "yellow") for problem in answer["problems"])
+                live.update(Group(tables.fitted(console, table), *problems), refresh=True)
                 await asyncio.sleep(REFRESH_S)
     else:
         seen: set[str] = set()
+        missing: Collection[str] = ()
         while not over():
-            for line in tables.flow_lines(await fetch()):
+            answer = await fetch()
+            for line in tables.flow_lines(answer):
                 if line not in seen:
                     console.print(f"new: {line}", soft_wrap=True)
                     seen.add(line)
+            missing = _tell_problems(answer, missing)
             await asyncio.sleep(REFRESH_S)
-        tables.print_table(console, tables.flows(await fetch(), time.time(), nothing=nothing))
+        answer = await fetch()
+        tables.print_table(console, tables.flows(answer, time.time(), nothing=nothing))
+        _tell_problems(answer, missing)
+
+
+def _tell_problems(answer: dict[str, Any], known: Collection[str] = ()) -> Collection[str]:
+    """Tells what is missing in an answer, such as that of a node, unless it is known; all that is missing."""
+    problems: list[str] = answer["problems"]
+    for problem in problems:
+        if problem not in known:
+            print(f"tidegate: {problem}", file=sys.stderr, flush=True)
+    return problems
 
 
 def run_ready(args: argparse.Namespace) -> int:
@@ -237,17 +293,33 @@ def run_strict(args: argparse.Namespace) -> int:
         raise
 
 
-async def _strict(args: argparse.Namespace) -> int:
-    body = {"service": args.service, "guard_s": args.guard, "force": args.force}
+def run_permissive(args: argparse.Namespace) -> int:
+    """Makes a service permissive; prints events as they come."""
+    require_root(ASKS)
+    body = {"service": args.service, "force": args.force}
+    exit_code = asyncio.run(told(args, "/v1/permissive", body))
+    if exit_code is None:
+        raise TidegateError("the agent ended before the service was permissive; try again")
+    return exit_code
+
+
+async def told(args: argparse.Namespace, path: str, body: dict[str, object]) -> int | None:
+    """Prints the events of a change as they come; the exit code of the last, None when the agent ended before."""
     console = tables.console()
     exit_code: int | None = None
     async with AgentClient(agent_address(args)) as agent:
-        async for event in agent.stream("/v1/strict", body):
+        async for event in agent.stream(path, body):
             if args.json:
                 print(json.dumps(event), flush=True)
             else:
                 tables.print_event(console, event)
             exit_code = event.get("exit_code", exit_code)
+    return exit_code
+
+
+async def _strict(args: argparse.Namespace) -> int:
+    body = {"service": args.service, "guard_s": args.guard, "force": args.force}
+    exit_code = await told(args, "/v1/strict", body)
     if exit_code is None:
         raise TidegateError(
             "the agent ended before the guard did; it takes the guard up again when it returns: "

@@ -14,11 +14,16 @@ COMMANDS = {
     "lab": "lab",
     "flows": "evidence",
     "ready": "evidence",
+    "onboard": "onboard",
+    "permissive": "evidence",
+    "intentions": "intentions",
     "strict": "evidence",
+    "resecure": "resecure",
     "observe": "observe",
     "classify": "classify",
     "trace": "trace",
     "config": "config",
+    "services": "services",
     "redirect": "redirect",
     "agent": "agent",
     "server": "server",
@@ -36,6 +41,7 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
         prog="tidegate",
         description="Moves service-mesh workloads from plaintext to strict mTLS, on evidence.",
         epilog="Start with: sudo tidegate doctor; sudo tidegate lab up; sudo tidegate flows",
+        formatter_class=_CommandsFormatter,
     )
     parser.add_argument("--version", action=_Version)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -48,6 +54,14 @@ def _groups(command: str | None) -> Iterable[str]:
     if command == "--version":
         return ()
     return (COMMANDS[command],) if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+
+
+class _CommandsFormatter(argparse.HelpFormatter):
+    """Gives the longest command room for its help in the same line: argparse forgets by how much it is indented."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = self._indent_increment * 2 + max(map(len, COMMANDS))
 
 
 class _Parser(argparse.ArgumentParser):

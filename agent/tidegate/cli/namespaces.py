@@ -1,7 +1,6 @@
 """Which network namespace the redirect commands work on: a name or path, that of a process, or a workload's."""
 
 import argparse
-import difflib
 import errno
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import msgspec
 
 from tidegate.cli import target, workloads
 from tidegate.cli.workloads import KnownWorkload
-from tidegate.errors import InputError, TidegateError
+from tidegate.errors import InputError, TidegateError, nearest
 from tidegate.kernel import netns
 from tidegate.kernel.errors import KernelError
 
@@ -30,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group = parser.add_argument_group("network namespace (one of)")
     choice = group.add_mutually_exclusive_group(required=required)
     choice.add_argument("--netns", metavar="NAME", help="a name of `ip netns`, or a path")
-    choice.add_argument("--pid", type=int, metavar="PID", help="that of a process")
+    choice.add_argument("--pid", type=_pid, metavar="PID", help="that of a process")
     choice.add_argument(
         "--workload", metavar="NAME", help="that of a workload of the agent, or of the lab"
     )
@@ -39,6 +38,13 @@ def add_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     agent.add_argument("--lab", metavar="NAME", help="the lab of that name (TIDEGATE_LAB)")
     agent.add_argument("--socket", metavar="PATH", help="unix socket of an agent (TIDEGATE_SOCKET)")
+
+
+def _pid(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a process") from None
 
 
 def options_given(args: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -89,12 +95,9 @@ def _named(name: str) -> Target:
 
 
 def _near(name: str) -> str:
-    """The names that were probably meant, else a few, and how many others there are."""
+    """Which namespaces there are by name."""
     names = netns.names()
-    shown = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:3]
-    left = len(names) - len(shown)
-    more = f" (and {left} {'other' if left == 1 else 'others'})" if left else ""
-    return f"one of {', '.join(shown)}{more}" if shown else "a path; none has a name here"
+    return nearest(name, names) if names else "a path; none has a name here"
 
 
 def _of_process(pid: int) -> Target:

@@ -7,6 +7,7 @@ from typing import assert_never
 from rich.table import Table
 from rich.text import Text
 
+from tidegate.addresses import endpoint
 from tidegate.enforce.redirect.backend import InstalledLine
 from tidegate.enforce.redirect.rules import (
     Action,
@@ -74,11 +75,6 @@ def connection(asked: Connection) -> str:
         words += ["in cgroup", asked.cgroup]
     words += ["on", asked.interface]
     return " ".join(words)
-
-
-def endpoint(address: str, port: int) -> str:
-    """An address and a port as URLs write them."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def goes(policy: Policy, decision: Action) -> str:

@@ -4,7 +4,8 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from tidegate.catalog.server import load_config, serve
+from tidegate.catalog.server import serve
+from tidegate.catalog.settings import load_config
 from tidegate.cli.target import require_root
 from tidegate.node import log
 

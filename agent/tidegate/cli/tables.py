@@ -21,6 +21,14 @@ CLASS_STYLES = {
     "unknown": "magenta",
     "empty": "dim",
 }
+EVENT_STYLES = {
+    "kept": "bold green",
+    "proved": "bold green",
+    "rolled-back": "bold red",
+    "refused": "bold red",
+    "unproved": "bold red",
+    "warning": "yellow",
+}
 PLAIN_WIDTH = 160
 
 
@@ -59,7 +67,7 @@ def _name(party: dict[str, Any]) -> str:
 
 def flows(answer: dict[str, Any], now: float, *, nothing: str = "no flows yet") -> Table:
     """The ledger's edges, service by service; where there are none, that."""
-    table = _table("caller", "", "service", "port", "class", "hint")
+    table = titled("caller", "", "service", "port", "class", "hint")
     table.add_column("path", overflow="fold")
     table.add_column("connections", justify="right", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
@@ -72,7 +80,7 @@ def flows(answer: dict[str, Any], now: float, *, nothing: str = "no flows yet") 
             str(row["port"]),
             Text(row["class"], CLASS_STYLES.get(row["class"], "")),
             ", ".join(row["hints"]),
-            row["path"],
+            row["path"] + (", would be denied" if row.get("would_be_denied") else ""),
             str(row["connections"]),
             str(row["bytes_to_server"] + row["bytes_to_client"]),
             durations.ago(now - row["last_seen"]),
@@ -82,7 +90,7 @@ def flows(answer: dict[str, Any], now: float, *, nothing: str = "no flows yet") 
     return table
 
 
-def _table(*titles: str) -> Table:
+def titled(*titles: str) -> Table:
     """A table whose columns keep their words whole; others, added later, give way in a narrow terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:
@@ -93,9 +101,10 @@ def _table(*titles: str) -> Table:
 def flow_lines(answer: dict[str, Any]) -> Iterator[str]:
     """Each edge as one line, without what changes."""
     for row in answer["flows"]:
+        denied = ", would be denied" if row.get("would_be_denied") else ""
         yield (
             f"{_name(row['caller'])} -> {_name(row['server'])}:{row['port']} "
-            f"{row['class']}, {row['path']}"
+            f"{row['class']}, {row['path']}{denied}"
         )
 
 
@@ -121,7 +130,7 @@ def print_verdict(out: Console, verdict: dict[str, Any], now: float) -> None:
         if reason["next_step"]:
             out.print(Text(f"    next: {reason['next_step']}", "cyan"), soft_wrap=True)
     if verdict["callers"]:
-        table = _table("  caller")
+        table = titled("  caller")
         table.add_column("address", overflow="fold")
         table.add_column("class", no_wrap=True)
         table.add_column("port", no_wrap=True)
@@ -148,10 +157,15 @@ def print_event(out: Console, event: dict[str, Any]) -> None:
             left = durations.span(event["remaining_s"])
             out.print(f"  guarding: {event['message']}, {left} to go   ", end="\r")
         return
-    style = {"kept": "bold green", "rolled-back": "bold red", "refused": "bold red"}
-    out.print(Text(event["message"], style.get(event["event"], "")), soft_wrap=True)
-    # The last event repeats, for programs, the reasons of those before it.
-    for reason in event.get("reasons", ()) if event["event"] != "rolled-back" else ():
+    out.print(Text(event["message"], EVENT_STYLES.get(event["event"], "")), soft_wrap=True)
+    for proof in event.get("proofs", ()):
+        where = "/".join(part for part in (proof["partition"], proof["namespace"]) if part)
+        mark, style = ("ok", "green") if proof["holds"] else ("no", "bold red")
+        out.print(Text.assemble("  ", (mark, style), f"  {where or 'mesh'}: {proof['message']}"))
+    # The last event repeats, for programs, what those before it have told.
+    reasons = event.get("reasons", ()) if event["event"] != "rolled-back" else ()
+    breakages = event.get("breakages", ()) if event["event"] != "refused" else ()
+    for reason in (*reasons, *breakages):
         out.print(Text(f"  - {reason['message']}"))
         if reason["next_step"]:
             out.print(Text(f"    next: {reason['next_step']}", "cyan"), soft_wrap=True)

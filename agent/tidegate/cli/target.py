@@ -9,6 +9,7 @@ import os
 import socket
 from pathlib import Path
 
+from tidegate.catalog.access import Access
 from tidegate.errors import InputError, TidegateError
 from tidegate.lab import state
 
@@ -25,7 +26,57 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--http-addr",
         "-http-addr",
         metavar="ADDR",
-        help="intent server, unix:///path or http://host:port (TIDEGATE_HTTP_ADDR)",
+        help="intent server: unix:///path, http://host:port, https://host:port or host:port"
+        " (TIDEGATE_HTTP_ADDR; CONSUL_HTTP_ADDR where nothing of tidegate runs)",
+    )
+
+
+def add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what Consul's commands take to reach a server (command/flags/http.go), with one dash or two."""
+    group = parser.add_argument_group("how to ask the intent server, as Consul's commands")
+    for name, metavar, text in (
+        ("token", "TOKEN", "token of the request (CONSUL_HTTP_TOKEN)"),
+        ("token-file", "FILE", "file with the token (CONSUL_HTTP_TOKEN_FILE)"),
+        ("ca-file", "FILE", "PEM file of the CAs to trust (CONSUL_CACERT)"),
+        ("client-cert", "FILE", "client certificate, PEM (CONSUL_CLIENT_CERT)"),
+        ("client-key", "FILE", "its key, PEM (CONSUL_CLIENT_KEY)"),
+        ("tls-server-name", "NAME", "whom its certificate is for (CONSUL_TLS_SERVER_NAME)"),
+        ("datacenter", "NAME", "the datacenter that is meant"),
+        ("namespace", "NAME", "the namespace that is meant (CONSUL_NAMESPACE)"),
+        ("partition", "NAME", "the admin partition that is meant (CONSUL_PARTITION)"),
+    ):
+        group.add_argument(f"-{name}", f"--{name}", default="", metavar=metavar, help=text)
+    group.add_argument(
+        "-stale", "--stale", action="store_true", help="let any server answer what is read"
+    )
+
+
+def access(args: argparse.Namespace) -> Access:
+    """How to speak to the intent server, by the options of `add_access_options`.
+
+    Environment variables are Consul's. They count where an address is given: what is found running on this
+    machine is another server than that which they are about.
+    """
+    heeded = os.environ if _given_address(args) else {}
+
+    def said(option: str, variable: str) -> str:
+        return str(getattr(args, option)) or heeded.get(variable, "")
+
+    def file(option: str, variable: str) -> Path | None:
+        text = said(option, variable)
+        return Path(text) if text else None
+
+    return Access(
+        token=said("token", "CONSUL_HTTP_TOKEN"),
+        token_file=None if args.token else file("token_file", "CONSUL_HTTP_TOKEN_FILE"),
+        ca_file=file("ca_file", "CONSUL_CACERT"),
+        client_cert=file("client_cert", "CONSUL_CLIENT_CERT"),
+        client_key=file("client_key", "CONSUL_CLIENT_KEY"),
+        server_name=said("tls_server_name", "CONSUL_TLS_SERVER_NAME"),
+        datacenter=args.datacenter,
+        namespace=said("namespace", "CONSUL_NAMESPACE"),
+        partition=said("partition", "CONSUL_PARTITION"),
+        stale=args.stale,
     )
 
 
@@ -64,13 +115,30 @@ def the_lab(args: argparse.Namespace) -> str:
 
 def server_address(args: argparse.Namespace) -> str:
     """Address of the intent server, as CatalogClient takes it."""
-    named: str | None = args.http_addr
-    address = named or ("" if args.lab else os.environ.get("TIDEGATE_HTTP_ADDR"))
+    address = _given_address(args)
     if address:
-        return address
+        return _with_scheme(address)
     if chosen_lab(args) is None and SERVER_SOCKET.exists():
         return f"unix://{SERVER_SOCKET}"
     return f"unix://{state.LabPaths(the_lab(args)).server_socket}"
+
+
+def _given_address(args: argparse.Namespace) -> str:
+    """The address that the options or the environment name; CONSUL_HTTP_ADDR only where nothing of tidegate runs."""
+    if args.http_addr or args.lab:
+        return args.http_addr or ""
+    named = os.environ.get("TIDEGATE_HTTP_ADDR", "")
+    if named or os.environ.get("TIDEGATE_LAB") or SERVER_SOCKET.exists() or state.labs():
+        return named
+    return os.environ.get("CONSUL_HTTP_ADDR", "")
+
+
+def _with_scheme(address: str) -> str:
+    """Consul's commands take an address without a scheme; CONSUL_HTTP_SSL then says which."""
+    if "://" in address:
+        return address
+    secure = os.environ.get("CONSUL_HTTP_SSL", "").lower() in ("1", "t", "true")
+    return f"{'https' if secure else 'http'}://{address}"
 
 
 def agent_address(args: argparse.Namespace) -> str:

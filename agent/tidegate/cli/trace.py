@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tidegate.cli import namespaces, profiles, target, workloads
-from tidegate.cli.arguments import ExamplesFormatter, add_json, duration
+from tidegate.cli.arguments import ExamplesFormatter, add_for, add_json
 from tidegate.cli.endings import told_to_end
 from tidegate.cli.target import require_root
+from tidegate.cli.workloads import Node
 from tidegate.errors import InputError
 from tidegate.kernel import cgroups, netns
 from tidegate.kernel.errors import KernelError
@@ -64,13 +65,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--service", metavar="NAME", help="workloads of this service on this machine"
     )
     profiles.add_option(parser)
-    parser.add_argument(
-        "--for",
-        dest="trace_for",
-        type=duration,
-        metavar="SECONDS",
-        help="end after this time, such as 30 or 5m (default: on Ctrl-C)",
-    )
+    add_for(parser)
     add_json(parser, "one JSON object a line: connections, and at the end what was lost,")
     parser.set_defaults(run=run_trace)
 
@@ -78,9 +73,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run_trace(args: argparse.Namespace) -> int:
     """Traces until it is told to end."""
     require_root("it attaches programs to the kernel's tracepoints")
-    profile = profiles.chosen(args.profile)
-    names = _workload_names()
+    nodes = workloads.known(target.agents_of_this_machine())
+    names = _workload_names(nodes)
     paths = _chosen_paths(args)
+    profile = profiles.chosen(args.profile, workloads.trust_domains(nodes, paths or ()))
     with told_to_end() as end, contextlib.ExitStack() as stack:
         # First what sees the flows: a connection that is followed has been seen from its beginning.
         classes = stack.enter_context(observing(paths, profile)) if paths else None
@@ -89,7 +85,7 @@ def run_trace(args: argparse.Namespace) -> int:
         for note in (*trace.notes, *(classes.notes if classes else ())):
             print(f"tidegate: {note}", file=sys.stderr)
         print("ready", file=sys.stderr, flush=True)
-        deadline = time.monotonic() + args.trace_for if args.trace_for else None
+        deadline = time.monotonic() + args.end_after if args.end_after else None
         while not end.is_set() and (deadline is None or time.monotonic() < deadline):
             until = time.monotonic() + TELL_S
             until = until if deadline is None else min(until, deadline)
@@ -133,10 +129,10 @@ def _chosen_paths(args: argparse.Namespace) -> dict[int, str] | None:
     return {netns.identity(path).inode: path for path in found}
 
 
-def _workload_names() -> dict[int, str]:
-    """What the agents of this machine call their network namespaces, by inode number."""
+def _workload_names(nodes: Iterable[Node]) -> dict[int, str]:
+    """What agents call their network namespaces, by inode number."""
     names = {}
-    for node in workloads.known(target.agents_of_this_machine()):
+    for node in nodes:
         for one in node.workloads:
             # A workload that went while it was told of has no name any more.
             with contextlib.suppress(KernelError):

@@ -1,12 +1,15 @@
 """What the agents of this machine say of their workloads: which namespace, which policy, how its redirection is."""
 
 import asyncio
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Collection, Iterable
 
 import msgspec
 
 from tidegate.errors import InputError, TidegateError
 from tidegate.intent.policy import Policy
+from tidegate.kernel import netns
+from tidegate.kernel.errors import KernelError
 
 TIMEOUT_S = 5.0
 
@@ -32,11 +35,24 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     workloads: tuple[KnownWorkload, ...]
+    trust_domain: str = ""
 
 
 def known(addresses: Iterable[str]) -> tuple[Node, ...]:
     """What the agents answer, without those that do not answer in time or as this command understands it."""
     return tuple(answer for answer in _answers(addresses) if isinstance(answer, Node))
+
+
+def trust_domains(nodes: Iterable[Node], numbers: Collection[int]) -> set[str]:
+    """Those of the agents that have a workload in one of these network namespaces (inode numbers)."""
+    found = set()
+    for node in nodes:
+        for one in node.workloads:
+            # A workload that went while it was told of is in none.
+            with contextlib.suppress(KernelError):
+                if node.trust_domain and netns.identity(one.netns).inode in numbers:
+                    found.add(node.trust_domain)
+    return found
 
 
 def find(name: str, addresses: Iterable[str]) -> KnownWorkload:

@@ -8,8 +8,8 @@ agent/connect/uri_service.go (SPIFFE) and agent/connect/sni.go (SNI).
 import re
 
 from tidegate.errors import InputError
+from tidegate.model import DEFAULT_TENANT, ServiceName
 
-DEFAULT_NAMESPACE = "default"
 DEFAULT_DATACENTER = "dc1"
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -38,27 +38,33 @@ def trust_domain(text: str) -> str:
     return text
 
 
-def service_id(
-    domain: str,
-    service: str,
-    namespace: str = DEFAULT_NAMESPACE,
-    datacenter: str = DEFAULT_DATACENTER,
-) -> str:
-    """The SPIFFE URI of a service. InputError when a part is no valid name."""
+def service_name(text: str) -> ServiceName:
+    """The parts of a service's text, all of them names. InputError names the part that is none."""
+    name = ServiceName.of(text)
+    label(name.name, "service")
+    label(name.namespace, "namespace")
+    label(name.partition, "partition")
+    return name
+
+
+def service_id(domain: str, service: str, datacenter: str = DEFAULT_DATACENTER) -> str:
+    """The SPIFFE URI of a service, given as the text of its ServiceName. InputError when a part is no valid name."""
+    name = service_name(service)
     return (
-        f"spiffe://{trust_domain(domain)}/ns/{label(namespace, 'namespace')}"
-        f"/dc/{label(datacenter, 'datacenter')}/svc/{label(service, 'service')}"
+        f"spiffe://{trust_domain(domain)}{partition_path(name.partition)}/ns/{name.namespace}"
+        f"/dc/{label(datacenter, 'datacenter')}/svc/{name.name}"
     )
 
 
-def sni(
-    domain: str,
-    service: str,
-    namespace: str = DEFAULT_NAMESPACE,
-    datacenter: str = DEFAULT_DATACENTER,
-) -> str:
+def partition_path(partition: str) -> str:
+    """How a SPIFFE URI begins its path: the default partition is not said."""
+    return "" if partition == DEFAULT_TENANT else f"/ap/{partition}"
+
+
+def sni(domain: str, service: str, datacenter: str = DEFAULT_DATACENTER) -> str:
     """The server name that callers of a service put into their ClientHello. InputError as above."""
-    return (
-        f"{label(service, 'service')}.{label(namespace, 'namespace')}"
-        f".{label(datacenter, 'datacenter')}.internal.{trust_domain(domain)}"
-    )
+    name = service_name(service)
+    place = f"{label(datacenter, 'datacenter')}.internal"
+    if name.partition != DEFAULT_TENANT:
+        place = f"{name.partition}.{place}-v1"
+    return f"{name.name}.{name.namespace}.{place}.{trust_domain(domain)}"

@@ -8,10 +8,11 @@ read too (`= trueTransparentProxy {`). Knows nothing of config entries; bounds s
 import bisect
 import enum
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tidegate.errors import InputError
+from tidegate.intent.network_text import as_name
 
 MAX_TEXT = 512 << 10
 """Longest text that is read, in characters."""
@@ -21,10 +22,11 @@ MAX_DEPTH = 32
 
 
 class Block(dict[str, Any]):
-    """An object that remembers on which line each of its keys stands (0: not known)."""
+    """An object that remembers on which line it begins, and each of its keys stands (0: not known)."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: int = 0) -> None:
         super().__init__()
+        self.line = line
         self.lines: dict[str, int] = {}
 
     def put(self, key: str, value: Any, line: int) -> None:
@@ -54,9 +56,12 @@ def parse_items(text: str, source: str) -> tuple[Item, ...]:
     return tuple(_Parser(text, source).items())
 
 
-def gather(items: Iterable[Item], source: str) -> Block:
-    """Items as the object that `parse` makes of them. Raises InputError for a key set twice."""
-    block = Block()
+def gather(items: Sequence[Item], source: str, line: int = 0) -> Block:
+    """Items as the object that `parse` makes of them, which begins on `line`, or where its first item does.
+
+    Raises InputError for a key set twice.
+    """
+    block = Block(line or (items[0].line if items else 0))
     repeated: set[str] = set()
     for key, value, line, is_block in items:
         if key not in block:
@@ -70,7 +75,7 @@ def gather(items: Iterable[Item], source: str) -> Block:
             raise InputError(
                 "is set twice",
                 source=source,
-                field=f"line {line}: {key}",
+                field=f"line {line}: {as_name(key)}",
                 expected=f"one value (the first is on line {block.lines[key]})",
             )
     return block
@@ -204,7 +209,7 @@ class _Parser:
             if self._token.kind is _Kind.COMMA:
                 self._advance()
         self._advance()
-        return gather(items, self._source)
+        return gather(items, self._source, self._line(opened.offset))
 
     def _list(self, depth: int) -> list[Any]:
         self._check_depth(depth)

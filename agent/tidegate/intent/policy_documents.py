@@ -119,7 +119,7 @@ def read_consul_config(draft: Draft, json_text: str, place: Place) -> None:
         elif value is not None:
             fields[name] = value
             places[name] = place.inside(name)
-    _refuse(strangers, place, raw, known.values())
+    _refuse(strangers, place, {}, known.values())
     for path in ("inbound.enabled", "outbound.enabled"):
         draft.put(path, True, place)
     for name, path in _CONSUL_PATHS.items():

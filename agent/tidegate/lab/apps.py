@@ -71,7 +71,7 @@ def statistics(paths: LabPaths, pod: str) -> AppStatistics | None:
 
 def ensure_certificate(paths: LabPaths, pod: PodSpec) -> None:
     """Make the self-signed certificate of an application that speaks TLS of its own, once."""
-    names = [x509.DNSName(name) for name in sorted({pod.name, pod.service})]
+    names = [x509.DNSName(name) for name in sorted(pod.names)]
     if paths.app_certificate(pod.name).exists():
         certificate = x509.load_pem_x509_certificate(paths.app_certificate(pod.name).read_bytes())
         known = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
@@ -134,7 +134,7 @@ def _start_app(spec: LabSpec, paths: LabPaths, layout: Layout, pod: PodSpec) -> 
         traffic.AppConfig(
             pod=pod.name,
             kind=pod.app.kind,
-            port=pod.port,
+            ports=tuple(port for port in pod.ports.values() if port),
             statistics=str(paths.statistics(pod.name)),
             certificate=str(paths.app_certificate(pod.name)) if serves_tls else "",
             key=str(paths.app_key(pod.name)) if serves_tls else "",

@@ -16,7 +16,7 @@ import msgspec
 import yaml
 
 from tidegate.catalog.client import CatalogClient
-from tidegate.intent.entries import Entry, Kind, parse_entries
+from tidegate.intent.entries import Entry, EntryKey, parse_entries
 from tidegate.kernel import netns
 from tidegate.lab import mounts, network, processes, state
 from tidegate.lab.network import Layout
@@ -100,6 +100,7 @@ def write_workloads(paths: LabPaths, spec: LabSpec, layout: Layout) -> None:
             netns=netns.path(network.namespace(spec.name, pod.name)),
             interface=network.POD_INTERFACE,
             port=pod.port,
+            more_ports=pod.more_ports,
             addresses=layout.pod_addresses(pod.name),
             meshed=pod.mesh,
             annotations=pod.annotations,
@@ -184,18 +185,16 @@ def _write_config(spec: LabSpec, paths: LabPaths) -> None:
     state.write(paths.written_config, _WrittenConfig(texts=spec.config))
 
 
-def _keyed(text: ConfigText) -> list[tuple[Kind, str]]:
-    return [(entry.kind, entry.name) for entry in parse_entries(text.text, text.source)]
+def _keyed(text: ConfigText) -> list[EntryKey]:
+    return [entry.key for entry in parse_entries(text.text, text.source)]
 
 
-async def _send_config(
-    address: str, entries: Sequence[Entry], gone: Sequence[tuple[Kind, str]]
-) -> None:
+async def _send_config(address: str, entries: Sequence[Entry], gone: Sequence[EntryKey]) -> None:
     async with CatalogClient(address) as client:
         for entry in entries:
             await client.write_entry(entry)
-        for kind, name in gone:
-            await client.delete_entry(kind, name)
+        for key in gone:
+            await client.delete_entry(key)
 
 
 def _wait_for_socket(paths: LabPaths, name: str, path: Path) -> None:

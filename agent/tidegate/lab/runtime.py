@@ -123,10 +123,10 @@ def check(spec: LabSpec, source: str = "") -> None:
     for text in spec.config:
         with _collecting(faults):
             entries += [(text.source, entry) for entry in parse_entries(text.text, text.source)]
-    mesh = next((entry for _, entry in entries if isinstance(entry, Mesh)), None)
+    meshes = {entry.partition: entry for _, entry in entries if isinstance(entry, Mesh)}
     for place, entry in entries:
         with _collecting(faults, f"{place}: {entry.kind}/{entry.name}"):
-            check_write(None, entry, mesh)
+            check_write(None, entry, meshes.get(entry.partition))
     for index, pod in enumerate(spec.pods):
         with _collecting(faults, f"pods[{index}].annotations of pod {pod.name}", source):
             policy_from_annotations(pod.annotations, _SOME_POLICY, users=user_id, groups=group_id)
@@ -309,7 +309,7 @@ def _forget_workload(paths: LabPaths, name: str) -> None:
 def _hosts(spec: LabSpec, layout: Layout) -> str:
     lines = ["127.0.0.1 localhost", "::1 localhost"]
     for pod in spec.pods:
-        names = pod.name if pod.service == pod.name else f"{pod.name} {pod.service}"
+        names = " ".join(pod.names)
         lines += [f"{address} {names}" for address in layout.pod_addresses(pod.name)]
     for node in spec.nodes:
         lines += [f"{address} {node}" for address in layout.node_addresses(node)]

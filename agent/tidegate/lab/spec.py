@@ -19,12 +19,14 @@ import yaml
 from tidegate import durations, model
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.annotations import advised
+from tidegate.model import ServicePort
 
 MAX_NODES = 16
 MAX_PODS = 200
 MAX_FILE_BYTES = 1 << 20
 MAX_YAML_VALUES = 50_000
 MAX_CALLS_PER_POD = 32
+MAX_PORTS_PER_POD = 8
 
 OUTSIDE = "outside"
 """Name of the lab's own outside world: the network that joins the nodes and is none of them."""
@@ -110,9 +112,25 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     service: str
     port: int = 0
+    more_ports: tuple[ServicePort, ...] = ()
+    """Further services of the pod, on which its application answers too."""
     mesh: bool = False
     app: AppSpec = AppSpec()
     annotations: dict[str, str] = {}
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The port of each of its services; 0 for a pod that only calls."""
+        return {self.service: self.port} | {one.service: one.port for one in self.more_ports}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it can be called by: its own name, and its services."""
+        return tuple(dict.fromkeys((self.name, *self.ports)))
+
+    def port_of(self, target: str) -> int:
+        """The port that a call to `target`, one of its names, goes to."""
+        return self.ports.get(target, self.port)
 
 
 class ConfigText(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,7 +159,7 @@ class LabSpec(msgspec.Struct, frozen=True, kw_only=True):
         pod = self.pod(target)
         if pod is not None:
             return (pod,)
-        return tuple(pod for pod in self.pods if pod.service == target)
+        return tuple(pod for pod in self.pods if target in pod.ports)
 
 
 def load(path: Path, *, name: str | None = None) -> LabSpec:
@@ -428,7 +446,7 @@ def _pod(document: _Document, item: Any, path: str, nodes: tuple[str, ...]) -> _
         document,
         item,
         path,
-        ("name", "node", "service", "port", "mesh", "app", "annotations"),
+        ("name", "node", "service", "port", "more_ports", "mesh", "app", "annotations"),
         "a pod",
     )
     if not isinstance(item, dict):
@@ -447,6 +465,7 @@ def _pod(document: _Document, item: Any, path: str, nodes: tuple[str, ...]) -> _
         kind = app.take("kind", _member(AppKind), _one_of(AppKind))
     if kind is not None and kind.serves and not fields.has("port"):
         fields.fault("port", f"is missing, and app {kind} serves", _PORT_SHAPE)
+    more_ports = _more_ports(fields, service, port)
     annotations = _annotations(fields)
     if name is None or node is None or service is None:
         return None
@@ -455,6 +474,7 @@ def _pod(document: _Document, item: Any, path: str, nodes: tuple[str, ...]) -> _
         node=node,
         service=service,
         port=_FAULTY_PORT if port is None else port,
+        more_ports=more_ports,
         mesh=bool(mesh),
         app=AppSpec(kind=kind or AppKind.NONE),
         annotations=annotations,
@@ -462,11 +482,35 @@ def _pod(document: _Document, item: Any, path: str, nodes: tuple[str, ...]) -> _
     return _PodDraft(path=path, spec=spec, app=app)
 
 
+def _more_ports(pod: _Fields, service: str | None, port: int | None) -> tuple[ServicePort, ...]:
+    if pod.has("more_ports") and not port:
+        pod.fault("more_ports", "are further ports, and the pod has no port", "port")
+    services, ports = {service}, {port}
+    found = []
+    for index, item in enumerate(pod.items("more_ports", "ports", MAX_PORTS_PER_POD)):
+        path = pod.at(f"more_ports[{index}]")
+        fields = _Fields(pod.document, item, path, ("service", "port"), "a port")
+        if not isinstance(item, dict):
+            continue
+        another = fields.take("service", _matching(_NAME), _NAME_SHAPE)
+        number = fields.take("port", _port, _PORT_SHAPE)
+        if another is None or number is None:
+            continue
+        if another in services:
+            fields.fault("service", f"{another} is there twice", "another service")
+        if number in ports:
+            fields.fault("port", f"{number} is there twice", "another port")
+        services.add(another)
+        ports.add(number)
+        found.append(ServicePort(service=another, port=number))
+    return tuple(found)
+
+
 def _refuse_ambiguous_names(
     document: _Document, drafts: list[_PodDraft], nodes: tuple[str, ...]
 ) -> None:
     first: dict[str, str] = {}
-    services = {draft.spec.service: draft.path for draft in reversed(drafts)}
+    services = {service: draft.path for draft in reversed(drafts) for service in draft.spec.ports}
     for draft in drafts:
         name, path = draft.spec.name, f"{draft.path}.name"
         if name in _RESERVED_NAMES:
@@ -475,7 +519,7 @@ def _refuse_ambiguous_names(
             document.fault(path, f"{name} is already the name of a node", "another name")
         elif name in first:
             document.fault(path, f"{name} is already the name of {first[name]}", "another name")
-        elif name in services and draft.spec.service != name:
+        elif name in services and name not in draft.spec.ports:
             document.fault(
                 path,
                 f"{name} is also the service of {services[name]}, but this pod's service is "
@@ -483,9 +527,9 @@ def _refuse_ambiguous_names(
                 "a pod named like a service belongs to that service",
             )
         first.setdefault(name, draft.path)
-        service = draft.spec.service
-        if service != name and (service in _RESERVED_NAMES or service in nodes):
-            document.fault(f"{draft.path}.service", f"{service} is taken", "another name")
+        for service in draft.spec.ports:
+            if service != name and (service in _RESERVED_NAMES or service in nodes):
+                document.fault(f"{draft.path}.service", f"{service} is taken", "another name")
 
 
 def _calls(app: _Fields | None, lab: LabSpec) -> tuple[CallSpec, ...]:
@@ -509,12 +553,12 @@ def _call(document: _Document, item: Any, path: str, lab: LabSpec) -> CallSpec |
     )
     if not isinstance(item, dict):
         return None
-    names = sorted({pod.name for pod in lab.pods} | {pod.service for pod in lab.pods})
+    names = sorted({name for pod in lab.pods for name in pod.names})
     target = fields.take("target", _text, "the name of a pod or service")
     pods = lab.pods_of(target) if target is not None else ()
     if target is not None and not pods:
         fields.fault("target", f"there is no pod or service {target}", _nearest(target, names))
-    ports = {pod.port for pod in pods if pod.port}
+    ports = {pod.port_of(target) for pod in pods if target is not None} - {0}
     kinds = {pod.app.kind for pod in pods if pod.app.kind.serves}
     port = fields.take("port", _port, _PORT_SHAPE, next(iter(ports)) if len(ports) == 1 else 0)
     if port == 0 and pods:

@@ -58,7 +58,8 @@ class CallConfig(msgspec.Struct, frozen=True, kw_only=True):
 class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
     pod: str
     kind: AppKind
-    port: int
+    ports: tuple[int, ...]
+    """Where it answers, if its kind does."""
     statistics: str
     """File that the statistics are written to, in a directory that nobody may write to."""
     certificate: str = ""
@@ -78,11 +79,13 @@ def main(argv: list[str]) -> int:
     directory = os.open(statistics.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     contexts = [_client_context(call) for call in config.calls]
     tls = _server_context(config) if config.kind is AppKind.TLS else None
-    try:
-        listeners = _listen(config.port) if config.kind.serves else []
-    except OSError as error:
-        print(f"cannot listen on port {config.port}: {error.strerror}", file=sys.stderr)
-        return 1
+    listeners: list[socket.socket] = []
+    for port in config.ports if config.kind.serves else ():
+        try:
+            listeners += _listen(port)
+        except OSError as error:
+            print(f"cannot listen on port {port}: {error.strerror}", file=sys.stderr)
+            return 1
     _become_nobody()
     app = _App(config, listeners, tls, contexts, directory, statistics.name)
     asyncio.run(app.run())

@@ -3,7 +3,13 @@
     GET  /v1/status                       this node's workloads
     GET  /v1/flows?service=&window=       edges of the whole mesh
     GET  /v1/ready[/SERVICE]?window=      verdicts
+    GET  /v1/onboard/status?window=       every service, who it waits for, the steps that bring the mesh furthest
+    GET  /v1/onboard/plan?services=&window=  the steps of services, named with commas between, or of all
+    GET  /v1/intentions/suggest?service=&window=&callers=  intentions that what was seen lacks; callers=all or mesh
+    POST /v1/intentions                   {"service", "window_s", "all_callers"}: writes them
     POST /v1/strict                       {"service", "guard_s", "force"}: flip and guard, one JSON event per line
+    POST /v1/permissive                   {"service", "force"}: flip back, one JSON event per line
+    POST /v1/resecure                     {"window_s", "force"}: the last step, one JSON event per line
     GET  /v1/node/evidence/SERVICE?window=   this node's evidence, for the agents of other nodes
     GET  /v1/node/flows?window=              this node's edges, for the agents of other nodes
 
@@ -16,22 +22,29 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
 from tidegate.errors import InputError, TidegateError
+from tidegate.node import changes
 from tidegate.node.guard import Guard
 from tidegate.node.log import Log
 from tidegate.node.mesh import LocalEvidence, MeshView
+from tidegate.node.onboarding import Onboarding
 
 MAX_BODY_BYTES = 64 << 10
 MAX_WINDOW_S = 30 * 86400.0
 MAX_GUARD_S = 7 * 86400.0
 """Below MAX_WINDOW_S: a guard asks for everything since its flip, also after a time without agent."""
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_NAME = re.compile(rf"({_LABEL}/){{0,2}}{_LABEL}")
+"""Text of a model.ServiceName."""
+
+_T = TypeVar("_T")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -46,10 +59,33 @@ class StrictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     force: bool = False
 
 
+class PermissiveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST /v1/permissive."""
+
+    service: str
+    force: bool = False
+
+
+class ResecureRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST /v1/resecure."""
+
+    window_s: float | None = None
+    force: bool = False
+
+
+class IntentionsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of POST /v1/intentions."""
+
+    service: str | None = None
+    window_s: float | None = None
+    all_callers: bool = False
+
+
 def make_app(
     mesh: MeshView, local: LocalEvidence, guard: Guard, status: Callable[[], Awaitable[object]]
 ) -> web.Application:
     """The application; `status` gives what GET /v1/status answers."""
+    onboarding = Onboarding(mesh)
 
     async def get_status(_request: web.Request) -> web.Response:
         return _json(await status())
@@ -75,24 +111,57 @@ def make_app(
     async def get_node_flows(request: web.Request) -> web.Response:
         return _json(await local.flows(_window(request)))
 
+    async def get_onboard_status(request: web.Request) -> web.Response:
+        return _json(await onboarding.status(_window(request)))
+
+    async def get_onboard_plan(request: web.Request) -> web.Response:
+        named = [text for text in request.query.get("services", "").split(",") if text]
+        return _json(await onboarding.plan(tuple(map(_service, named)), _window(request)))
+
+    async def get_suggestions(request: web.Request) -> web.Response:
+        service = request.query.get("service")
+        callers = request.query.get("callers", "mesh")
+        if callers not in ("mesh", "all"):
+            raise InputError(f"callers {callers!r}", field="callers", expected="mesh or all")
+        found = await onboarding.suggestions(
+            None if service is None else _service(service),
+            _window(request),
+            all_callers=callers == "all",
+        )
+        return _json(found)
+
+    async def post_intentions(request: web.Request) -> web.Response:
+        asked = await _body(request, IntentionsRequest)
+        done = await onboarding.write_suggestions(
+            None if asked.service is None else _service(asked.service),
+            _checked_window(asked.window_s),
+            all_callers=asked.all_callers,
+        )
+        return _json(done)
+
     async def post_strict(request: web.Request) -> web.StreamResponse:
-        try:
-            asked = msgspec.json.decode(await request.read(), type=StrictRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InputError(str(error), source="POST /v1/strict") from error
+        asked = await _body(request, StrictRequest)
         if not 0 < asked.guard_s <= MAX_GUARD_S:
             raise InputError(
                 f"a guard of {asked.guard_s} s", field="guard_s", expected="seconds, up to 7 days"
             )
         events = guard.strict(_service(asked.service), asked.guard_s, force=asked.force)
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await response.prepare(request)
-        # Whoever asked may leave; the flip goes on.
-        with contextlib.suppress(ConnectionResetError):
+
+        async def told() -> AsyncIterator[object]:
             while (event := await events.get()) is not None:
-                await response.write(msgspec.json.encode(event) + b"\n")
-            await response.write_eof()
-        return response
+                yield event
+
+        return await _stream(request, told())
+
+    async def post_permissive(request: web.Request) -> web.StreamResponse:
+        asked = await _body(request, PermissiveRequest)
+        events = changes.permissive(mesh, _service(asked.service), force=asked.force)
+        return await _stream(request, events)
+
+    async def post_resecure(request: web.Request) -> web.StreamResponse:
+        asked = await _body(request, ResecureRequest)
+        window = _checked_window(asked.window_s)
+        return await _stream(request, changes.resecure(mesh, onboarding, window, force=asked.force))
 
     app = web.Application(middlewares=[_failures], client_max_size=MAX_BODY_BYTES)
     app.add_routes(
@@ -100,10 +169,16 @@ def make_app(
             web.get("/v1/status", get_status),
             web.get("/v1/flows", get_flows),
             web.get("/v1/ready", get_ready),
-            web.get("/v1/ready/{service}", get_ready),
-            web.get("/v1/node/evidence/{service}", get_node_evidence),
+            web.get(r"/v1/ready/{service:[\s\S]+}", get_ready),
+            web.get("/v1/onboard/status", get_onboard_status),
+            web.get("/v1/onboard/plan", get_onboard_plan),
+            web.get("/v1/intentions/suggest", get_suggestions),
+            web.get(r"/v1/node/evidence/{service:[\s\S]+}", get_node_evidence),
             web.get("/v1/node/flows", get_node_flows),
+            web.post("/v1/intentions", post_intentions),
             web.post("/v1/strict", post_strict),
+            web.post("/v1/permissive", post_permissive),
+            web.post("/v1/resecure", post_resecure),
         ]
     )
     return app
@@ -175,7 +250,9 @@ def _json(answer: object, status: int = 200) -> web.Response:
 
 def _service(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise InputError(f"{name!r} is not a service name", expected="a DNS label, such as api")
+        raise InputError(
+            f"{name!r} is not a service name", expected="a DNS label, such as api, or namespace/api"
+        )
     return name
 
 
@@ -187,6 +264,52 @@ def _window(request: web.Request) -> float | None:
         window = float(text)
     except ValueError:
         window = 0.0
-    if not 0 < window <= MAX_WINDOW_S:
-        raise InputError(f"a window of {text!r}", field="window", expected="seconds, up to 30 days")
+    return _checked_window(window, text)
+
+
+def _checked_window(window: float | None, text: str = "") -> float | None:
+    if window is not None and not 0 < window <= MAX_WINDOW_S:
+        raise InputError(
+            f"a window of {text!r}" if text else f"a window of {window} s",
+            field="window",
+            expected="seconds, up to 30 days",
+        )
     return window
+
+
+async def _body(request: web.Request, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(await request.read(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(str(error), source=f"{request.method} {request.path}") from error
+
+
+async def _stream(request: web.Request, events: AsyncIterator[object]) -> web.StreamResponse:
+    """Each event as a line of JSON. What fails before the first is answered as any failure, later as an event."""
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    is_there = True
+    try:
+        async for event in events:
+            if not response.prepared:
+                await response.prepare(request)
+            # Whoever asked may leave; what was begun goes on.
+            if is_there:
+                is_there = await _write(response, event)
+    except TidegateError as error:
+        if not response.prepared:
+            raise
+        log.warning("a change ended half-way", reason=str(error))
+        failed = {"event": "failed", "message": str(error), "exit_code": error.exit_code}
+        is_there = is_there and await _write(response, failed)
+    with contextlib.suppress(ConnectionResetError):
+        await response.write_eof()
+    return response
+
+
+async def _write(response: web.StreamResponse, event: object) -> bool:
+    """Whether somebody still listens."""
+    try:
+        await response.write(msgspec.json.encode(event) + b"\n")
+    except ConnectionResetError:
+        return False
+    return True

@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from tidegate.catalog.access import ACCESS_FOR_ALL, Access
+from tidegate.catalog.settings import ServerConfig, check_config
 from tidegate.enforce.redirect.engine import BackendChoice
 from tidegate.errors import InputError
 from tidegate.identity import spiffe
@@ -51,7 +53,11 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     node: str
     """Name of this node, unique in the mesh."""
     server: str
-    """Intent server: unix:///path, or http://host:port of a Consul server."""
+    """Intent server: unix:///path, or http://host:port or https://host:port, of tidegate or of Consul."""
+    consul: Access = ACCESS_FOR_ALL
+    """How to speak to the intent server: token, TLS, and what of a Consul server is meant."""
+    embedded_server: ServerConfig | None = None
+    """The intent server, where this agent runs it too: the only node, or the one that others ask."""
     workloads: Path
     """Directory of workload files, one JSON object (model.Workload) each."""
     node_addresses: tuple[str, ...] = ()
@@ -68,6 +74,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     window: float = 86400.0
     """Observation window of a verdict where a request names none."""
     leaf_lifetime: float = 3600.0
+    drain_time: float = 30.0
+    """How long plaintext connections may go on that are open when their service goes strict. A sidecar that runs
+    keeps the one that it was started with."""
     redirect: RedirectConfig = RedirectConfig()
     environment: Environment = Environment.VM
     lab: str = ""
@@ -102,11 +111,43 @@ def load_config(path: Path) -> AgentConfig:
             raise InputError(
                 error.problem, source=str(path), field=field, expected=error.expected
             ) from error
+    _check_embedded(config, str(path))
     policy = _base_policy(config.node_addresses)
     if says_policy:
         policy = _policy_of(text, str(path), policy)
     replace = msgspec.structs.replace
     return replace(config, redirect=replace(config.redirect, policy=policy))
+
+
+def _check_embedded(config: AgentConfig, source: str) -> None:
+    server = config.embedded_server
+    if server is None:
+        return
+    try:
+        check_config(server)
+    except InputError as error:
+        field = f"embedded_server.{error.field}"
+        raise InputError(
+            error.problem, source=source, field=field, expected=error.expected
+        ) from error
+    for field, here, there in (
+        ("trust_domain", config.trust_domain, server.trust_domain),
+        ("datacenter", config.datacenter, server.datacenter),
+    ):
+        if here != there:
+            raise InputError(
+                f"{there!r} is not the agent's",
+                source=source,
+                field=f"embedded_server.{field}",
+                expected=here,
+            )
+    if config.server not in server.listens:
+        raise InputError(
+            f"{config.server!r} is not where the embedded server listens",
+            source=source,
+            field="server",
+            expected=" or ".join(server.listens),
+        )
 
 
 def _pop_policy(raw: Any) -> bool:
@@ -141,6 +182,11 @@ def _server(text: str) -> None:
         )
 
 
+def _access(access: Access) -> None:
+    access.secret()
+    access.tls()
+
+
 def _addresses(texts: tuple[str, ...]) -> None:
     for text in texts:
         try:
@@ -173,6 +219,7 @@ def _duration(seconds: float) -> None:
 _CHECKS: dict[str, Callable[..., object]] = {
     "node": _name,
     "server": _server,
+    "consul": _access,
     "workloads": _absolute,
     "node_addresses": _addresses,
     "run_dir": _absolute,
@@ -183,4 +230,5 @@ _CHECKS: dict[str, Callable[..., object]] = {
     "datacenter": _name,
     "window": _duration,
     "leaf_lifetime": _duration,
+    "drain_time": _duration,
 }

@@ -16,7 +16,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -25,13 +25,14 @@ from aiohttp import web
 
 from tidegate.catalog.client import CatalogClient, CatalogRefused, LeafMaterial, Snapshot
 from tidegate.catalog.registration import NodeInfo, is_published
+from tidegate.catalog.settings import ServerConfig
 from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import envoy
-from tidegate.enforce.sidecar.spec import Endpoint, SidecarSpec, Upstream
-from tidegate.errors import InputError, TidegateError
+from tidegate.enforce.sidecar.closed import ClosedDestination
+from tidegate.errors import TidegateError
 from tidegate.identity import spiffe
-from tidegate.intent.policy import Mode, Policy
-from tidegate.intent.resolve import resolve, upstreams_of
+from tidegate.intent.policy import Policy
+from tidegate.intent.resolve import resolve
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.memory import give_back, use_one_arena
 from tidegate.model import Instance, ServiceIntent, Workload
@@ -46,6 +47,8 @@ from tidegate.node.log import Log
 from tidegate.node.mesh import LocalEvidence, MeshView, NodeEvidence, NodeFlows
 from tidegate.node.observation import Observation, published
 from tidegate.node.pool import Pool
+from tidegate.node.wanted import Neighbours, agreed_policy, neighbours, sidecar_spec
+from tidegate.verdict import names
 from tidegate.workloads.files import FileSource
 
 ROUND_S = 0.5
@@ -92,6 +95,8 @@ class WorkloadStatus(msgspec.Struct, frozen=True, kw_only=True):
     mode: str
     observed_since: float
     """0 while it is not observed."""
+    closed: tuple[ClosedDestination, ...]
+    """What the application tried to reach outside the mesh while only mesh destinations were open to it."""
     problem: str
 
 
@@ -99,6 +104,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of GET /v1/status."""
 
     node: str
+    trust_domain: str
     round_at: float
     """When the last round was completed; 0 before the first."""
     workloads: tuple[WorkloadStatus, ...]
@@ -118,7 +124,9 @@ async def run_agent(config: AgentConfig) -> None:
             stack.enter_context(held_alone(directory))
         listener = api.listen(config.socket)
         stack.callback(_hang_up, config.socket, listener)
-        catalog = await stack.enter_async_context(CatalogClient(config.server))
+        if config.embedded_server is not None:
+            await stack.enter_async_context(_embedded(config.embedded_server))
+        catalog = await stack.enter_async_context(CatalogClient(config.server, config.consul))
         daemon = await Daemon.open(config, catalog)
         stack.push_async_callback(daemon.close)
         runner = web.AppRunner(daemon.app, access_log=None, shutdown_timeout=1.0)
@@ -128,6 +136,15 @@ async def run_agent(config: AgentConfig) -> None:
         log.info("agent started", node=config.node, server=config.server)
         await daemon.run(stop)
     log.info("agent stopped; rules, programs and sidecars stay", node=config.node)
+
+
+@contextlib.asynccontextmanager
+async def _embedded(config: ServerConfig) -> AsyncIterator[None]:
+    """The intent server in this process. Agents without one do without its CA, which takes memory."""
+    from tidegate.catalog.server import running
+
+    async with running(config):
+        yield
 
 
 def _make_directories(config: AgentConfig) -> None:
@@ -237,9 +254,14 @@ class Daemon:
         """Ids of workloads that are gone and are being removed."""
         self._abandoned: dict[Path, Keeper] = {}
         """What former agents left of workloads that are gone, by directory, until it is removed."""
+        self._instances: tuple[Instance, ...] = ()
+        self._known = neighbours(())
+        """What is known of `_instances`."""
         self._given_back_at = 0.0
         self._roots_pem = ""
         self._round_at = 0.0
+        self._collecting_since = 0.0
+        """When the latest reading of the evidence began, by the monotonic clock."""
         self._problems: dict[tuple[str, str], str] = {}
         """By what it is about and whom it is about, as `_tell` has it."""
         local = LocalEvidence(self._evidence, self._flows)
@@ -284,14 +306,14 @@ class Daemon:
         snapshot = await unless(stop, self._intent.refresh())
         workloads = await self._work(self._source.list)
         intents = _intents(snapshot, workloads)
-        instances, faults = callable_instances(snapshot.instances)
-        if faults:
-            self._tell("catalog", f"not called with mTLS: {'; '.join(faults)}")
+        known = self._neighbours(snapshot.instances)
+        if known.faults:
+            self._tell("catalog", f"not called with mTLS: {'; '.join(known.faults)}")
         else:
             self._clear("catalog")
         await self._work(self._follow, workloads, snapshot)
         leaves = await unless(stop, self._leaves(workloads))
-        await self._work(self._reconcile, workloads, instances, intents, leaves)
+        await self._work(self._reconcile, workloads, known, intents, leaves)
         self._drift.follow(
             keeper for key, keeper in self._keepers.items() if key not in self._leaving
         )
@@ -301,6 +323,12 @@ class Daemon:
             self._given_back_at = time.monotonic()
             await self._work(give_back)
         self._round_at = time.time()
+
+    def _neighbours(self, instances: tuple[Instance, ...]) -> Neighbours:
+        """The same object as before while the catalog answers the same."""
+        if self._instances is not instances:
+            self._instances, self._known = instances, neighbours(instances)
+        return self._known
 
     def _follow(self, workloads: Iterable[Workload], snapshot: Snapshot) -> None:
         """Takes in which workloads there are; observes them all."""
@@ -334,6 +362,7 @@ class Daemon:
                 f"{workload.name}.{self._config.node}",
                 self._engine,
                 self._config.redirect,
+                self._config.drain_time,
             )
         keeper = self._keepers[workload.id]
         if keeper.is_of(workload):
@@ -398,38 +427,42 @@ class Daemon:
         place = self._directory(workload)
         return any(path == place or found == workload.netns for path, found in cleared)
 
-    async def _leaves(self, workloads: Iterable[Workload]) -> dict[str, LeafMaterial]:
-        """New leaf certificates for the workloads that need one."""
-        leaves: dict[str, LeafMaterial] = {}
+    async def _leaves(self, workloads: Iterable[Workload]) -> dict[str, tuple[LeafMaterial, ...]]:
+        """New leaf certificates for the workloads that need them, one for each service."""
+        leaves: dict[str, tuple[LeafMaterial, ...]] = {}
         for workload in workloads:
             if not workload.meshed or not self._is_free(workload):
                 continue
             try:
-                if not self._keepers[workload.id].needs_leaf(time.time(), self._identity(workload)):
+                wanted = self._identities(workload)
+                if not self._keepers[workload.id].needs_leaves(time.time(), wanted):
                     continue
                 self._roots_pem = await self._catalog.roots()
-                leaf = await self._catalog.leaf(workload.service, self._config.leaf_lifetime)
+                leaves[workload.id] = tuple(
+                    [
+                        await self._catalog.leaf(service, self._config.leaf_lifetime)
+                        for service in names.services_of(workload)
+                    ]
+                )
             except TidegateError as error:
                 self._tell("leaf", f"no leaf for {workload.name}: {error}", workload.id)
             else:
-                leaves[workload.id] = leaf
                 self._clear("leaf", workload.id)
         return leaves
 
-    def _identity(self, workload: Workload) -> str:
-        return spiffe.service_id(
-            self._config.trust_domain,
-            workload.service,
-            workload.namespace,
-            self._config.datacenter,
+    def _identities(self, workload: Workload) -> tuple[str, ...]:
+        domain, datacenter = self._config.trust_domain, self._config.datacenter
+        return tuple(
+            spiffe.service_id(domain, service, datacenter)
+            for service in names.services_of(workload)
         )
 
     def _reconcile(
         self,
         workloads: Iterable[Workload],
-        instances: Iterable[Instance],
+        known: Neighbours,
         intents: dict[str, ServiceIntent],
-        leaves: dict[str, LeafMaterial],
+        leaves: dict[str, tuple[LeafMaterial, ...]],
     ) -> None:
         asked = []
         for workload in workloads:
@@ -444,27 +477,47 @@ class Daemon:
                 continue
             if not self._intent.known:
                 continue
-            intent = intents[workload.service]
             with self._defects_told("sidecar", workload):
-                try:
-                    spec = sidecar_spec(
-                        self._config,
-                        workload,
-                        keeper.policy,
-                        intent,
-                        intents,
-                        instances,
-                        keeper.spec,
-                    )
-                except TidegateError as error:
-                    self._tell("spec", f"{workload.name} cannot be meshed: {error}", workload.id)
-                    continue
-                self._clear("spec", workload.id)
-                leaf = leaves.get(workload.id)
-                wanted = Wanted(spec=spec, index=intent.index, leaf=leaf, roots_pem=self._roots_pem)
-                asked.append(self._reconcile_one(keeper, wanted))
+                wanted = self._wanted(keeper, known, intents, leaves.get(workload.id, ()))
+                if wanted is not None:
+                    asked.append(self._reconcile_one(keeper, wanted))
         self._pool.wait(asked, PATIENCE_S)
         self._note_defects(asked)
+
+    def _wanted(
+        self,
+        keeper: Keeper,
+        known: Neighbours,
+        intents: dict[str, ServiceIntent],
+        leaves: tuple[LeafMaterial, ...],
+    ) -> Wanted | None:
+        """What a meshed workload's sidecar should do now; what it does already where that would be impossible."""
+        workload = keeper.workload
+        try:
+            policy = keeper.described
+            if policy is not None:
+                policy = agreed_policy(policy, intents[workload.service])
+            spec = sidecar_spec(self._config, workload, policy, intents, known, keeper.spec)
+        except TidegateError as error:
+            if keeper.spec is None:
+                self._tell("spec", f"{workload.name} cannot be meshed: {error}", workload.id)
+                return None
+            problem = f"the sidecar of {workload.name} stays as it is: {error}"
+            self._tell("spec", problem, workload.id)
+            return Wanted(
+                spec=keeper.spec,
+                index=keeper.applied_index,
+                roots_pem=self._roots_pem,
+                policy=keeper.policy,
+            )
+        self._clear("spec", workload.id)
+        return Wanted(
+            spec=spec,
+            index=max(intents[one.service].index for one in spec.services),
+            roots_pem=self._roots_pem,
+            policy=policy,
+            leaves=leaves,
+        )
 
     def _reconcile_one(self, keeper: Keeper, wanted: Wanted | None) -> str:
         key = keeper.workload.id
@@ -530,7 +583,9 @@ class Daemon:
         )
         try:
             for keeper in kept.values():
-                await self._publish_one(node, keeper, known)
+                # What a former agent said holds until this one has looked: callers would leave the mesh meanwhile.
+                if keeper.has_looked or keeper.workload.id not in known:
+                    await self._publish_one(node, keeper, known)
             for instance_id in gone:
                 await self._catalog.deregister(self._config.node, instance_id)
         except TidegateError as error:
@@ -553,6 +608,7 @@ class Daemon:
             self._clear("publish", keeper.workload.id)
 
     def _collect(self) -> None:
+        self._collecting_since = time.monotonic()
         self._observation.collect(time.time(), self._keepers.values())
 
     async def _evidence(self, service: str, window_s: float) -> NodeEvidence:
@@ -575,8 +631,12 @@ class Daemon:
         if not self._round_at:
             raise TidegateError(f"the agent of {self._config.node} has not looked around yet")
 
+        asked_at = time.monotonic()
+
         def collected() -> _T:
-            self._collect()
+            # Of many questions that come at once the first reads for all.
+            if self._collecting_since < asked_at:
+                self._collect()
             return read()
 
         try:
@@ -588,6 +648,7 @@ class Daemon:
         def read() -> Status:
             return Status(
                 node=self._config.node,
+                trust_domain=self._config.trust_domain,
                 round_at=self._round_at,
                 workloads=tuple(self._workload_status(one) for one in self._keepers.values()),
                 problems=(
@@ -632,6 +693,7 @@ class Daemon:
             last_exit=state.last_exit,
             mode=keeper.mode if keeper.in_mesh else "",
             observed_since=self._observation.observed_since(workload) or 0.0,
+            closed=keeper.closed,
             problem="; ".join((*keeper.problems, *((unobserved,) if unobserved else ()))),
         )
 
@@ -660,93 +722,7 @@ class Daemon:
 
 
 def _intents(snapshot: Snapshot, workloads: Iterable[Workload]) -> dict[str, ServiceIntent]:
-    services = {one.service for one in snapshot.instances}
-    services.update(workload.service for workload in workloads)
+    services = {service for one in snapshot.instances for service in names.services_of(one)}
+    services.update(service for workload in workloads for service in names.services_of(workload))
+    services.update(upstream for one in snapshot.instances for upstream in one.upstreams)
     return resolve(snapshot.entries, sorted(services), snapshot.default_allow)
-
-
-def callable_instances(
-    instances: Iterable[Instance],
-) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
-    """Those that have a sidecar to call, and what is wrong with others: one fault does not stop the rest."""
-    found = []
-    faults = []
-    for one in sorted(instances, key=lambda one: one.id):
-        if not one.meshed or not one.port or one.seen_until:
-            continue
-        try:
-            endpoints_of(one)
-        except InputError as error:
-            faults.append(f"{one.name} on {one.node}: {error}")
-        else:
-            found.append(one)
-    return tuple(found), tuple(faults)
-
-
-def sidecar_spec(
-    config: AgentConfig,
-    workload: Workload,
-    policy: Policy | None,
-    intent: ServiceIntent,
-    intents: dict[str, ServiceIntent],
-    instances: Iterable[Instance],
-    present: SidecarSpec | None,
-) -> SidecarSpec:
-    """What the sidecar of `workload` should do. `present` is what it does now, `instances` are the callable ones.
-
-    An instance becomes reachable with mTLS only when it has published that its sidecar runs the intention that
-    allows it; one that is reachable already stays so while the intention lasts.
-    """
-    policy = policy or config.redirect.policy
-    reached = {
-        (upstream.service, endpoint.address)
-        for upstream in (present.upstreams if present else ())
-        for endpoint in upstream.endpoints
-    }
-    callees: dict[str, list[Instance]] = {}
-    for one in instances:
-        if one.id != workload.id:
-            callees.setdefault(one.service, []).append(one)
-    upstreams = []
-    for service in upstreams_of(workload.service, intents):
-        endpoints = tuple(
-            endpoint
-            for one in callees.get(service, ())
-            for endpoint in endpoints_of(one)
-            if one.applied_index >= intents[service].index or (service, endpoint.address) in reached
-        )
-        if endpoints:
-            upstreams.append(
-                Upstream(
-                    service=service,
-                    namespace=callees[service][0].namespace,
-                    datacenter=config.datacenter,
-                    port=endpoints[0].service_port,
-                    endpoints=endpoints,
-                )
-            )
-    return SidecarSpec(
-        service=workload.service,
-        namespace=workload.namespace,
-        datacenter=config.datacenter,
-        trust_domain=config.trust_domain,
-        mode=intent.mode,
-        service_ports=(workload.port,) if workload.port else (),
-        inbound_port=policy.inbound.port,
-        outbound_port=policy.outbound.port,
-        transparent=policy.mode is Mode.TPROXY,
-        intentions=intent.intentions,
-        default_allow=intent.default_allow,
-        mesh_destinations_only=intent.mesh_destinations_only,
-        upstreams=tuple(upstreams),
-    )
-
-
-def endpoints_of(instance: Instance) -> tuple[Endpoint, ...]:
-    """Where callers reach an instance with mTLS. InputError when what the catalog says cannot be right."""
-    spiffe.label(instance.service, "service")
-    spiffe.label(instance.namespace, "namespace")
-    return tuple(
-        Endpoint(address=address, service_port=instance.port, proxy_port=instance.inbound_port)
-        for address in instance.addresses
-    )

@@ -29,8 +29,8 @@ class Party(msgspec.Struct, frozen=True, kw_only=True):
     meshed: bool = False
 
 
-class FlowRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One edge."""
+class NamedEdge(msgspec.Struct, frozen=True, kw_only=True):
+    """An edge of the ledger, with the names of both ends."""
 
     caller: Party
     server: Party
@@ -47,9 +47,11 @@ class FlowRow(msgspec.Struct, frozen=True, kw_only=True):
     last_seen: float
     hints: tuple[Hint, ...] = ()
     """Protocols that were recognised, in the order of Hint."""
+    would_be_denied: bool = False
+    """Permissive mode lets these connections in, and no intention allows their caller."""
 
 
-def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> FlowRow:
+def named(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> NamedEdge:
     """Names an edge that was seen at the interface of `own`. `policy` is what is redirected there, None for nothing."""
     key, count = edge.key, edge.count
     peer = labels.at(key.peer, count.last_seen)
@@ -70,7 +72,7 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
         redirected = key.port == policy.inbound.port or policy.redirects_inbound(key.port)
     else:
         redirected = policy.redirects_outbound(key.port)
-    return FlowRow(
+    return NamedEdge(
         caller=theirs if inbound else mine,
         server=mine if inbound else theirs,
         port=key.port,
@@ -88,14 +90,14 @@ def row(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> Flo
 
 
 def told_once(
-    rows: Iterable[FlowRow], observed: Collection[tuple[str, str]]
-) -> tuple[FlowRow, ...]:
+    rows: Iterable[NamedEdge], observed: Collection[tuple[str, str]]
+) -> tuple[NamedEdge, ...]:
     """One row for each pair of ends, port, class and path, whatever addresses and families were used.
 
     Leaves out the caller's view of flows whose server is among the `observed` workloads (name and node), and
     connections that turned out to be something else since.
     """
-    merged: dict[tuple[object, ...], FlowRow] = {}
+    merged: dict[tuple[object, ...], NamedEdge] = {}
     for one in rows:
         if one.observed_at is Direction.OUTBOUND and _who(one.server) in observed:
             continue
@@ -119,7 +121,7 @@ def _who(party: Party) -> tuple[str, str]:
     return (party.workload, party.node) if party.workload else (party.address, "")
 
 
-def _sum(one: FlowRow, other: FlowRow) -> FlowRow:
+def _sum(one: NamedEdge, other: NamedEdge) -> NamedEdge:
     latest = max(one, other, key=lambda row: row.last_seen)
     return msgspec.structs.replace(
         latest,

@@ -2,7 +2,8 @@
 
 Steps, each told as an event: the verdict must be READY (or forced); the service's entry is written; every sidecar
 of the service reports that it runs the new mode; then, for the time of the guard, a known caller that is
-refused brings the former mode back. An address that no workload has is not a known caller: somebody
+refused, or that intentions newly deny, brings the former mode back. It also tells how many plaintext connections are
+still open, until none is. An address that no workload has is not a known caller: somebody
 who knocks from outside cannot hold a service open. A flip is kept in a file from before its entry is written until
 its guard is over, so that an agent that is killed at any step goes on with it when it returns.
 """
@@ -12,20 +13,24 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
 from tidegate.catalog.client import CatalogRefused, CatalogUnreachable
 from tidegate.errors import TidegateError
-from tidegate.intent.entries import Entry, Kind, ServiceDefaults
+from tidegate.intent.entries import Entry, EntryKey
 from tidegate.model import Instance, MutualTLSMode
 from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
+from tidegate.node.modes import own_entry, running_mode, set_mode
 from tidegate.verdict.evidence import CallerKind
-from tidegate.verdict.readiness import Answer, Reason, ReasonKind, Verdict
+from tidegate.verdict.readiness import Answer, CallerFlow, Effect, Reason, ReasonKind, Verdict
 
 POLL_S = 0.25
-ENFORCE_DEADLINE_S = 60.0
+DRAIN_S = 45.0
+"""How long after the flip a guard waits for the last plaintext connection: sidecars close those that were open
+after 30 s."""
 BLIND_GRACE_S = 60.0
 """How long after its time a guard waits for evidence that it could not see."""
 
@@ -60,6 +65,8 @@ class Flip(msgspec.Struct, frozen=True, kw_only=True):
     """Just before the entry was written: whoever calls without mTLS from then on is or will be refused."""
     enforced_at: float | None = None
     """When every sidecar was known to run strict mode; None while that is not yet so."""
+    denied_before: tuple[str, ...] = ()
+    """Workloads that intentions denied before the flip already."""
     back_because: str = ""
     """Why the flip is being rolled back; empty while it is not."""
 
@@ -69,13 +76,17 @@ class Mesh(Protocol):
 
     async def verdict(self, service: str, window_s: float | None) -> Verdict: ...
 
-    async def read_entry(self, kind: Kind, name: str) -> Entry | None: ...
+    async def read_entry(self, key: EntryKey) -> Entry | None: ...
 
     async def write_entry(self, entry: Entry) -> int:
         """Writes and returns the index from which the entry holds."""
         ...
 
-    async def instances(self, service: str) -> tuple[Instance, ...]: ...
+    async def instances(self, service: str | None) -> tuple[Instance, ...]: ...
+
+    async def opens_gate(self, service: str) -> str:
+        """The command that lets a service become permissive; empty while it may."""
+        ...
 
 
 class Guard:
@@ -127,7 +138,9 @@ class Guard:
             if event.event != "guarding" or queue.empty():
                 queue.put_nowait(event)
 
-        course = _Course(self._mesh, self._directory / f"{service}.json", service, tell)
+        course = _Course(
+            self._mesh, self._directory / f"{quote(service, safe='')}.json", service, tell
+        )
         self._start(course, course.begin(guard_s, force=force), lambda: queue.put_nowait(None))
         return queue
 
@@ -199,6 +212,15 @@ class _Course:
             )
             self.tell("refused", f"{why}: not flipped", exit_code=2)
             return
+        held = [one.name for one in instances if one.registered_mode is MutualTLSMode.PERMISSIVE]
+        if held:
+            self.tell(
+                "refused",
+                f"{service}: the registration of {', '.join(held)} says permissive, and wins over config entries: not"
+                " flipped; register it again without MutualTLSMode",
+                exit_code=2,
+            )
+            return
         verdict = await self._mesh.verdict(service, None)
         if verdict.mode is MutualTLSMode.STRICT:
             self.tell("unchanged", f"{service} is strict already", exit_code=0)
@@ -211,19 +233,22 @@ class _Course:
                 exit_code=verdict.exit_code,
             )
             return
-        former = (await self._defaults()).mutual_tls_mode
+        former = (await own_entry(self._mesh, service)).mutual_tls_mode
         if former is MutualTLSMode.STRICT:
             raise TidegateError(f"somebody else set {service} to strict just now: not flipped")
+        if not await self._has_way_back(former, force=force):
+            return
         flip = Flip(
             service=service,
             guard_s=guard_s,
             former_entry_mode=former,
             former_mode=verdict.mode,
             flipped_at=time.time(),
+            denied_before=tuple(sorted({flow.caller.workload for flow in denied(verdict)})),
         )
         self._keep(flip)
         try:
-            index = await self._write_mode(MutualTLSMode.STRICT)
+            index = await set_mode(self._mesh, service, MutualTLSMode.STRICT)
         except TidegateError as error:
             # It may have been written all the same: only the answer is missing.
             await self._roll_back(flip, f"the server did not confirm the entry ({error})", ())
@@ -231,23 +256,42 @@ class _Course:
         self.tell("written", f"{service}: MutualTLSMode is strict now")
         await self._enforce_and_watch(flip, index)
 
+    async def _has_way_back(self, former: MutualTLSMode | None, *, force: bool) -> bool:
+        """Whether the guard could restore the entry, or need not; tells why not otherwise."""
+        command = await self._mesh.opens_gate(self.service) if former else ""
+        if not command:
+            return True
+        why = (
+            f"the guard could not make {self.service} permissive again: AllowEnablingPermissiveMutualTLS is false in"
+            " the mesh config entry"
+        )
+        if force:
+            self.tell("no-way-back", f"{self.service}: {why}")
+            return True
+        self.tell(
+            "refused",
+            f"{why}: not flipped (--force flips all the same; `{command}` opens it)",
+            exit_code=1,
+        )
+        return False
+
     async def resume(self, flip: Flip) -> None:
         """Goes on where a former agent was killed or stopped."""
         if flip.back_because:
             await self._roll_back(flip, flip.back_because, ())
             return
-        defaults = await self._insist(self._defaults)
-        if defaults.mutual_tls_mode is not MutualTLSMode.STRICT:
+        own = await self._insist(lambda: own_entry(self._mesh, self.service))
+        if own.mutual_tls_mode is not MutualTLSMode.STRICT:
             self._end_unflipped()
         elif flip.enforced_at is None:
-            await self._enforce_and_watch(flip, defaults.modify_index)
+            await self._enforce_and_watch(flip, own.modify_index)
         else:
             await self._watch(flip, flip.enforced_at)
 
     async def _enforce_and_watch(self, flip: Flip, index: int) -> None:
         service = self.service
         try:
-            count = await self._enforced(index, MutualTLSMode.STRICT)
+            count = await running_mode(self._mesh, service, index, MutualTLSMode.STRICT)
         except TidegateError as error:
             await self._roll_back(flip, str(error), ())
             return
@@ -257,28 +301,12 @@ class _Course:
         self._keep_if_possible(flip)
         await self._watch(flip, enforced_at)
 
-    async def _enforced(self, index: int, mode: MutualTLSMode) -> int:
-        """Waits until every sidecar of the service runs `mode` by an intent of at least `index`; how many do."""
-        deadline = time.monotonic() + ENFORCE_DEADLINE_S
-        while True:
-            meshed = [one for one in await self._mesh.instances(self.service) if one.meshed]
-            behind = [
-                one.name for one in meshed if one.applied_index < index or one.mode is not mode
-            ]
-            if meshed and not behind:
-                return len(meshed)
-            if time.monotonic() >= deadline:
-                who = f"of {', '.join(behind)}" if behind else f"of any {self.service}"
-                raise TidegateError(
-                    f"after {ENFORCE_DEADLINE_S:.0f} s the sidecar {who} does not run {mode} mode"
-                )
-            await asyncio.sleep(POLL_S)
-
     async def _watch(self, flip: Flip, enforced_at: float) -> None:
         """Until the guard's time is over and everything since the flip was seen."""
         service = self.service
         guard_until = enforced_at + flip.guard_s
         told_blind = ""
+        told_open = 0
         while True:
             now = time.time()
             try:
@@ -287,14 +315,20 @@ class _Course:
                     self._end_unflipped()
                     return
                 refused, blind = refused_callers(verdict), _blindness(verdict)
+                newly_denied = denied_callers(verdict, flip.denied_before)
+                open_now = sum(one.permissive_open for one in verdict.witness)
             except TidegateError as error:
-                refused, blind = (), str(error)
-            if refused:
-                await self._roll_back(flip, _names(refused), refused)
+                refused, newly_denied, blind, open_now = (), (), str(error), told_open
+            if refused or newly_denied:
+                why = _names(refused, "refused") if refused else _names(newly_denied, "denied")
+                await self._roll_back(flip, why, (*refused, *newly_denied))
                 return
-            if now >= guard_until and not blind:
+            self._tell_open(open_now, told_open)
+            told_open = open_now
+            is_drained = not open_now or now >= enforced_at + DRAIN_S
+            if now >= guard_until and not blind and is_drained:
                 break
-            if now >= guard_until + BLIND_GRACE_S:
+            if blind and now >= guard_until + BLIND_GRACE_S:
                 self._forget()
                 self.tell(
                     "unwatched",
@@ -312,7 +346,17 @@ class _Course:
             )
             await asyncio.sleep(POLL_S)
         self._forget()
-        self.tell("kept", f"{service} is strict; no known caller was refused", exit_code=0)
+        left = f"; {_plaintext(told_open)} still open" if told_open else ""
+        self.tell("kept", f"{service} is strict; no known caller was refused{left}", exit_code=0)
+
+    def _tell_open(self, count: int, before: int) -> None:
+        if count and count != before:
+            self.tell(
+                "draining",
+                f"{self.service}: {_plaintext(count)} still open; the sidecar closes what was open at the flip",
+            )
+        elif before and not count:
+            self.tell("drained", f"{self.service}: no plaintext connection is left")
 
     async def _roll_back(self, flip: Flip, why: str, refused: tuple[Reason, ...]) -> None:
         service, mode = self.service, flip.former_mode
@@ -320,14 +364,14 @@ class _Course:
         self.tell("rolling-back", f"{service}: {why}; rolling back", reasons=refused)
 
         async def restore() -> int:
-            defaults = await self._defaults()
-            if defaults.mutual_tls_mode is not MutualTLSMode.STRICT:
-                return defaults.modify_index
-            return await self._write_mode(flip.former_entry_mode)
+            own = await own_entry(self._mesh, service)
+            if own.mutual_tls_mode is not MutualTLSMode.STRICT:
+                return own.modify_index
+            return await set_mode(self._mesh, service, flip.former_entry_mode)
 
         index = await self._insist(restore)
         try:
-            await self._enforced(index, mode)
+            await running_mode(self._mesh, service, index, mode)
         except TidegateError as error:
             lag = f"; {error}"
         else:
@@ -348,16 +392,9 @@ class _Course:
             exit_code=1,
         )
 
-    async def _defaults(self) -> ServiceDefaults:
-        entry = await self._mesh.read_entry(Kind.SERVICE_DEFAULTS, self.service)
-        return entry if isinstance(entry, ServiceDefaults) else ServiceDefaults(name=self.service)
-
     async def _is_strict(self) -> bool:
-        return (await self._defaults()).mutual_tls_mode is MutualTLSMode.STRICT
-
-    async def _write_mode(self, mode: MutualTLSMode | None) -> int:
-        defaults = await self._defaults()
-        return await self._mesh.write_entry(msgspec.structs.replace(defaults, mutual_tls_mode=mode))
+        own = await own_entry(self._mesh, self.service)
+        return own.mutual_tls_mode is MutualTLSMode.STRICT
 
     async def _insist(self, step: Callable[[], Awaitable[_T]]) -> _T:
         """Does a step again and again while the intent server is away or out of order."""
@@ -410,9 +447,42 @@ def _blindness(verdict: Verdict) -> str:
     return next(told, "not every instance was observed all the time")
 
 
-def _names(refused: tuple[Reason, ...]) -> str:
-    names = list(dict.fromkeys(one.caller.workload for one in refused if one.caller))
-    return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} refused"
+def denied(verdict: Verdict) -> tuple[CallerFlow, ...]:
+    """Flows of known callers with mTLS that the sidecars refuse because of intentions, in the verdict's window."""
+    return tuple(
+        flow
+        for flow in verdict.flows(Effect.MESH)
+        if flow.permission.would_be_denied
+        and flow.connections > 0
+        and flow.caller.kind is CallerKind.WORKLOAD
+    )
+
+
+def denied_callers(verdict: Verdict, before: tuple[str, ...]) -> tuple[Reason, ...]:
+    """The known callers that intentions deny, those left out that they denied `before` the flip already."""
+    return tuple(
+        Reason(
+            kind=ReasonKind.DENIED,
+            message=f"{flow.caller.workload} ({flow.caller.address}) calls {verdict.service} with mTLS, and intentions"
+            " deny it",
+            caller=flow.caller,
+            flow_class=flow.flow_class,
+            port=flow.port,
+            connections=flow.connections,
+            last_seen=flow.last_seen,
+        )
+        for flow in denied(verdict)
+        if flow.caller.workload not in before
+    )
+
+
+def _names(reasons: tuple[Reason, ...], what: str) -> str:
+    names = list(dict.fromkeys(one.caller.workload for one in reasons if one.caller))
+    return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} {what}"
+
+
+def _plaintext(count: int) -> str:
+    return "1 plaintext connection is" if count == 1 else f"{count} plaintext connections are"
 
 
 def _log_event(event: Event) -> None:

@@ -13,7 +13,7 @@ import msgspec
 from tidegate.catalog.client import CatalogClient, Snapshot
 from tidegate.catalog.registration import NodeInfo
 from tidegate.errors import TidegateError
-from tidegate.intent.entries import from_consul, to_consul
+from tidegate.intent.entries import from_server, to_consul
 from tidegate.model import Instance
 from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
@@ -113,12 +113,13 @@ class IntentSource:
     def _recall(self) -> None:
         try:
             kept = msgspec.json.decode(self._path.read_bytes(), type=_Kept)
-            entries = tuple(from_consul(entry, str(self._path)) for entry in kept.entries)
+            entries = tuple(from_server(entry, str(self._path)) for entry in kept.entries)
         except FileNotFoundError:
             return
         except (msgspec.DecodeError, UnicodeDecodeError, TidegateError, OSError) as error:
             log.warning("kept intent is unreadable", file=str(self._path), reason=str(error))
             return
+        self._catalog.remember(kept.instances)
         self._answered_at = kept.at
         self._snapshot = Snapshot(
             index=kept.index,

@@ -5,6 +5,7 @@ Envoy works by exactly these files, rules. Out of it: rules first. Rules stay wh
 passes unseen while it is started again. What fails is told by `problems` and tried again; it never stops the rest.
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from tidegate.catalog.client import LeafMaterial
 from tidegate.enforce.redirect.engine import Engine
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.admin import SidecarAdmin
-from tidegate.enforce.sidecar.envoy import EnvoyProcess, Phase, State
+from tidegate.enforce.sidecar.closed import ClosedDestination, ClosedDestinations
+from tidegate.enforce.sidecar.envoy import DRAIN_TIME_S, EnvoyProcess, Phase, State
 from tidegate.enforce.sidecar.files import SidecarError, SidecarFiles
 from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.errors import TidegateError
@@ -46,9 +48,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     spec: SidecarSpec
     index: int
     """Index of the intent that `spec` was made from."""
-    leaf: LeafMaterial | None
-    """A new leaf; None while the present one is good."""
     roots_pem: str
+    policy: Policy | None = None
+    """What is redirected; None where that is what the workload's annotations say."""
+    leaves: tuple[LeafMaterial, ...] = ()
+    """New leaves, one for each of the spec's services; none while the present ones are good."""
 
 
 class _Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,11 +61,12 @@ class _Memory(msgspec.Struct, frozen=True, kw_only=True):
     workload: Workload
     spec: SidecarSpec
     policy: Policy
-    leaf_for: str
-    """SPIFFE URI that the leaf certificate was fetched for."""
+    leaf_for: tuple[str, ...]
+    """SPIFFE URIs that the leaf certificates were fetched for."""
     leaf_from: float
-    """When it was fetched: its own notBefore lies earlier, for clocks that run behind."""
+    """When they were fetched: their own notBefore lies earlier, for clocks that run behind."""
     leaf_until: float
+    """When the first of them ends."""
     redirected_in: netns.Identity | None = None
     """The namespace in which the rules were in force when an agent last looked."""
 
@@ -80,13 +85,18 @@ class Keeper:
         node_id: str,
         engine: Engine,
         redirect: RedirectConfig,
+        drain_time: float = DRAIN_TIME_S,
     ) -> None:
-        """`redirect` says what holds where the workload's annotations are silent."""
+        """`redirect` says what holds where the workload's annotations are silent; `drain_time`, in seconds, how long
+        plaintext connections may go on that are open at a flip to strict.
+        """
         self.workload = workload
         self._memory_path = directory / "memory.json"
         self._memory = _remembered(self._memory_path)
         self.policy: Policy | None = self._memory.policy if self._memory else None
         """The policy in force: the latest that had no fault."""
+        self.described = self.policy
+        """The latest policy without faults of the workload's annotations, whatever config entries say besides."""
         self.redirection = WorkloadRedirection(
             workload.name, engine, on_failure=redirect.on_failure, adopt=redirect.adopt
         )
@@ -96,8 +106,11 @@ class Keeper:
         self._problems: dict[str, str] = {}
         self._node_id = node_id
         self._files = SidecarFiles(directory, uid=DEFAULT_PROXY_UID, gid=DEFAULT_PROXY_UID)
-        self._envoy = EnvoyProcess(self._files, workload.netns, envoy=envoy)
+        self._envoy = EnvoyProcess(
+            self._files, workload.netns, envoy=envoy, drain_time_s=math.ceil(drain_time)
+        )
         self._admin = SidecarAdmin(self._files.working)
+        self._closed = ClosedDestinations(self._files)
         self._state = State()
         self._was_ready = False
         self._applied: SidecarSpec | None = None
@@ -107,6 +120,9 @@ class Keeper:
         self._annotations: tuple[dict[str, str], dict[str, str]] | None = None
         self._namespace: netns.Identity | None = None
         """Where the rules and the sidecar are; None before the first look, and while there is none."""
+        self.has_looked = False
+        """Whether it has ever compared what is with what should be: before that it knows nothing of a former agent's
+        sidecar and rules."""
         self.is_removed = False
         """Whether `remove` has ended: nothing is left to be tried again."""
 
@@ -125,6 +141,21 @@ class Keeper:
         return self._admin
 
     @property
+    def closed(self) -> tuple[ClosedDestination, ...]:
+        """What the application tried to reach outside the mesh while only mesh destinations were open to it."""
+        return self._closed.found
+
+    @property
+    def plaintext_ports(self) -> frozenset[int]:
+        """Ports on which the sidecar is known to take connections without mTLS."""
+        spec = self._applied or self.spec
+        return frozenset(
+            one.port
+            for one in (spec.services if spec else ())
+            if one.port and one.mode is MutualTLSMode.PERMISSIVE
+        )
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What is not as it should be, one sentence each."""
         unseen = self.redirection.unseen
@@ -139,10 +170,10 @@ class Keeper:
         """Whether callers may use mTLS towards this workload."""
         return self.redirection.state is Redirection.APPLIED
 
-    def needs_leaf(self, now: float, service_id: str) -> bool:
-        """Whether a new leaf certificate has to be fetched before the next `reconcile`."""
+    def needs_leaves(self, now: float, service_ids: tuple[str, ...]) -> bool:
+        """Whether new leaf certificates have to be fetched before the next `reconcile`."""
         memory = self._memory
-        if memory is None or memory.leaf_for != service_id:
+        if memory is None or memory.leaf_for != service_ids:
             return True
         return now >= memory.leaf_from + RENEW_AT * (memory.leaf_until - memory.leaf_from)
 
@@ -161,7 +192,9 @@ class Keeper:
             return
         self._annotations = annotations
         try:
-            self.policy = policy_for(workload, self._base)
+            self.described = policy_for(workload, self._base)
+            if self.policy is None or self.spec is None:
+                self.policy = self.described
         except TidegateError as error:
             kept = "the policy stays as it was" if self.policy else "it has no policy"
             self._tell("policy", f"{error} ({kept})")
@@ -185,6 +218,7 @@ class Keeper:
     def reconcile(self, wanted: Wanted | None) -> None:
         """One step towards `wanted`, or out of the mesh when it is None."""
         self._notice_another_namespace()
+        self.policy = wanted.policy if wanted and wanted.policy else self.described
         if wanted is None:
             self._leave()
         elif self.policy is not None:
@@ -198,6 +232,7 @@ class Keeper:
         else:
             # Meshed, and never had a policy without faults: there is nothing that could be applied.
             self._attempt("redirect", lambda: self.redirection.fail(self.workload.netns))
+        self.has_looked = True
 
     def _notice_another_namespace(self) -> None:
         """What is known of a namespace does not hold for another one at its path: that has no rules and no sidecar."""
@@ -266,52 +301,65 @@ class Keeper:
         log.info("sidecar removed", workload=self.workload.name)
 
     def _keep_sidecar(self, wanted: Wanted, policy: Policy) -> None:
-        self._files.prepare()
-        self._files.write_bootstrap(render.bootstrap(self._node_id, wanted.spec.service))
-        if wanted.leaf is not None:
-            leaf = wanted.leaf
-            self._files.write_secrets(
-                render.render_secrets(leaf.certificate_pem, leaf.key_pem, wanted.roots_pem)
-            )
+        if wanted.leaves:
+            certificates = [
+                render.ServiceCertificate(
+                    service=one.service, certificate_pem=leaf.certificate_pem, key_pem=leaf.key_pem
+                )
+                for one, leaf in zip(wanted.spec.services, wanted.leaves, strict=True)
+            ]
+            self._files.write_secrets(render.render_secrets(certificates, wanted.roots_pem))
             memory = _Memory(
                 workload=self.workload,
                 spec=wanted.spec,
                 policy=policy,
-                leaf_for=spiffe_id_of(wanted.spec),
+                leaf_for=spiffe_ids_of(wanted.spec),
                 leaf_from=time.time(),
-                leaf_until=leaf.not_after,
+                leaf_until=min(leaf.not_after for leaf in wanted.leaves),
             )
-            log.info("leaf certificate written", workload=self.workload.name)
+            log.info("leaf certificates written", workload=self.workload.name)
         elif self._memory is None:
             raise SidecarError(f"{self.workload.name} has no leaf certificate yet")
+        elif self._memory.leaf_for != spiffe_ids_of(wanted.spec):
+            # Envoy would wait for the certificates with all that is new, its other services included.
+            self._run(self._memory.spec, self.applied_index)
+            new = (one.service for one in wanted.spec.services)
+            problem = f"{self.workload.name} has no leaf certificates for {', '.join(new)} yet"
+            raise SidecarError(f"{problem}; its sidecar stays as it is")
         else:
             memory = msgspec.structs.replace(
                 self._memory, workload=self.workload, spec=wanted.spec, policy=policy
             )
         self._memorise(memory)
-        configuration = render.render(wanted.spec)
+        self._run(wanted.spec, wanted.index)
+
+    def _run(self, spec: SidecarSpec, index: int) -> None:
+        """One step towards an Envoy that works by `spec`."""
+        self._files.write_bootstrap(render.bootstrap(self._node_id, spec.service))
+        configuration = render.render(spec)
         if self._files.write_configuration(configuration):
             log.info(
                 "sidecar configuration written",
                 workload=self.workload.name,
                 version=configuration.version,
-                mode=wanted.spec.mode,
+                mode=spec.mode,
             )
         before = self._state
-        self._state = self._envoy.ensure(time.monotonic(), transparent=wanted.spec.transparent)
+        self._state = self._envoy.ensure(time.monotonic(), transparent=spec.transparent)
         if self._state.pid != before.pid or self._state.phase is not before.phase:
             log.info("sidecar", workload=self.workload.name, **msgspec.structs.asdict(self._state))
         if self._state.phase is not Phase.RUNNING:
             last = f": {self._state.last_exit}" if self._state.last_exit else ""
             raise SidecarError(f"the sidecar of {self.workload.name} is {self._state.phase}{last}")
-        if self._admin.applied_version() == configuration.version:
+        self._closed.read(time.time())
+        if self._admin.applied_version(configuration.ecds) == configuration.version:
             self._was_ready = True
-            self._applied = wanted.spec
-            self.mode = wanted.spec.mode
+            self._applied = spec
+            self.mode = spec.mode
             # Last: whoever reads it meanwhile takes the rest for as new.
-            self.applied_index = wanted.index
+            self.applied_index = index
             return
-        rejection = self._admin.rejection()
+        rejection = self._admin.rejection(configuration.ecds)
         if rejection:
             raise SidecarError(
                 f"the sidecar of {self.workload.name} refuses its configuration: {rejection}"
@@ -396,6 +444,8 @@ def _remembered(path: Path) -> _Memory | None:
         return None
 
 
-def spiffe_id_of(spec: SidecarSpec) -> str:
-    """The SPIFFE URI that a sidecar of this spec has to prove."""
-    return spiffe.service_id(spec.trust_domain, spec.service, spec.namespace, spec.datacenter)
+def spiffe_ids_of(spec: SidecarSpec) -> tuple[str, ...]:
+    """The SPIFFE URIs that a sidecar of this spec has to prove, one for each of its services."""
+    return tuple(
+        spiffe.service_id(spec.trust_domain, one.service, spec.datacenter) for one in spec.services
+    )

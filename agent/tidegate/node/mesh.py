@@ -5,22 +5,27 @@ that have (or had) instances of it; one that does not answer is named in the ver
 """
 
 import asyncio
+import difflib
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
-from tidegate.catalog.client import CatalogClient
+from tidegate.catalog.client import CatalogClient, Snapshot
 from tidegate.errors import InputError, TidegateError
-from tidegate.intent.entries import Entry, Kind
-from tidegate.intent.resolve import resolve
-from tidegate.model import Instance, ServiceIntent
+from tidegate.intent.changes import defaults_of, written_by_hand
+from tidegate.intent.entries import MESH_NAME, Entry, EntryKey, Kind, Mesh
+from tidegate.intent.resolve import effective_mode, resolve
+from tidegate.model import Direction, FlowClass, Instance, MutualTLSMode, ServiceIntent, ServiceName
 from tidegate.node.client import AgentClient
 from tidegate.node.config import AgentConfig
-from tidegate.node.flows import FlowRow, told_once
+from tidegate.node.flows import THROUGH_SIDECAR, NamedEdge, told_once
 from tidegate.node.intent import IntentSource
+from tidegate.verdict import names
 from tidegate.verdict.evidence import InstanceEvidence, MissingNode, ServiceEvidence
+from tidegate.verdict.permission import permission
 from tidegate.verdict.readiness import Verdict, judge
 from tidegate.verdict.steps import Place
 
@@ -44,8 +49,20 @@ class NodeFlows(msgspec.Struct, frozen=True, kw_only=True):
     """Empty where all nodes are summed."""
     observed: tuple[str, ...] = ()
     """Names of the workloads whose interfaces are observed."""
-    flows: tuple[FlowRow, ...] = ()
+    flows: tuple[NamedEdge, ...] = ()
     problems: tuple[str, ...] = ()
+
+
+class ChangedMeanwhile(TidegateError):
+    """Somebody else wrote the entry between its reading and its writing."""
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """A service's verdict, and what it was judged from."""
+
+    verdict: Verdict
+    intent: ServiceIntent
+    evidence: ServiceEvidence
 
 
 class LocalEvidence:
@@ -75,31 +92,56 @@ class MeshView:
         self._catalog = catalog
         self._local = local
 
+    @property
+    def place(self) -> Place:
+        """Where a person stands who reads advice."""
+        return Place(environment=self._config.environment, lab=self._config.lab)
+
+    @property
+    def window(self) -> float:
+        """Seconds of a window that nobody has named."""
+        return self._config.window
+
+    @property
+    def outdated(self) -> str:
+        """Why what should be may be something else by now; empty when the server has just said it."""
+        return self._intent.outdated
+
+    async def snapshot(self) -> Snapshot:
+        """What the intent server has now; the last of it where it does not answer."""
+        return await self._intent.refresh()
+
     async def services(self) -> tuple[str, ...]:
         """Every service that has a meshed instance, by name."""
         snapshot = self._intent.current()
-        return tuple(
-            sorted({one.service for one in snapshot.instances if one.meshed and not one.seen_until})
-        )
+        meshed = (one for one in snapshot.living().values() if one.meshed)
+        return tuple(sorted({name for one in meshed for name in names.services_of(one)}))
 
     async def verdict(self, service: str, window_s: float | None) -> Verdict:
         """Judges one service over `window_s` seconds, or the configured window."""
+        return (await self.judged(service, window_s)).verdict
+
+    async def judged(self, service: str, window_s: float | None) -> Judged:
+        """Judges one service, and tells what from."""
         window = self._config.window if window_s is None else window_s
         snapshot = await self._intent.refresh()
         now = time.time()
         concerned = [
             one
             for one in snapshot.instances
-            if one.service == service and (not one.seen_until or one.seen_until >= now - window)
+            if service in names.services_of(one)
+            and (not one.seen_until or one.seen_until >= now - window)
         ]
-        path = f"/v1/node/evidence/{service}"
+        path = f"/v1/node/evidence/{quote(service, safe='/')}"
         answers, missing = await self._ask(
             concerned,
             self._local.evidence(service, window),
             lambda agent: agent.get(path, window=str(window)),
             NodeEvidence,
         )
-        living = tuple(one for answer in answers for one in answer.instances)
+        living = tuple(
+            _as_instance_of(service, one) for answer in answers for one in answer.instances
+        )
         told = {one.instance.id for one in living}
         silent = {one.node for one in missing}
         untold = tuple(
@@ -107,20 +149,23 @@ class MeshView:
             for one in concerned
             if not one.seen_until and one.id not in told and one.node not in silent
         )
-        return judge(
-            self._resolved(snapshot.entries, service, snapshot.default_allow),
-            ServiceEvidence(
-                service=service,
-                instances=living,
-                departed=tuple(one for answer in answers for one in answer.departed),
-                nodes_missing=(*missing, *untold),
-                intent_problem=self._intent.outdated,
-            ),
+        intent = intent_of(snapshot, service)
+        evidence = ServiceEvidence(
+            service=service,
+            instances=living,
+            departed=tuple(one for answer in answers for one in answer.departed),
+            nodes_missing=(*missing, *untold),
+            intent_problem=self._intent.outdated,
+        )
+        verdict = judge(
+            intent,
+            evidence,
             known=snapshot.instances,
             window_s=window,
             now=time.time(),
-            place=Place(environment=self._config.environment, lab=self._config.lab),
+            place=self.place,
         )
+        return Judged(verdict=verdict, intent=intent, evidence=evidence)
 
     async def flows(self, service: str | None, window_s: float | None) -> NodeFlows:
         """The edges of all nodes, each connection told once; of one service where it is named.
@@ -128,51 +173,76 @@ class MeshView:
         InputError for a service that nobody knows.
         """
         snapshot = await self._intent.refresh()
-        query = {} if window_s is None else {"window": str(window_s)}
-        answers, missing = await self._ask(
-            snapshot.instances,
-            self._local.flows(window_s),
-            lambda agent: agent.get("/v1/node/flows", **query),
-            NodeFlows,
-        )
+        answers, missing = await self._edges(snapshot, window_s)
         observed = {(name, answer.node) for answer in answers for name in answer.observed}
         rows = told_once((row for answer in answers for row in answer.flows), observed)
         if service is not None:
             ends = {party.service for row in rows for party in (row.caller, row.server)}
-            _refuse_unknown(service, ends | {one.service for one in snapshot.instances})
+            refuse_unknown(service, ends | services_known(snapshot))
+        intents = _intents_of(snapshot, {row.server.service for row in rows} - {""})
         return NodeFlows(
             observed=tuple(sorted(name for name, _ in observed)),
-            flows=tuple(row for row in rows if _concerns(row, service)),
+            flows=tuple(
+                _with_intention(row, snapshot.instances, intents)
+                for row in rows
+                if _concerns(row, service)
+            ),
             problems=(
                 *(problem for answer in answers for problem in answer.problems),
                 *(f"{one.node} does not answer: {one.reason}" for one in missing),
             ),
         )
 
-    async def read_entry(self, kind: Kind, name: str) -> Entry | None:
+    async def edges(self, window_s: float) -> tuple[tuple[NamedEdge, ...], tuple[str, ...]]:
+        """The edges of all nodes as each end saw them, and which nodes do not answer."""
+        answers, missing = await self._edges(await self._intent.refresh(), window_s)
+        return (
+            tuple(row for answer in answers for row in answer.flows),
+            tuple(f"{one.node} does not answer: {one.reason}" for one in missing),
+        )
+
+    async def _edges(
+        self, snapshot: Snapshot, window_s: float | None
+    ) -> tuple[list[NodeFlows], tuple[MissingNode, ...]]:
+        query = {} if window_s is None else {"window": str(window_s)}
+        return await self._ask(
+            snapshot.instances,
+            self._local.flows(window_s),
+            lambda agent: agent.get("/v1/node/flows", **query),
+            NodeFlows,
+        )
+
+    async def read_entry(self, key: EntryKey) -> Entry | None:
         """The entry as the server has it now, None when it has none."""
-        entries = await self._catalog.read_entries(kind)
-        return next((entry for entry in entries if entry.name == name), None)
+        entries = await self._catalog.read_entries(key.kind)
+        return next((entry for entry in entries if entry.key == key), None)
 
     async def write_entry(self, entry: Entry) -> int:
-        """Writes an entry and returns the index from which it holds."""
-        await self._catalog.write_entry(entry)
-        written = await self.read_entry(entry.kind, entry.name)
+        """Writes an entry that was read before, and returns the index from which it holds.
+
+        ChangedMeanwhile when somebody else has changed it since.
+        """
+        if not await self._catalog.write_entry(entry, entry.modify_index):
+            raise ChangedMeanwhile(f"{entry.kind}/{entry.name} was changed by somebody else")
+        written = await self.read_entry(entry.key)
         if written is None:
             raise TidegateError(f"{entry.kind}/{entry.name} was deleted while it was written")
         return written.modify_index
 
-    async def instances(self, service: str) -> tuple[Instance, ...]:
-        """The living instances of a service, from the server."""
-        snapshot = await self._intent.refresh()
-        return tuple(
-            one for one in snapshot.instances if one.service == service and not one.seen_until
-        )
+    async def instances(self, service: str | None) -> tuple[Instance, ...]:
+        """The living instances of a service, or of all, from the server."""
+        living = (await self._intent.refresh()).living().values()
+        return tuple(one for one in living if service is None or service in names.services_of(one))
 
-    def _resolved(
-        self, entries: Iterable[Entry], service: str, default_allow: bool
-    ) -> ServiceIntent:
-        return resolve(entries, [service], default_allow)[service]
+    async def opens_gate(self, service: str) -> str:
+        """The command that lets a service become permissive; empty while it may."""
+        partition = ServiceName.of(service).partition
+        entry = await self.read_entry(EntryKey(Kind.MESH, MESH_NAME, partition=partition))
+        present = entry if isinstance(entry, Mesh) else Mesh(partition=partition)
+        if present.allow_enabling_permissive_mutual_tls:
+            return ""
+        opened = msgspec.structs.replace(present, allow_enabling_permissive_mutual_tls=True)
+        return self.place.write(written_by_hand(opened))
 
     async def _ask(
         self,
@@ -215,11 +285,89 @@ class MeshView:
         return answers, tuple(missing)
 
 
-def _refuse_unknown(service: str, services: set[str]) -> None:
-    if service not in services:
-        known = ", ".join(sorted(services - {""})) or "none yet"
-        raise InputError(f"no service {service!r} is known (known: {known})", field="service")
+def services_known(snapshot: Snapshot) -> set[str]:
+    """Every service that the catalog has or lately had."""
+    return {name for one in snapshot.instances for name in names.services_of(one)}
 
 
-def _concerns(row: FlowRow, service: str | None) -> bool:
+def refuse_unknown(service: str, services: Iterable[str]) -> None:
+    """Raises InputError, which names the service that was probably meant, unless it is one of these."""
+    known = sorted(set(services) - {""})
+    if service in known:
+        return
+    near = difflib.get_close_matches(service, known, 1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(
+        f"no service {service!r} is known{meant} (known: {', '.join(known) or 'none yet'})",
+        field="service",
+    )
+
+
+def intent_of(snapshot: Snapshot, service: str) -> ServiceIntent:
+    """What should be for a service; permissive if a living instance's registration makes it so, which wins."""
+    return _intents_of(snapshot, [service])[service]
+
+
+def _intents_of(snapshot: Snapshot, services: Iterable[str]) -> dict[str, ServiceIntent]:
+    wanted = list(services)
+    intents = resolve(snapshot.entries, wanted, snapshot.default_allow)
+    registered: dict[str, list[Instance]] = {}
+    for one in snapshot.living().values():
+        for name in names.services_of(one):
+            registered.setdefault(name, []).append(one)
+    return {
+        service: msgspec.structs.replace(
+            intents[service], mode=_mode(snapshot, service, registered.get(service, ()))
+        )
+        for service in wanted
+    }
+
+
+def _mode(snapshot: Snapshot, service: str, instances: Sequence[Instance]) -> MutualTLSMode:
+    own, shared = defaults_of(snapshot.entries, service)
+    said = {effective_mode(one.registered_mode, own, shared) for one in instances}
+    said = said or {effective_mode(None, own, shared)}
+    permissive = MutualTLSMode.PERMISSIVE in said
+    return MutualTLSMode.PERMISSIVE if permissive else MutualTLSMode.STRICT
+
+
+def _as_instance_of(service: str, evidence: InstanceEvidence) -> InstanceEvidence:
+    """Of a workload with several services what is about this one: its port, and no flows to the others' ports."""
+    one = evidence.instance
+    ports = names.ports_of(one, service)
+    if one.service == service and not one.more_ports:
+        return evidence
+    others = {port for name in names.services_of(one) for port in names.ports_of(one, name)}
+    others -= set(ports)
+    return msgspec.structs.replace(
+        evidence,
+        instance=msgspec.structs.replace(one, service=service, port=ports[0] if ports else 0),
+        edges=tuple(edge for edge in evidence.edges if edge.port not in others),
+    )
+
+
+def _with_intention(
+    row: NamedEdge, instances: Iterable[Instance], intents: Mapping[str, ServiceIntent]
+) -> NamedEdge:
+    """Says of connections that a permissive sidecar lets in whether intentions would refuse them."""
+    intent = intents.get(row.server.service)
+    if (
+        intent is None
+        or intent.mode is not MutualTLSMode.PERMISSIVE
+        or row.observed_at is not Direction.INBOUND
+        or row.path != THROUGH_SIDECAR
+        or row.flow_class is FlowClass.EMPTY
+    ):
+        return row
+    ports = {
+        port
+        for one in instances
+        if one.name == row.server.workload and one.node == row.server.node
+        for port in names.ports_of(one, row.server.service)
+    }
+    denied = permission(intent, row.caller.service).would_be_denied
+    return msgspec.structs.replace(row, would_be_denied=denied and row.port in ports)
+
+
+def _concerns(row: NamedEdge, service: str | None) -> bool:
     return service is None or service in (row.caller.service, row.server.service)

@@ -20,14 +20,14 @@ from tidegate.model import (
     EdgeCount,
     EdgeKey,
     Instance,
-    MutualTLSMode,
     Workload,
 )
 from tidegate.node.config import AgentConfig
-from tidegate.node.flows import FlowRow, row
+from tidegate.node.flows import NamedEdge, named
 from tidegate.node.keeper import Keeper, policy_for
 from tidegate.node.log import Log
 from tidegate.node.mesh import NodeEvidence, NodeFlows
+from tidegate.node.wanted import service_ports
 from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
 from tidegate.observe.labels import Labels
 from tidegate.observe.ledger import Ledger
@@ -39,6 +39,7 @@ from tidegate.observe.witness import (
     advance,
     count_chains,
 )
+from tidegate.verdict import names
 from tidegate.verdict.evidence import REDIRECTION_REPAIRED, EdgeEvidence, InstanceEvidence
 
 GIVE_BACK_S = 5.0
@@ -153,7 +154,7 @@ class Observation:
         self._attached_for[workload.key] = workload
 
     def _attach(self, workload: Workload) -> Attachment:
-        ports = (workload.port,) if workload.port else ()
+        ports = tuple(port for _, port in service_ports(workload) if port)
         on_host = links.host_ifindex(workload.netns, workload.interface)
         if on_host is not None:
             return self._classifier.attach(workload.key, on_host, Side.HOST, ports)
@@ -240,7 +241,7 @@ class Observation:
             public_total=stats.public_connections,
             permissive_active=stats.permissive_active,
             public_active=stats.public_active,
-            epoch=f"{state.pid} {keeper.mode}",
+            epoch=f"{state.pid} {sorted(keeper.plaintext_ports)}",
         )
 
     def _compare(
@@ -260,11 +261,10 @@ class Observation:
 
     def _count(self, keeper: Keeper, moved: list[Edge], generation: str) -> LedgerCounts:
         """Connections that came to the workload's filter chains or left them, by the policy in force."""
-        policy, workload = keeper.policy, keeper.workload
-        permissive = keeper.mode is MutualTLSMode.PERMISSIVE and workload.port
+        policy = keeper.policy
         return count_chains(
             moved,
-            permissive_ports={workload.port} if permissive else set(),
+            permissive_ports=keeper.plaintext_ports,
             excluded_ports=_ranges(policy) if policy else (),
             excluded_sources=policy.inbound_sources_left_alone() if policy else (),
             inbound_port=policy.inbound.port if policy else 0,
@@ -280,7 +280,7 @@ class Observation:
         living = [
             self._living(keeper, since, until, losses)
             for keeper in own.values()
-            if keeper.workload.service == service
+            if service in names.services_of(keeper.workload)
         ]
         departed = [
             self._departed(workload, since, until, losses)
@@ -326,6 +326,7 @@ class Observation:
                 namespace=workload.namespace,
                 addresses=workload.addresses,
                 port=workload.port,
+                more_ports=workload.more_ports,
                 inbound_port=policy.inbound.port,
                 seen_from=workload.created_at,
                 seen_until=coverage[-1].end if coverage else workload.created_at,
@@ -348,13 +349,13 @@ class Observation:
     def flows(self, since: float, until: float, keepers: Mapping[str, Keeper]) -> NodeFlows:
         """This node's edges in [since, until], named."""
         own = {keeper.workload.key: keeper for keeper in keepers.values()}
-        rows: list[FlowRow] = []
+        rows: list[NamedEdge] = []
         cuts = self.labels.changes(since, until)
         for edge in self._ledger.window(list(own), None, since, until, cuts):
             keeper = own[edge.key.workload]
             with self._defects_told(keeper.workload.key, keeper.workload.name, "told of"):
                 policy = keeper.policy if keeper.in_mesh else None
-                rows.append(row(edge, keeper.workload, policy, self.labels))
+                rows.append(named(edge, keeper.workload, policy, self.labels))
         return NodeFlows(
             node=self._config.node,
             observed=tuple(
@@ -403,6 +404,7 @@ def published(keeper: Keeper, config: AgentConfig) -> Instance:
         namespace=workload.namespace,
         addresses=workload.addresses,
         port=workload.port,
+        more_ports=workload.more_ports,
         meshed=keeper.in_mesh,
         inbound_port=keeper.policy.inbound.port if keeper.policy else DEFAULT_INBOUND_PORT,
         applied_index=keeper.applied_index,

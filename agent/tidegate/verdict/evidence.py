@@ -9,7 +9,7 @@ import enum
 
 import msgspec
 
-from tidegate.model import Edge, FlowClass, Instance, Interval
+from tidegate.model import Edge, FlowClass, Hint, Instance, Interval
 
 
 class CallerKind(enum.StrEnum):
@@ -49,6 +49,8 @@ class EdgeEvidence(msgspec.Struct, frozen=True, kw_only=True):
     bytes_to_client: int = 0
     first_seen: float
     last_seen: float
+    hints: tuple[Hint, ...] = ()
+    """Protocols that were recognised, in the order of Hint."""
 
     @classmethod
     def of(cls, edge: Edge) -> "EdgeEvidence":
@@ -62,6 +64,7 @@ class EdgeEvidence(msgspec.Struct, frozen=True, kw_only=True):
             bytes_to_client=edge.count.bytes_to_client,
             first_seen=edge.count.first_seen,
             last_seen=edge.count.last_seen,
+            hints=edge.count.hints,
         )
 
 
@@ -85,6 +88,8 @@ class WitnessReading(msgspec.Struct, frozen=True, kw_only=True):
     """Connections that the sidecar can have seen at most, by the ledger."""
     permissive_active: int = 0
     """Plaintext connections that have been open at the sidecar for several rounds."""
+    permissive_open: int = 0
+    """Plaintext connections that the sidecar had when it was last asked, those that drain after a flip among them."""
     since: float = 0.0
     disagreed_at: float = 0.0
     """When the two last disagreed, 0 for never."""

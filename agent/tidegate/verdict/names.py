@@ -1,13 +1,13 @@
 """Which workload had an address at a given time.
 
 Addresses are reused, so a name depends on the moment: the rule is here, once, for the verdict and
-for everything else that shows a flow to a person.
+for everything else that shows a flow to a person. And which services a workload has.
 """
 
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 
-from tidegate.model import Instance
+from tidegate.model import Instance, Workload
 
 SLACK_S = 5.0
 """A workload calls before its agent has published it, and its last packets arrive after it has
@@ -66,3 +66,15 @@ def _distance(instance: Instance, when: float) -> float:
     if instance.seen_until and when > instance.seen_until:
         return when - instance.seen_until
     return 0.0
+
+
+def services_of(one: Instance | Workload) -> tuple[str, ...]:
+    """Every service of a workload, the first one first."""
+    return (one.service, *(each.service for each in one.more_ports))
+
+
+def ports_of(one: Instance | Workload, service: str) -> tuple[int, ...]:
+    """The ports at which a workload serves a service; none for one that only calls."""
+    ports = [one.port] if one.service == service else []
+    ports += [each.port for each in one.more_ports if each.service == service]
+    return tuple(port for port in ports if port)

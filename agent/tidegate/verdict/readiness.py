@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from tidegate.durations import ago, span
-from tidegate.model import FlowClass, Instance, Interval, MutualTLSMode, ServiceIntent
+from tidegate.model import FlowClass, Hint, Instance, Interval, MutualTLSMode, ServiceIntent
 from tidegate.verdict import intervals, names, steps
 from tidegate.verdict.evidence import (
     REDIRECTION_REPAIRED,
@@ -23,6 +23,7 @@ from tidegate.verdict.evidence import (
     InstanceEvidence,
     ServiceEvidence,
 )
+from tidegate.verdict.permission import Permission, permission
 from tidegate.verdict.steps import Place
 
 EVIDENCE_AGE_S = 5.0
@@ -74,6 +75,12 @@ _NOTES: dict[Effect, str] = {
 }
 
 
+_DENIED_BY: dict[Permission, str] = {
+    Permission.MISSING: "would be denied: no intention allows it",
+    Permission.DENIED: "would be denied by an intention",
+}
+
+
 class ReasonKind(enum.StrEnum):
     """In the order in which reasons are shown."""
 
@@ -87,6 +94,8 @@ class ReasonKind(enum.StrEnum):
     COVERAGE_GAP = "coverage-gap"
     WITNESS_DISAGREES = "witness-disagrees"
     CALLER_UNKNOWN = "caller-unknown"
+    DENIED = "denied"
+    """mTLS that intentions refuse, in both modes: it says nothing of strict mode, and only a guard tells it."""
 
 
 _SHOWN_FIRST = tuple(ReasonKind)
@@ -97,9 +106,21 @@ _HOW: dict[FlowClass, str] = {
     FlowClass.TLS: "with its own TLS",
     FlowClass.MESH: "with TLS that bears the mesh's name and does not come from a sidecar",
     FlowClass.PLAINTEXT: "in plaintext",
-    FlowClass.SERVER_FIRST: "in plaintext (the server speaks first)",
+    FlowClass.SERVER_FIRST: "in plaintext in which the server speaks first",
     FlowClass.STARTTLS: "in plaintext that turns into TLS",
     FlowClass.UNKNOWN: "over connections whose beginning was not seen",
+}
+_PROTOCOLS: dict[Hint, str] = {
+    Hint.HTTP1: "HTTP/1",
+    Hint.H2C: "HTTP/2",
+    Hint.POSTGRES: "PostgreSQL",
+    Hint.MYSQL: "MySQL",
+    Hint.REDIS: "Redis",
+    Hint.KAFKA: "Kafka",
+    Hint.SSH: "SSH",
+    Hint.AMQP: "AMQP",
+    Hint.MONGODB: "MongoDB",
+    Hint.CASSANDRA: "Cassandra",
 }
 
 
@@ -114,6 +135,8 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True):
     port: int | None = None
     connections: int = 0
     last_seen: float | None = None
+    hints: tuple[Hint, ...] = ()
+    """Protocols that were recognised on these connections, in the order of Hint."""
 
 
 class CallerFlow(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,6 +152,10 @@ class CallerFlow(msgspec.Struct, frozen=True, kw_only=True):
     last_seen: float
     effect: Effect
     unprotected: bool
+    hints: tuple[Hint, ...]
+    """Protocols that were recognised, in the order of Hint."""
+    permission: Permission
+    """What intentions say of the caller; on connections that are not mesh mTLS nobody enforces it."""
     note: str
 
 
@@ -161,6 +188,8 @@ class InstanceWitness(msgspec.Struct, frozen=True, kw_only=True):
     least: ChainTotals
     most: ChainTotals
     permissive_active: int
+    permissive_open: int
+    """Plaintext connections that the sidecar had when it was last asked."""
     since: float
 
 
@@ -216,7 +245,7 @@ def judge(
     included.
     """
     window = Interval(now - window_s, now)
-    flows = _caller_flows((*evidence.instances, *evidence.departed), window, known)
+    flows = _caller_flows((*evidence.instances, *evidence.departed), window, known, intent)
     limit = window_s * TOLERANCE_SHARE
     covered = tuple(
         _instance_coverage(each, window, min(evidence_age_s, limit), min(attach_s, limit))
@@ -314,7 +343,10 @@ def _came_to_nothing(edge: EdgeEvidence) -> bool:
 
 
 def _caller_flows(
-    instances: Iterable[InstanceEvidence], window: Interval, known: Sequence[Instance]
+    instances: Iterable[InstanceEvidence],
+    window: Interval,
+    known: Sequence[Instance],
+    intent: ServiceIntent,
 ) -> tuple[CallerFlow, ...]:
     index = names.by_address(known)
     groups: dict[tuple[str, ...], list[_Seen]] = {}
@@ -324,16 +356,19 @@ def _caller_flows(
                 instance = names.name_at(index, edge.peer, edge.last_seen)
                 seen = _Seen(edge, instance, effect_of(edge, at))
                 groups.setdefault(seen.group, []).append(seen)
-    flows = [_caller_flow(group) for group in groups.values()]
+    flows = [_caller_flow(group, intent) for group in groups.values()]
     order = tuple(Effect)
     return tuple(
         sorted(flows, key=lambda flow: (order.index(flow.effect), -flow.last_seen, flow.port))
     )
 
 
-def _caller_flow(group: Sequence[_Seen]) -> CallerFlow:
+def _caller_flow(group: Sequence[_Seen], intent: ServiceIntent) -> CallerFlow:
     latest = max(group, key=lambda seen: (seen.edge.last_seen, seen.edge.peer))
     edges = [seen.edge for seen in group]
+    says = permission(intent, latest.instance.service if latest.instance else "")
+    is_let_in = latest.effect is Effect.BLOCKS and intent.mode is MutualTLSMode.PERMISSIVE
+    denied = f", {_DENIED_BY[says]}" if is_let_in and says.would_be_denied else ""
     return CallerFlow(
         caller=_caller(latest, {names.canonical(edge.peer) for edge in edges}),
         flow_class=latest.edge.flow_class,
@@ -345,7 +380,9 @@ def _caller_flow(group: Sequence[_Seen]) -> CallerFlow:
         last_seen=latest.edge.last_seen,
         effect=latest.effect,
         unprotected=latest.effect is Effect.UNPROTECTED,
-        note=_NOTES[latest.effect],
+        hints=tuple(hint for hint in Hint if any(hint in edge.hints for edge in edges)),
+        permission=says,
+        note=f"{_NOTES[latest.effect]}{denied}",
     )
 
 
@@ -391,7 +428,7 @@ def _flow_reasons(
             if flow.flow_class is FlowClass.UNKNOWN
             else ReasonKind.BLOCKING_FLOW,
             message=(
-                f"{who} calls {intent.service}:{flow.port} {_HOW[flow.flow_class]}: {_amount(flow)}, last "
+                f"{who} calls {intent.service}:{flow.port} {_how(flow)}: {_amount(flow)}, last "
                 f"seen {ago(window.end - flow.last_seen)}"
             ),
             next_step=steps.for_flow(
@@ -408,7 +445,13 @@ def _flow_reasons(
             port=flow.port,
             connections=flow.connections,
             last_seen=flow.last_seen,
+            hints=flow.hints,
         )
+
+
+def _how(flow: CallerFlow) -> str:
+    spoken = ", ".join(_PROTOCOLS[hint] for hint in flow.hints)
+    return f"{_HOW[flow.flow_class]} ({spoken})" if spoken else _HOW[flow.flow_class]
 
 
 def _amount(flow: CallerFlow) -> str:
@@ -669,5 +712,6 @@ def _witness(each: InstanceEvidence) -> InstanceWitness:
         least=each.witness.least,
         most=each.witness.most,
         permissive_active=each.witness.permissive_active,
+        permissive_open=each.witness.permissive_open,
         since=each.witness.since,
     )

@@ -8,16 +8,16 @@ an argument.
 import enum
 import json
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from tidegate.durations import span
-from tidegate.model import FlowClass, MutualTLSMode, ServiceIntent
+from tidegate.model import DEFAULT_TENANT, FlowClass, MutualTLSMode, ServiceIntent, ServiceName
 from tidegate.verdict.evidence import Caller, CallerKind
 
-EXACT_DESTINATION_PRECEDENCE = 8
+EXACT_DESTINATION_PRECEDENCE = 7
 """Rules of the service's own service-intentions entry have at least this (Consul
 Intention.UpdatePrecedence); lower ones come from wildcard entries and are not repeated in it.
 """
@@ -53,35 +53,79 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
 def onboard(place: Place, caller: Caller) -> str:
     """How the caller gets a sidecar."""
-    name = caller.workload
+    [command] = onboard_all(place, (caller,))
     match place.environment:
         case Environment.LAB:
-            return f"`{place.tidegate('lab', 'onboard', name)}`"
+            return f"`{command}`"
         case Environment.KUBERNETES:
-            command = [
-                *("kubectl", "--namespace", caller.namespace or "default"),
-                *("annotate", "pod", name, "tidegate.io/mesh=true"),
-            ]
-            return f"`{shlex.join(command)}` (and in its pod template, so that it stays)"
+            return f"`{command}` (and in its pod template, so that it stays)"
         case Environment.VM:
-            return f'set the annotation tidegate.io/mesh: "true" of {name} on {caller.node}'
+            return command
+
+
+def onboard_all(place: Place, callers: Sequence[Caller]) -> tuple[str, ...]:
+    """The commands that give all these workloads sidecars; for a VM what is to be done in words."""
+    match place.environment:
+        case Environment.LAB:
+            names = sorted({caller.workload for caller in callers})
+            return (place.tidegate("lab", "onboard", *names),)
+        case Environment.KUBERNETES:
+            pods: dict[str, set[str]] = {}
+            for caller in callers:
+                pods.setdefault(caller.namespace or "default", set()).add(caller.workload)
+            return tuple(
+                shlex.join(
+                    [
+                        *("kubectl", "--namespace", namespace),
+                        *("annotate", "pod", *sorted(names), "tidegate.io/mesh=true"),
+                    ]
+                )
+                for namespace, names in sorted(pods.items())
+            )
+        case Environment.VM:
+            return tuple(
+                f'set the annotation tidegate.io/mesh: "true" of {caller.workload} on {caller.node}'
+                for caller in callers
+            )
 
 
 def allow(place: Place, intent: ServiceIntent, callers: Iterable[str]) -> str:
     """The command that writes the intentions which let all `callers` call: the whole entry, with
     what it has already. It is the same for each of them, so that no step takes back another."""
     named = sorted(set(callers))
+    destination = ServiceName.of(intent.service)
     present = [
-        {"Name": rule.source, "Action": "allow" if rule.allow else "deny"}
+        {**_source(rule.source, destination), "Action": "allow" if rule.allow else "deny"}
         for rule in intent.intentions
         if rule.precedence >= EXACT_DESTINATION_PRECEDENCE and rule.source not in named
     ]
     entry = {
         "Kind": "service-intentions",
-        "Name": intent.service,
-        "Sources": [*({"Name": name, "Action": "allow"} for name in named), *present],
+        **_named(destination),
+        "Sources": [
+            *({**_source(name, destination), "Action": "allow"} for name in named),
+            *present,
+        ],
     }
-    return f"`{place.write(entry)}`"
+    return place.write(entry)
+
+
+def _named(service: ServiceName) -> dict[str, str]:
+    """Name and tenancy of an entry, what is the default left out."""
+    fields = {"Name": service.name, "Namespace": service.namespace, "Partition": service.partition}
+    return {key: text for key, text in fields.items() if key == "Name" or text != DEFAULT_TENANT}
+
+
+def _source(text: str, destination: ServiceName) -> dict[str, str]:
+    """Name and tenancy of a source; what it shares with the destination's entry it takes from there (Consul
+    SourceIntention.MergeNoWildcard)."""
+    source = ServiceName.of(text)
+    fields = {"Name": source.name}
+    if source.namespace != destination.namespace:
+        fields["Namespace"] = source.namespace
+    if source.partition != destination.partition:
+        fields["Partition"] = source.partition
+    return fields
 
 
 def for_flow(
@@ -114,12 +158,12 @@ def for_flow(
             else ""
         )
         allowed = intent.allows(caller.service)
-        then = "" if allowed else f", and allow it: {allow(place, intent, to_allow)}"
+        then = "" if allowed else f", and allow it: `{allow(place, intent, to_allow)}`"
         return f"Onboard {name}: {onboard(place, caller)}{then}{carries}"
     if not intent.allows(caller.service):
         return (
             f"{name} is in the mesh, but no intention lets {caller.service} call {intent.service}: "
-            f"{allow(place, intent, to_allow)}"
+            f"`{allow(place, intent, to_allow)}`"
         )
     return (
         f"{name} is in the mesh and allowed: wait; if it is seen again, restart it (connections opened before its "
@@ -147,9 +191,13 @@ def for_intent_server() -> str:
 
 
 def for_sidecar(place: Place, instance: str) -> str:
+    return f"See how the sidecar of {instance} is doing: `{status_command(place)}`"
+
+
+def status_command(place: Place) -> str:
+    """The command that shows how sidecars are doing."""
     in_lab = place.environment is Environment.LAB
-    command = place.tidegate("lab", "status") if in_lab else "tidegate doctor"
-    return f"See how the sidecar of {instance} is doing: `{command}`"
+    return place.tidegate("lab", "status") if in_lab else "tidegate doctor"
 
 
 def for_loss(window_s: float) -> str:
@@ -166,8 +214,17 @@ def for_disagreement(instance: str) -> str:
 def for_unknown_source(place: Place, service: str, source: str) -> str:
     return (
         f"Start {source} so that it can be seen, or take it out of the intentions of {service}: "
-        f"`{place.tidegate('config', 'read', '-kind', 'service-intentions', '-name', service)}`"
+        f"`{read_intentions(place, service)}`"
     )
+
+
+def read_intentions(place: Place, service: str) -> str:
+    """The command that shows a service's intentions."""
+    name, namespace, partition = ServiceName.of(service)
+    tenancy = ("-namespace", namespace) if namespace != DEFAULT_TENANT else ()
+    if partition != DEFAULT_TENANT:
+        tenancy = (*tenancy, "-partition", partition)
+    return place.tidegate("config", "read", "-kind", "service-intentions", "-name", name, *tenancy)
 
 
 def for_unmeshed_instance(
@@ -178,14 +235,9 @@ def for_unmeshed_instance(
     callers = ", ".join(sorted(set(outside_mesh)))
     if not callers or intent.mode is MutualTLSMode.PERMISSIVE:
         return f"O{step}"
-    entry = {
-        "Kind": "service-defaults",
-        "Name": intent.service,
-        "MutualTLSMode": MutualTLSMode.PERMISSIVE.value,
-    }
     return (
-        f"First make {intent.service} permissive, or its sidecar refuses {callers}: `{place.write(entry)}`; then "
-        f"o{step}"
+        f"First make {intent.service} permissive, or its sidecar refuses {callers}: "
+        f"`{place.tidegate('permissive', intent.service)}`; then o{step}"
     )
 
 

@@ -24,25 +24,28 @@ from tidegate.enforce.sidecar.files import SidecarError
 TIMEOUT_S = 2.0
 LARGEST_ANSWER = 8 * 1024 * 1024
 
-_PARTS = (
-    "listener_manager.lds",
-    "cluster_manager.cds",
-    f"extension_config_discovery.network_filter.{render.RBAC_STAT_PREFIX}",
-)
-_SDS = ("sds.leaf", "sds.roots")
+_PARTS = ("listener_manager.lds", "cluster_manager.cds")
+_EXTENSION = "extension_config_discovery.network_filter"
+_ROOTS = f"sds.{render.ROOTS_SECRET}"
 _WARMING = ("listener_manager.total_listeners_warming", "cluster_manager.warming_clusters")
 
-_PUBLIC = f"tcp.{render.PUBLIC_LISTENER}.downstream_cx_total"
-_PERMISSIVE = f"tcp.{render.PERMISSIVE_PUBLIC_LISTENER}.downstream_cx_total"
+_PUBLIC = re.compile(rf"tcp\.{render.PUBLIC_LISTENER}\.(?P<service>.+\.)?downstream_cx_total")
+_PERMISSIVE = re.compile(
+    rf"tcp\.{render.PERMISSIVE_PUBLIC_LISTENER}\.(?P<service>.+\.)?downstream_cx_total"
+)
+_PERMISSIVE_ACTIVE = re.compile(
+    rf"cluster\.{render.PERMISSIVE_LOCAL_APP}\.(?P<service>.+\.)?upstream_cx_active"
+)
+_DENIED = re.compile(rf"{render.RBAC_STAT_PREFIX}\.(?P<service>.+\.)?rbac\.denied")
 _PASSTHROUGH = f"tcp.upstream.{render.ORIGINAL_DESTINATION}.downstream_cx_total"
-_ACTIVE = f"listener.{render.PUBLIC_LISTENER}.downstream_cx_active"
-_PERMISSIVE_ACTIVE = f"cluster.{render.PERMISSIVE_LOCAL_APP}.upstream_cx_active"
+_LISTENER = f"listener.{render.PUBLIC_LISTENER}"
+_ACTIVE = f"{_LISTENER}.downstream_cx_active"
+_LEFT_EARLY = f"{_LISTENER}.downstream_listener_filter_remote_close"
 _UPTIME = "server.uptime"
-_DENIED = f"{render.RBAC_STAT_PREFIX}.rbac.denied"
-_TLS = f"listener.{render.PUBLIC_LISTENER}.ssl"
+_TLS = f"{_LISTENER}.ssl"
 _HANDSHAKES = f"{_TLS}.handshake"
 _TLS_FAILURES = (
-    f"listener.{render.PUBLIC_LISTENER}.downstream_cx_transport_socket_connect_timeout",
+    f"{_LISTENER}.downstream_cx_transport_socket_connect_timeout",
     f"{_TLS}.connection_error",
     f"{_TLS}.fail_verify_no_cert",
     f"{_TLS}.fail_verify_error",
@@ -51,20 +54,37 @@ _TLS_FAILURES = (
 )
 
 
+_ASKED = (
+    f"tcp.{render.PUBLIC_LISTENER}.",
+    f"tcp.{render.PERMISSIVE_PUBLIC_LISTENER}.",
+    f"cluster.{render.PERMISSIVE_LOCAL_APP}.",
+    f"{render.RBAC_STAT_PREFIX}.",
+    _PASSTHROUGH,
+    _ACTIVE,
+    _LEFT_EARLY,
+    _UPTIME,
+    _HANDSHAKES,
+    *_TLS_FAILURES,
+)
+
+
 class SidecarStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What Envoy counted. All counters begin again at 0 when it is restarted."""
+    """What Envoy counted, over all services of the workload. All counters begin again at 0 when it is restarted."""
 
     public_connections: int
-    """Connections that entered the mTLS chain, whether or not their handshake succeeded."""
+    """Connections that entered an mTLS chain, whether or not their handshake succeeded, or were closed by the
+    client before it had said which."""
     permissive_connections: int
     """Connections that entered a permissive chain. Begins again at 0 after strict mode too, once
     the connections that were open at the flip have been drained."""
     passthrough_connections: int
     """Connections of the application to anything that is no upstream."""
     public_active: int
-    """Connections that the mTLS chain has now."""
+    """Connections that mTLS chains have now."""
     permissive_active: int
     """Connections that permissive chains have now, those that drain after a flip among them."""
+    permissive_active_of: dict[str, int] = {}
+    """The same for each service that has any, by its label in names (`render.service_label`), "" for the first."""
     rbac_denied: int
     """mTLS connections that no intention allows."""
     tls_handshakes: int
@@ -93,55 +113,53 @@ class SidecarAdmin:
 
     def sidecar_stats(self) -> SidecarStats:
         """The counters of both listeners, for the witness."""
-        wanted = (
-            _PUBLIC,
-            _PERMISSIVE,
-            _PASSTHROUGH,
-            _ACTIVE,
-            _PERMISSIVE_ACTIVE,
-            _UPTIME,
-            _DENIED,
-            _HANDSHAKES,
-            *_TLS_FAILURES,
-        )
-        found = self.stats(wanted)
-        permissive_active = found.get(_PERMISSIVE_ACTIVE, 0)
+        found = self.stats(_ASKED)
+        active = _by_service(found, _PERMISSIVE_ACTIVE)
+        permissive_active = sum(active.values())
         return SidecarStats(
-            public_connections=found.get(_PUBLIC, 0),
-            permissive_connections=found.get(_PERMISSIVE, 0),
+            public_connections=sum(_by_service(found, _PUBLIC).values())
+            + found.get(_LEFT_EARLY, 0),
+            permissive_connections=sum(_by_service(found, _PERMISSIVE).values()),
             passthrough_connections=found.get(_PASSTHROUGH, 0),
             public_active=max(0, found.get(_ACTIVE, 0) - permissive_active),
             permissive_active=permissive_active,
-            rbac_denied=found.get(_DENIED, 0),
+            permissive_active_of={service: number for service, number in active.items() if number},
+            rbac_denied=sum(_by_service(found, _DENIED).values()),
             tls_handshakes=found.get(_HANDSHAKES, 0),
             tls_handshake_failures=sum(found.get(name, 0) for name in _TLS_FAILURES),
             uptime_epoch=found.get(_UPTIME, 0),
         )
 
-    def applied_version(self) -> str | None:
-        """Version of the Configuration that Envoy works by.
+    def applied_version(self, extensions: Iterable[str] = (render.RBAC_STAT_PREFIX,)) -> str | None:
+        """Version of the Configuration that Envoy works by; `extensions` are the names of its intentions.
 
         None while it takes one in (something warms, parts are of different versions) and after it
         has rejected a part of one.
         """
-        texts = dict(self._stats((*_PARTS, *_WARMING)))
+        parts = _parts(extensions)
+        texts = dict(self._stats((*parts, *_WARMING)))
         if any(texts.get(name) != "0" for name in _WARMING):
             return None
-        return _common_version(texts, _PARTS)
+        return _common_version(texts, parts)
 
-    def applied_secrets(self) -> str | None:
-        """Version of the Secrets that new connections use; None while Envoy has only a part."""
-        return _common_version(dict(self._stats(_SDS)), _SDS)
+    def applied_secrets(self, leaves: Iterable[str] = (render.LEAF_SECRET,)) -> str | None:
+        """Version of the Secrets that new connections use; `leaves` are the names of its leaves.
 
-    def rejection(self) -> str | None:
+        None while Envoy has only a part.
+        """
+        parts = (_ROOTS, *(f"sds.{leaf}" for leaf in leaves))
+        return _common_version(dict(self._stats(parts)), parts)
+
+    def rejection(self, extensions: Iterable[str] = (render.RBAC_STAT_PREFIX,)) -> str | None:
         """Why Envoy did not take the last configuration, in its own words; None if it did."""
         dump = self._json("/config_dump?resource=dynamic_listeners")
         for listener in dump.get("configs", []):
             details = listener.get("error_state", {}).get("details")
             if details:
                 return f"{listener['name']}: {details}"
-        texts = dict(self._stats(_PARTS))
-        versions = {part: texts.get(f"{part}.version_text") for part in _PARTS}
+        parts = _parts(extensions)
+        texts = dict(self._stats(parts))
+        versions = {part: texts.get(f"{part}.version_text") for part in parts}
         if len(set(versions.values())) == 1:
             return None
         for part, version in versions.items():
@@ -181,6 +199,16 @@ class SidecarAdmin:
 
     def _error(self, what: str) -> SidecarError:
         return SidecarError(f"the Envoy of {self._directory} {what}")
+
+
+def _parts(extensions: Iterable[str]) -> tuple[str, ...]:
+    return (*_PARTS, *(f"{_EXTENSION}.{name}" for name in extensions))
+
+
+def _by_service(found: dict[str, int], pattern: re.Pattern[str]) -> dict[str, int]:
+    """The counters that a pattern matches, by the service in their names, "" for the first one's."""
+    matches = ((pattern.fullmatch(name), value) for name, value in found.items())
+    return {(match["service"] or "").rstrip("."): value for match, value in matches if match}
 
 
 def _common_version(texts: dict[str, str], parts: Iterable[str]) -> str | None:
