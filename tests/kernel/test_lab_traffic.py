@@ -164,7 +164,9 @@ def test_keepalive_is_the_number_of_requests_per_connection(up) -> None:
     eventually(lambda: all(one.ok >= 25 for one in statistics("caller").targets))
     for one in statistics("caller").targets:
         assert one.failed == 0
-        assert one.connections == -(-(one.ok + one.in_flight) // 5)
+        # The request that is under way may not have its connection yet.
+        fewest, most = (-(-requests // 5) for requests in (one.ok, one.ok + one.in_flight))
+        assert fewest <= one.connections <= most
 
 
 @pytest.mark.parametrize("kind", list(SERVERS))
