@@ -641,9 +641,12 @@ def test_two_workloads_of_one_namespace_follow_each_other(node, monkeypatch):
 
 
 def test_a_gone_workload_that_cannot_be_removed_is_told_not_published_and_tried_again(
-    node, monkeypatch
+    node, monkeypatch, tmp_path
 ):
-    node.put("api", netns="/proc/self/ns/net")
+    # It lies there, and nobody could get into it.
+    namespace = tmp_path / "namespace"
+    namespace.touch()
+    node.put("api", netns=str(namespace))
 
     def refuse(*_args):
         raise KernelError("not now", errno.EBUSY)
