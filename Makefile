@@ -20,11 +20,14 @@ PACKAGES := python3 python3-venv libbpf1 libnftables1 iptables \
 # What only `tidegate trace` needs, as its document tells people to install it (docs/trace.md): headers of any kernel do.
 TEST_PACKAGES := python3-bpfcc linux-headers-$$(dpkg --print-architecture)
 
+# What the benchmarks have beside their own.
+BENCH_PACKAGES := iperf3
+
 # A virtual environment holds absolute paths: it is made again when the repository has moved.
 STAMP := $(VENV)/ready
 FINGERPRINT = $$(echo "$(CURDIR)" | cat - pyproject.toml | sha256sum | cut -d' ' -f1)
 
-.PHONY: help setup packages packages-of-tests venv bpf demo test lint unit bench fuzz soak vm live clean
+.PHONY: help setup packages packages-of-tests packages-of-bench venv bpf demo test lint unit bench fuzz soak vm live clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +46,9 @@ packages:
 
 packages-of-tests: packages
 	@$(MAKE) --silent --no-print-directory packages PACKAGES="$(TEST_PACKAGES)"
+
+packages-of-bench: packages
+	@$(MAKE) --silent --no-print-directory packages PACKAGES="$(BENCH_PACKAGES)"
 
 venv: packages
 	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(FINGERPRINT)" ]; then \
@@ -71,7 +77,7 @@ lint: setup ## style and types
 	@$(BIN)/ruff format --check agent tests
 	@$(BIN)/mypy
 
-bench: setup ## measurements, as ratios with medians
+bench: setup packages-of-bench ## measurements, as ratios with medians
 	@$(BIN)/python -m tests.bench
 
 fuzz: setup ## the classifier against its reference: a million random streams, STREAMS and SEED to choose others

@@ -70,7 +70,12 @@ def _run(parts: list[str]) -> report.Run:
         processors=os.cpu_count() or 1,
         load=(load, os.getloadavg()[0]),
         measurements=tuple(measurements),
-        not_measured=redirect.not_measured() if redirect.PART in parts else (),
+        not_measured=tuple(
+            sentence
+            for part in (redirect, flows)
+            if part.PART in parts
+            for sentence in part.not_measured()
+        ),
     )
 
 

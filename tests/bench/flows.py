@@ -78,6 +78,11 @@ def measure(site: Site) -> Iterator[Measurement]:
             yield from veth.measure(PART, site, nothing)
 
 
+def not_measured() -> tuple[str, ...]:
+    """What this machine does not allow to be measured."""
+    return veth.not_measured()
+
+
 class _Steps:
     """The programs with maps of their own, loaded for one field that counts up.
 

@@ -10,8 +10,11 @@ attach changes the kernel's code and empties caches, and what comes right behind
 import contextlib
 import ctypes
 import functools
+import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,12 +59,11 @@ class _Cost(NamedTuple):
 
 
 class _Traffic(NamedTuple):
-    """One kind of traffic: the server for it, and how much of it a sample is, in `unit`."""
+    """One kind of traffic: who makes it, and how much of it a sample is, in `unit`."""
 
     title: str
-    server: str
-    run: Callable[[int], None]
-    """Takes the server's port, and is called in the pod's namespace."""
+    made: "Callable[[_Path], contextlib.AbstractContextManager[Callable[[], _Cost]]]"
+    """While there is a server: each call is a sample."""
     amount: float
     unit: Unit
     rounds: int
@@ -75,6 +77,8 @@ def measure(part: str, site: Site, nothing: Program) -> Iterator[Measurement]:
         classifier.set_profile(consul_profile("bench.consul"))
         path = _Path(pair, classifier, nothing)
         yield from _compare(part, path, _STREAM)
+        if _has_iperf3():
+            yield from _compare(part, path, _IPERF3)
         yield from _compare(part, path, _CONNECTIONS)
         yield from _compare(part, path, _REQUESTS)
         netns.run_in(pair.pod, _cut_segments)
@@ -82,17 +86,27 @@ def measure(part: str, site: Site, nothing: Program) -> Iterator[Measurement]:
         classifier.remove()
 
 
+def not_measured() -> tuple[str, ...]:
+    """What this machine does not allow to be measured."""
+    missing = "flows by iperf3: there is no iperf3 program (Debian has it in iperf3)"
+    return () if _has_iperf3() else (missing,)
+
+
+def _has_iperf3() -> bool:
+    return shutil.which("iperf3") is not None
+
+
 def _compare(part: str, path: "_Path", traffic: _Traffic) -> Iterator[Measurement]:
     """The rate by the clock, and by the processor time that both ends needed."""
     spent: dict[str, list[float]] = {}
-    with path.serving(traffic.server) as run:
+    with traffic.made(path) as run:
 
         def alternative(name: str, way: Way, limit: Limit | None = None) -> Alternative:
             spent[name] = []
 
             def sample() -> float:
                 with way():
-                    cost = run(traffic.run)
+                    cost = run()
                 spent[name].append(traffic.amount / cost.processors)
                 return traffic.amount / cost.wall
 
@@ -161,8 +175,8 @@ class _Path:
         return sum(edge.count.connections for edge in self._classifier.edges())
 
     @contextlib.contextmanager
-    def serving(self, kind: str) -> Iterator[Callable[[Callable[[int], None]], _Cost]]:
-        """A server in the node's namespace, and what runs traffic towards it from the pod."""
+    def served(self, kind: str, run: Callable[[int], None]) -> Iterator[Callable[[], _Cost]]:
+        """A server in the node's namespace; `run` is called in the pod's, with the server's port."""
         address = ("0.0.0.0", 0)
         with netns.run_in(self._pair.node, socket.create_server, address, backlog=1024) as listener:
             port: int = listener.getsockname()[1]
@@ -174,10 +188,33 @@ class _Path:
                 start_new_session=True,
             )
         try:
-            yield lambda run: netns.run_in(self._pair.pod, _cost, server.pid, run, port)
+            yield lambda: netns.run_in(self._pair.pod, _cost, server.pid, run, port)
         finally:
             server.kill()
             server.wait()
+
+    @contextlib.contextmanager
+    def iperf3(self, megabytes: int) -> Iterator[Callable[[], _Cost]]:
+        """A stream of iperf3's, by its own account."""
+        serve = ["iperf3", "--server", "--forceflush"]
+        server = netns.spawn(self._pair.node, serve, stdout=subprocess.PIPE, start_new_session=True)
+        try:
+            assert server.stdout is not None
+            while b"Server listening" not in server.stdout.readline():
+                assert server.poll() is None, "iperf3 ended at once"
+            yield lambda: _iperf3(self._pair.pod, megabytes)
+        finally:
+            server.kill()
+            server.communicate()
+
+
+def _iperf3(pod: str, megabytes: int) -> _Cost:
+    argv = ["iperf3", "--client", NODE_IPV4, "--bytes", f"{megabytes}M", "--json"]
+    with netns.spawn(pod, argv, stdout=subprocess.PIPE) as client:
+        told, _ = client.communicate(timeout=_DEADLINE_S)
+    end = json.loads(told)["end"]
+    wall, used = end["sum_received"]["seconds"], end["cpu_utilization_percent"]
+    return _Cost(wall, wall * (used["host_total"] + used["remote_total"]) / 100)
 
 
 def _cost(server: int, run: Callable[[int], None], port: int) -> _Cost:
@@ -251,18 +288,27 @@ def _cut_segments() -> None:
 
 def _stream(title: str, megabytes: int, rounds: int, limit: Limit | None = None) -> _Traffic:
     size = megabytes * _CHUNK
-    run = functools.partial(_transfer, size)
-    return _Traffic(title, "sink", run, size * 8 / 1e9, Unit.GIGABITS_PER_SECOND, rounds, limit)
+    made = functools.partial(_Path.served, kind="sink", run=functools.partial(_transfer, size))
+    return _Traffic(title, made, size * 8 / 1e9, Unit.GIGABITS_PER_SECOND, rounds, limit)
 
 
 def _dialogue(
     title: str, count: int, run: Callable[[int, int], None], limit: Limit | None = None
 ) -> _Traffic:
-    call = functools.partial(run, count)
-    return _Traffic(title, "answer", call, count, Unit.PER_SECOND, _ROUNDS, limit)
+    made = functools.partial(_Path.served, kind="answer", run=functools.partial(run, count))
+    return _Traffic(title, made, count, Unit.PER_SECOND, _ROUNDS, limit)
 
 
 _STREAM = _stream("one TCP stream through veth", 128, _ROUNDS, _HELD)
+_IPERF3_MEGABYTES = 512
+_IPERF3 = _Traffic(
+    "one TCP stream of iperf3 through veth",
+    functools.partial(_Path.iperf3, megabytes=_IPERF3_MEGABYTES),
+    _IPERF3_MEGABYTES * _CHUNK * 8 / 1e9,
+    Unit.GIGABITS_PER_SECOND,
+    _FEW_ROUNDS,
+    _HELD,
+)
 _SMALL_STREAM = _stream("one TCP stream, no packet larger than 1500 bytes", 16, _FEW_ROUNDS)
 _CONNECTIONS = _dialogue("connections: open, request, answer, close", 100, _open_and_close, _HELD)
 _REQUESTS = _dialogue("request and answer on an open connection", 200, _ask)
