@@ -189,11 +189,11 @@ async def drained(queue):
     return events
 
 
-def flipped(mesh, directory, guard_s=SOON, *, force=False):
+def flipped(mesh, directory, guard_s=SOON, *, force=False, drain_s=30.0):
     """Every event of one flip, heartbeats left out; checks that just the last one has an exit code."""
 
     async def scenario():
-        guard = Guard(mesh, directory)
+        guard = Guard(mesh, directory, drain_s)
         guard.resume()
         return await drained(guard.strict("api", guard_s, force=force))
 
@@ -484,11 +484,10 @@ def test_plaintext_connections_are_counted_down_until_none_is_left(tmp_path):
     assert events[-1].message == "api is strict; no known caller was refused"
 
 
-def test_plaintext_that_never_closes_does_not_hold_the_guard_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(guard_module, "DRAIN_S", 0.05)
+def test_plaintext_that_never_closes_does_not_hold_the_guard_for_ever(tmp_path):
     mesh = FakeMesh()
     mesh.open_plaintext = [2]
-    events = flipped(mesh, tmp_path, guard_s=0.001)
+    events = flipped(mesh, tmp_path, guard_s=0.001, drain_s=0.03)
     assert names(events) == ["written", "enforced", "draining", "kept"]
     assert events[-1].message.endswith("; 2 plaintext connections are still open")
 

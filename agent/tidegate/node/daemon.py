@@ -266,7 +266,7 @@ class Daemon:
         """By what it is about and whom it is about, as `_tell` has it."""
         local = LocalEvidence(self._evidence, self._flows)
         self._mesh = MeshView(config, self._intent, catalog, local)
-        self._guard = Guard(self._mesh, config.state_dir / "guards")
+        self._guard = Guard(self._mesh, config.state_dir / "guards", config.drain_time)
         self.app = api.make_app(self._mesh, local, self._guard, self._status)
 
     async def close(self) -> None:

@@ -28,9 +28,10 @@ from tidegate.verdict.evidence import CallerKind
 from tidegate.verdict.readiness import Answer, CallerFlow, Effect, Reason, ReasonKind, Verdict
 
 POLL_S = 0.25
-DRAIN_S = 45.0
-"""How long after the flip a guard waits for the last plaintext connection: sidecars close those that were open
-after 30 s."""
+DRAIN_S = 30.0
+"""What sidecars take by default to close the plaintext connections that were open at a flip."""
+_DRAIN_TIMES = 1.5
+"""How long a guard waits for the last of them, in times that."""
 BLIND_GRACE_S = 60.0
 """How long after its time a guard waits for evidence that it could not see."""
 
@@ -92,9 +93,10 @@ class Mesh(Protocol):
 class Guard:
     """All flips of this agent; one at a time for a service."""
 
-    def __init__(self, mesh: Mesh, directory: Path) -> None:
+    def __init__(self, mesh: Mesh, directory: Path, drain_s: float = DRAIN_S) -> None:
         self._mesh = mesh
         self._directory = directory
+        self._drain_s = drain_s
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unreadable: tuple[str, ...] = ()
 
@@ -114,7 +116,7 @@ class Guard:
                 self._unreadable += (problem,)
                 continue
             log.info("guard taken up again", service=flip.service)
-            course = _Course(self._mesh, path, flip.service, _log_event)
+            course = self._course(path, flip.service, _log_event)
             self._start(course, course.resume(flip), lambda: None)
 
     async def stop(self) -> None:
@@ -138,11 +140,13 @@ class Guard:
             if event.event != "guarding" or queue.empty():
                 queue.put_nowait(event)
 
-        course = _Course(
-            self._mesh, self._directory / f"{quote(service, safe='')}.json", service, tell
-        )
+        path = self._directory / f"{quote(service, safe='')}.json"
+        course = self._course(path, service, tell)
         self._start(course, course.begin(guard_s, force=force), lambda: queue.put_nowait(None))
         return queue
+
+    def _course(self, path: Path, service: str, tell_event: Callable[[Event], None]) -> "_Course":
+        return _Course(self._mesh, path, service, tell_event, self._drain_s)
 
     def _start(
         self, course: "_Course", steps: Awaitable[None], finished: Callable[[], None]
@@ -173,12 +177,18 @@ class _Course:
     """The steps of one flip. Each is kept in the file before it is done, and may be done twice."""
 
     def __init__(
-        self, mesh: Mesh, path: Path, service: str, tell_event: Callable[[Event], None]
+        self,
+        mesh: Mesh,
+        path: Path,
+        service: str,
+        tell_event: Callable[[Event], None],
+        drain_s: float,
     ) -> None:
         self.service = service
         self._mesh = mesh
         self._path = path
         self._tell_event = tell_event
+        self._drain_s = drain_s
 
     def tell(
         self,
@@ -325,7 +335,7 @@ class _Course:
                 return
             self._tell_open(open_now, told_open)
             told_open = open_now
-            is_drained = not open_now or now >= enforced_at + DRAIN_S
+            is_drained = not open_now or now >= enforced_at + _DRAIN_TIMES * self._drain_s
             if now >= guard_until and not blind and is_drained:
                 break
             if blind and now >= guard_until + BLIND_GRACE_S:
