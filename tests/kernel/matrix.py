@@ -364,12 +364,16 @@ class _Maker:
         os._exit(0)
 
 
+SOURCE_PORTS = range(30_000, 60_000)
+"""Of the clients, one after the other."""
+
+
 class Site:
     """The namespaces, servers and clients. Connections that a battery leaves are closed by it."""
 
     def __init__(self, paths: dict[str, str], stack: ExitStack) -> None:
         self.paths = paths
-        self._source_ports = itertools.cycle(range(30_000, 60_000))
+        self._source_ports = itertools.cycle(SOURCE_PORTS)
         self._serials = itertools.count()
         self._accepted: dict[int, socket.socket] = {}
         self._selector = stack.enter_context(selectors.DefaultSelector())
@@ -738,6 +742,10 @@ def site() -> Iterator[Site]:
             for setting in ("conf/all/rp_filter", "conf/default/rp_filter", "icmp_ratelimit"):
                 set_sysctl(path, f"net/ipv4/{setting}", "0")
             set_sysctl(path, "net/ipv6/icmp/ratelimit", "0")
+            # A source port that comes round again, or that somebody else was given, would be translated to another.
+            set_sysctl(path, "net/ipv4/ip_local_port_range", f"{SOURCE_PORTS.stop} 65535")
+            for state in ("time_wait", "last_ack", "close"):
+                set_sysctl(path, f"net/netfilter/nf_conntrack_tcp_timeout_{state}", "2")
 
         def add(at: str, interface: str, found: str | None, width: int) -> None:
             if found and not found.startswith("127."):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import consul
+import consul_rules
 
 from tidegate.kernel import netns
 
@@ -19,10 +19,10 @@ def legacy_tables(netns_path: str) -> dict[str, list[str]]:
 
 def parts(netns_path: str) -> dict[str, list[str]]:
     """The lines of nf_tables and of each legacy table, without counts; of a table that is empty, nothing."""
-    told = {"nf_tables": consul.run(netns_path, "nft", "-s", "list", "ruleset")}
+    told = {"nf_tables": consul_rules.run(netns_path, "nft", "-s", "list", "ruleset")}
     for family, tables in legacy_tables(netns_path).items():
         for table in tables:
-            told[f"{family} {table}"] = consul.run(netns_path, _SAVE[family], "-t", table)
+            told[f"{family} {table}"] = consul_rules.run(netns_path, _SAVE[family], "-t", table)
     lines = {
         name: [_COUNTS.sub("", line).strip() for line in text.splitlines()]
         for name, text in told.items()

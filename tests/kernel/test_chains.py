@@ -1,6 +1,6 @@
 """What is listed of a namespace's chains: everything where that is little, and what is sought where it is much."""
 
-import consul
+import consul_rules
 import pytest
 
 from tidegate.kernel import chains, legacy_tables, netns, nfnetlink
@@ -25,7 +25,7 @@ def listed(pod, sought=()):
 def flood(pod, number=FLOOD, table="many"):
     """A table of so many chains, made before any other."""
     names = "".join(f"chain c{n} {{ }}\n" for n in range(number))
-    consul.run(pod, "nft", "-f", "-", text=f"table inet {table} {{\n{names}}}\n")
+    consul_rules.run(pod, "nft", "-f", "-", text=f"table inet {table} {{\n{names}}}\n")
 
 
 def test_chains_of_both_stores_are_listed_with_where_they_are_asked(pod):
@@ -37,8 +37,8 @@ def test_chains_of_both_stores_are_listed_with_where_they_are_asked(pod):
         }
         table netdev two { chain incoming { type filter hook ingress device lo priority 0; }; }
     """
-    consul.run(pod, "nft", "-f", "-", text=script)
-    consul.run(pod, "iptables-legacy", "-t", "mangle", "-N", "OTHERS")
+    consul_rules.run(pod, "nft", "-f", "-", text=script)
+    consul_rules.run(pod, "iptables-legacy", "-t", "mangle", "-N", "OTHERS")
     found = listed(pod)
     assert found.unseen == ()
     assert set(found.chains) == {
@@ -75,7 +75,7 @@ def test_as_many_chains_as_are_looked_at_are_listed_whole(pod):
 
 def test_of_more_chains_those_that_are_sought_are_found_and_the_rest_is_told(pod):
     flood(pod)
-    consul.run(pod, "nft", "table ip late { chain mine { counter; }; chain other { }; }")
+    consul_rules.run(pod, "nft", "table ip late { chain mine { counter; }; chain other { }; }")
     sought = [
         Chain(Store.NF_TABLES, "ip", "late", "mine"),
         Chain(Store.NF_TABLES, "ip", "late", "not-there"),
@@ -119,7 +119,7 @@ def test_legacy_tables_are_read_as_iptables_reads_them(pod, family):
         "-t nat -A OUTPUT -p tcp -j RETURN",
         "-t raw -P PREROUTING DROP",
     )
-    consul.run(pod, "sh", "-e", text="\n".join(f"{program} {rule}" for rule in rules))
+    consul_rules.run(pod, "sh", "-e", text="\n".join(f"{program} {rule}" for rule in rules))
     table = netns.run_in(pod, legacy_tables.read, family, "nat", 2**20)
     assert table.chains() == ("LAST", "OTHERS")
     assert table.hooks() == ("prerouting", "input", "output", "postrouting")
@@ -139,8 +139,8 @@ def test_legacy_tables_are_read_as_iptables_reads_them(pod, family):
 
 def test_a_legacy_table_that_is_too_large_is_not_read_and_is_told(pod):
     rules = "-A OUTPUT -p tcp -m comment --comment x -j ACCEPT\n" * 3000
-    consul.run(pod, "iptables-legacy-restore", text=f"*raw\n:MINE -\n{rules}COMMIT\n")
-    consul.run(pod, "iptables-legacy", "-t", "nat", "-N", "THEIRS")
+    consul_rules.run(pod, "iptables-legacy-restore", text=f"*raw\n:MINE -\n{rules}COMMIT\n")
+    consul_rules.run(pod, "iptables-legacy", "-t", "nat", "-N", "THEIRS")
     found = listed(pod)
     assert [chain.name for chain in found.chains] == ["THEIRS"]
     (unseen,) = found.unseen

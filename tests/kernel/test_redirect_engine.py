@@ -7,7 +7,7 @@ import sys
 import threading
 from contextlib import ExitStack, contextmanager
 
-import consul
+import consul_rules
 import pytest
 from callers import calling_both_ways
 from hostile import owned_table, table
@@ -325,7 +325,7 @@ class TestRemove:
     def test_it_leaves_the_namespace_as_it_was(self, redirecting, pod):
         for program in ("iptables-legacy", "ip6tables-legacy"):
             others_rules(pod, program)
-        consul.run(
+        consul_rules.run(
             pod, "nft", "add table inet other { chain c { type nat hook output priority 5; }; }"
         )
         before = ruleset(pod)
@@ -369,7 +369,7 @@ class TestRemove:
             redirecting.remove(pod)
 
     def test_what_consul_left_stays(self, redirecting, pod):
-        consul.with_nft(pod)
+        consul_rules.with_nft(pod)
         redirecting.apply(pod, DEFAULT)
         redirecting.remove(pod)
         assert {item.mesh for item in foreign.find(pod)} == {Mesh.CONSUL}
@@ -386,28 +386,32 @@ class TestForeign:
         ],
     )
     def test_consuls_rules_are_found_wherever_they_are(self, pod, left_by, places):
-        consul.LEFT_BY[left_by](pod)
+        consul_rules.LEFT_BY[left_by](pod)
         found = foreign.find(pod)
         assert {(item.store, item.family, item.table) for item in found} == places
         for item in found:
             assert item.mesh is Mesh.CONSUL
             assert item.removable
-            assert set(consul.CHAINS) <= set(item.chains) <= {*consul.CHAINS, *consul.BASE_CHAINS}
+            assert (
+                set(consul_rules.CHAINS)
+                <= set(item.chains)
+                <= {*consul_rules.CHAINS, *consul_rules.BASE_CHAINS}
+            )
 
-    @pytest.mark.parametrize("left_by", consul.LEFT_BY)
+    @pytest.mark.parametrize("left_by", consul_rules.LEFT_BY)
     def test_exactly_consuls_chains_and_the_jumps_to_them_are_removed(self, pod, left_by):
         for program in ("iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"):
             others_rules(pod, program)
         for named in ("nat", "mine"):
-            consul.run(pod, "nft", OTHERS_TABLE.format(named))
+            consul_rules.run(pod, "nft", OTHERS_TABLE.format(named))
         before = ruleset(pod)
         if left_by == "inet nat":
             # The draft's own script begins with the removal of the whole table.
-            consul.run(pod, "nft", "delete table inet nat")
-            consul.with_nft_draft(pod)
-            consul.run(pod, "nft", OTHERS_TABLE.format("nat"))
+            consul_rules.run(pod, "nft", "delete table inet nat")
+            consul_rules.with_nft_draft(pod)
+            consul_rules.run(pod, "nft", OTHERS_TABLE.format("nat"))
         else:
-            consul.LEFT_BY[left_by](pod)
+            consul_rules.LEFT_BY[left_by](pod)
         found = foreign.find(pod)
         assert found
         remove_foreign(pod, found)
@@ -418,10 +422,10 @@ class TestForeign:
 
     def test_a_jump_that_another_program_added_goes_with_the_chain(self, pod):
         for program in ("iptables-legacy", "iptables-nft"):
-            consul.by_iptables(pod, program, "127.0.0.1/32", "127.0.0.1:8600")
+            consul_rules.by_iptables(pod, program, "127.0.0.1/32", "127.0.0.1:8600")
             others_rules(pod, program)
-            consul.run(pod, program, "-t", "nat", "-A", "OTHERS", "-j", "CONSUL_PROXY_OUTPUT")
-            consul.run(pod, program, "-t", "nat", "-I", "OTHERS", "-g", "CONSUL_DNS_REDIRECT")
+            consul_rules.run(pod, program, "-t", "nat", "-A", "OTHERS", "-j", "CONSUL_PROXY_OUTPUT")
+            consul_rules.run(pod, program, "-t", "nat", "-I", "OTHERS", "-g", "CONSUL_DNS_REDIRECT")
         remove_foreign(pod, foreign.find(pod))
         assert foreign.find(pod) == ()
         left = ruleset(pod)
@@ -429,21 +433,21 @@ class TestForeign:
         assert [line for line in left if "OTHERS" in line]
 
     def test_a_table_that_somebody_else_uses_too_is_not_deleted_whole(self, pod):
-        consul.with_nft(pod)
-        consul.run(
+        consul_rules.with_nft(pod)
+        consul_rules.run(
             pod, "nft", "add chain inet consul_tproxy mine; add rule inet consul_tproxy mine accept"
         )
         remove_foreign(pod, foreign.find(pod))
         assert foreign.find(pod) == ()
-        listed = consul.run(pod, "nft", "-s", "list", "table", "inet", "consul_tproxy")
+        listed = consul_rules.run(pod, "nft", "-s", "list", "table", "inet", "consul_tproxy")
         assert " ".join(listed.split()) == "table inet consul_tproxy { chain mine { accept } }"
 
     def test_other_meshes_are_told_and_left_alone(self, pod):
         for program in ("iptables-legacy", "ip6tables-nft"):
             for chain in ("ISTIO_OUTPUT", "PROXY_INIT_REDIRECT", "KUMA_MESH_INBOUND"):
-                consul.run(pod, program, "-t", "nat", "-N", chain)
-                consul.run(pod, program, "-t", "nat", "-A", "OUTPUT", "-j", chain)
-        consul.run(pod, "nft", "add table inet istio-proxy-nat { chain prerouting { }; }")
+                consul_rules.run(pod, program, "-t", "nat", "-N", chain)
+                consul_rules.run(pod, program, "-t", "nat", "-A", "OUTPUT", "-j", chain)
+        consul_rules.run(pod, "nft", "add table inet istio-proxy-nat { chain prerouting { }; }")
         before = ruleset(pod)
         found = foreign.find(pod)
         assert {item.mesh for item in found} == {Mesh.ISTIO, Mesh.LINKERD, Mesh.KUMA}
@@ -479,7 +483,7 @@ class TestFloods:
         tables = "".join(
             f"table inet t{n} {{ chain a {{ }}; chain b {{ }}; }}\n" for n in range(1000)
         )
-        consul.run(pod, "nft", "-f", "-", text=tables)
+        consul_rules.run(pod, "nft", "-f", "-", text=tables)
         return pod
 
     @pytest.fixture
@@ -489,7 +493,7 @@ class TestFloods:
 
         def add(name):
             text = f"*{name}\n{rules}COMMIT\n"
-            consul.run(pod, "iptables-legacy-restore", "--noflush", text=text)
+            consul_rules.run(pod, "iptables-legacy-restore", "--noflush", text=text)
 
         return add
 
@@ -501,9 +505,9 @@ class TestFloods:
         assert redirecting.check(flooded, DEFAULT) == ()
         assert redirecting.apply(flooded, DEFAULT).change is Change.UNCHANGED
 
-    @pytest.mark.parametrize("left_by", consul.LEFT_BY)
+    @pytest.mark.parametrize("left_by", consul_rules.LEFT_BY)
     def test_consuls_rules_are_found_and_adopted(self, redirecting, flooded, left_by):
-        consul.LEFT_BY[left_by](flooded)
+        consul_rules.LEFT_BY[left_by](flooded)
         left = set(foreign.find(flooded))
         assert left
         applied = redirecting.apply(flooded, DEFAULT, adopt=True)
@@ -529,7 +533,7 @@ class TestFloods:
 
     def test_legacy_tables_of_others_too_large_to_be_worked_on_are_no_obstacle(self, pod):
         rules = "-A OUTPUT -p tcp -j ACCEPT\n" * (xtables.MOST_RULES + 1)
-        consul.run(pod, "iptables-legacy-restore", text=f"*nat\n{rules}COMMIT\n")
+        consul_rules.run(pod, "iptables-legacy-restore", text=f"*nat\n{rules}COMMIT\n")
         nft = Engine("nftables")
         assert nft.apply(pod, DEFAULT).change is Change.CREATED
         assert nft.check(pod, DEFAULT) == ()
@@ -537,7 +541,7 @@ class TestFloods:
         assert nft.remove(pod) is Change.UNCHANGED
 
     def test_what_has_not_changed_is_not_listed_again(self, redirecting, pod, monkeypatch):
-        consul.run(pod, "nft", "add table inet other")
+        consul_rules.run(pod, "nft", "add table inet other")
         redirecting.apply(pod, DEFAULT)
         listings = []
         of_nf_tables = chains.of_nf_tables
@@ -548,17 +552,17 @@ class TestFloods:
         assert redirecting.check(pod, DEFAULT) == ()
         assert redirecting.backend_of(pod) is redirecting.choice.backend
         assert listings == []
-        consul.run(pod, "nft", "add table inet another { chain ISTIO_OUTPUT { }; }")
+        consul_rules.run(pod, "nft", "add table inet another { chain ISTIO_OUTPUT { }; }")
         assert len(redirecting.check(pod, DEFAULT)) == 1
         assert listings == [1]
 
 
 class TestAdoption:
-    @pytest.mark.parametrize("left_by", consul.LEFT_BY)
+    @pytest.mark.parametrize("left_by", consul_rules.LEFT_BY)
     def test_no_connection_goes_unredirected_or_fails_meanwhile(
         self, redirecting, own_lab, left_by
     ):
-        consul.LEFT_BY[left_by](own_lab.pod)
+        consul_rules.LEFT_BY[left_by](own_lab.pod)
         left = foreign.find(own_lab.pod)
         with continuously_redirected(own_lab):
             adopted = redirecting.apply(own_lab.pod, DEFAULT, adopt=True)
@@ -566,9 +570,9 @@ class TestAdoption:
         assert foreign.find(own_lab.pod) == ()
         assert redirecting.check(own_lab.pod, DEFAULT) == ()
 
-    @pytest.mark.parametrize("left_by", consul.LEFT_BY)
+    @pytest.mark.parametrize("left_by", consul_rules.LEFT_BY)
     def test_what_is_not_adopted_is_told_until_it_is(self, redirecting, pod, left_by):
-        consul.LEFT_BY[left_by](pod)
+        consul_rules.LEFT_BY[left_by](pod)
         left = foreign.find(pod)
         told = redirecting.apply(pod, DEFAULT)
         assert (told.change, told.adopted) == (Change.CREATED, ())
@@ -578,9 +582,9 @@ class TestAdoption:
         assert (adopted.change, adopted.foreign, adopted.adopted) == (Change.UNCHANGED, (), left)
         assert redirecting.check(pod, DEFAULT) == ()
 
-    @pytest.mark.parametrize("left_by", consul.LEFT_BY)
+    @pytest.mark.parametrize("left_by", consul_rules.LEFT_BY)
     def test_connections_through_consuls_rules_live_on(self, redirecting, own_lab, left_by):
-        consul.LEFT_BY[left_by](own_lab.pod)
+        consul_rules.LEFT_BY[left_by](own_lab.pod)
         with ExitStack() as stack:
             opened = []
             for version in (4, 6):
@@ -596,10 +600,10 @@ class TestAdoption:
     def test_a_pod_that_keeps_consuls_rules_from_being_adopted_is_redirected_all_the_same(
         self, redirecting, pod
     ):
-        consul.with_nft(pod)
+        consul_rules.with_nft(pod)
         (left,) = foreign.find(pod)
         hold = "add map inet consul_tproxy held { type inet_service : verdict; elements = { 1 : jump {0} }; }"
-        consul.run(pod, "nft", hold.replace("{0}", consul.CHAINS[0]))
+        consul_rules.run(pod, "nft", hold.replace("{0}", consul_rules.CHAINS[0]))
         applied = redirecting.apply(pod, DEFAULT, adopt=True)
         assert (applied.change, applied.adopted) == (Change.CREATED, ())
         (refused,) = applied.foreign
@@ -608,7 +612,7 @@ class TestAdoption:
             f"{left}; it cannot be taken away: nftables: cannot delete chain"
         )
         assert redirecting.check(pod, DEFAULT) == (str(left),)
-        consul.run(pod, "nft", "delete map inet consul_tproxy held")
+        consul_rules.run(pod, "nft", "delete map inet consul_tproxy held")
         applied = redirecting.apply(pod, DEFAULT, adopt=True)
         assert (applied.adopted, applied.foreign) == ((left,), ())
 
@@ -620,9 +624,9 @@ class TestAdoption:
             assert "Operation not permitted" in refused.reason
 
     def test_of_too_many_jumps_to_consuls_chains_none_is_touched(self, pod):
-        consul.with_iptables_nft(pod)
+        consul_rules.with_iptables_nft(pod)
         jumps = "add rule ip nat OUTPUT jump CONSUL_PROXY_OUTPUT\n" * 1001
-        consul.run(pod, "nft", "-f", "-", text=jumps)
+        consul_rules.run(pod, "nft", "-f", "-", text=jumps)
         before = ruleset(pod)
         found = {item.family: item for item in foreign.find(pod)}
         with pytest.raises(KernelError, match="more than 1000 rules of the table ip nat lead to"):
@@ -633,16 +637,16 @@ class TestAdoption:
         assert [left.found for left in applied.foreign] == [found["ip"]]
 
     def test_somebody_who_changes_other_tables_all_the_time_is_no_obstacle(self, pod):
-        consul.with_nft(pod)
+        consul_rules.with_nft(pod)
         with changing_all_the_time(pod):
             for _ in range(5):
-                consul.with_nft(pod)
+                consul_rules.with_nft(pod)
                 applied = Engine("iptables").apply(pod, DEFAULT, adopt=True)
                 assert (len(applied.adopted), applied.foreign) == (1, ())
         assert foreign.find(pod) == ()
 
     def test_what_cannot_be_adopted_is_still_told(self, redirecting, pod):
-        consul.run(pod, "nft", "add table ip nat { chain ISTIO_OUTPUT { }; }")
+        consul_rules.run(pod, "nft", "add table ip nat { chain ISTIO_OUTPUT { }; }")
         applied = redirecting.apply(pod, DEFAULT, adopt=True)
         assert applied.adopted == ()
         (left,) = applied.foreign
@@ -688,7 +692,7 @@ class TestGaps:
         self, redirecting, pod
     ):
         redirecting.apply(pod, DEFAULT)
-        consul.with_nft(pod)
+        consul_rules.with_nft(pod)
         (difference,) = redirecting.check(pod, DEFAULT)
         redirects = "Consul redirects in the nftables table inet consul_tproxy: CONSUL_"
         assert difference.startswith(redirects)
@@ -730,7 +734,9 @@ def others_rules(netns_path, program):
         "-A OUTPUT -p tcp -j OTHERS",
         "-A PREROUTING -p udp",
     )
-    consul.run(netns_path, "sh", "-e", text="\n".join(f"{program} -t nat {rule}" for rule in rules))
+    consul_rules.run(
+        netns_path, "sh", "-e", text="\n".join(f"{program} -t nat {rule}" for rule in rules)
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-import consul
+import consul_rules
 import msgspec
 import psutil
 import pytest
@@ -224,7 +224,7 @@ def test_rules_that_another_program_flushed_are_missed_and_come_back(backend, co
     redirecting = Engine(backend)
     redirecting.apply(pod, NEW)
     before = parts(pod)
-    consul.run(pod, "sh", "-e", text=command)
+    consul_rules.run(pod, "sh", "-e", text=command)
     assert redirecting.check(pod, NEW) != ()
     assert redirecting.apply(pod, NEW).change in (Change.REPLACED, Change.CREATED)
     assert redirecting.check(pod, NEW) == ()
@@ -235,7 +235,7 @@ def test_rules_that_another_program_flushed_are_missed_and_come_back(backend, co
 def test_what_a_flush_left_of_the_rules_is_removed(command, pod):
     redirecting = Engine("iptables")
     redirecting.apply(pod, NEW)
-    consul.run(pod, "sh", "-e", text=command)
+    consul_rules.run(pod, "sh", "-e", text=command)
     redirecting.remove(pod)
     assert ruleset(pod) == []
     assert redirecting.remove(pod) is Change.UNCHANGED

@@ -3,7 +3,7 @@
 import functools
 import socket
 
-import consul
+import consul_rules
 import pytest
 from namespaces import landing, pair_of, serving, set_sysctl
 
@@ -288,7 +288,7 @@ def told(redirecting, pod, policy=DEFAULT):
 
 
 def of_others(pod, commands):
-    consul.run(pod, "sh", "-e", text=commands)
+    consul_rules.run(pod, "sh", "-e", text=commands)
 
 
 @pytest.mark.parametrize("case", TOLD)
@@ -339,9 +339,9 @@ def test_legacy_rules_behind_tidegates_jump_take_nothing_away(pod):
     assert told(redirecting, pod) == [f"{of('OUTPUT', 'legacy table ip nat')} {OPENED} {AS_EARLY}"]
 
 
-@pytest.mark.parametrize("left_by", consul.LEFT_BY)
+@pytest.mark.parametrize("left_by", consul_rules.LEFT_BY)
 def test_a_known_mesh_is_a_difference_and_no_gap(redirecting, pod, left_by):
-    consul.LEFT_BY[left_by](pod)
+    consul_rules.LEFT_BY[left_by](pod)
     redirecting.apply(pod, WITH_DNS)
     found = redirecting.check(pod, WITH_DNS)
     assert found
@@ -351,7 +351,7 @@ def test_a_known_mesh_is_a_difference_and_no_gap(redirecting, pod, left_by):
 
 def test_rules_of_a_mesh_do_not_hide_those_of_others_next_to_them(pod):
     redirecting = Engine("nftables")
-    consul.with_iptables_nft(pod)
+    consul_rules.with_iptables_nft(pod)
     of_others(pod, "iptables-nft -t nat -A OUTPUT -p tcp -j REDIRECT --to-ports 9")
     assert f"{of('OUTPUT', 'nftables table ip nat')} {OPENED} {AS_EARLY}" in told(redirecting, pod)
 
@@ -394,7 +394,7 @@ class TestUnderTraffic:
 class TestBounds:
     def test_more_chains_than_are_looked_at_are_a_gap_and_no_difference(self, redirecting, pod):
         names = "".join(f"chain c{n} {{ }}\n" for n in range(chains.MOST + 1))
-        consul.run(pod, "nft", "-f", "-", text=f"table inet many {{\n{names}}}\n")
+        consul_rules.run(pod, "nft", "-f", "-", text=f"table inet many {{\n{names}}}\n")
         redirecting.apply(pod, DEFAULT)
         assert redirecting.check(pod, DEFAULT) == ()
         (gap,) = told(redirecting, pod)
@@ -403,7 +403,7 @@ class TestBounds:
     def test_a_legacy_table_that_is_too_large_is_a_gap_and_no_difference(self, pod):
         redirecting = Engine("nftables")
         rules = "-A OUTPUT -p tcp -m comment --comment x -j ACCEPT\n" * 3000
-        consul.run(pod, "iptables-legacy-restore", text=f"*raw\n{rules}COMMIT\n")
+        consul_rules.run(pod, "iptables-legacy-restore", text=f"*raw\n{rules}COMMIT\n")
         redirecting.apply(pod, DEFAULT)
         assert redirecting.check(pod, DEFAULT) == ()
         (gap,) = told(redirecting, pod)
@@ -413,7 +413,9 @@ class TestBounds:
         counters = "counter; " * (effects.MOST_RULES - 1)
         rules = f"notrack; {counters} jump one; meta mark set 7;"
         base = f"chain theirs {{ type filter hook output priority -300; {rules} }}"
-        consul.run(pod, "nft", "-f", "-", text=f"table inet theirs {{ chain one {{ }}; {base}; }}")
+        consul_rules.run(
+            pod, "nft", "-f", "-", text=f"table inet theirs {{ chain one {{ }}; {base}; }}"
+        )
         redirecting.apply(pod, DEFAULT)
         assert told(redirecting, pod) == [
             f"{of('theirs')} (output) was not looked at to its end: "
@@ -428,7 +430,7 @@ class TestBounds:
             for n in range(levels)
         )
         base = f"chain theirs {{ type filter hook output priority -300; jump c{levels - 1}; }}"
-        consul.run(pod, "nft", "-f", "-", text=f"table inet theirs {{ {script} {base}\n}}")
+        consul_rules.run(pod, "nft", "-f", "-", text=f"table inet theirs {{ {script} {base}\n}}")
         assert told(Engine("nftables"), pod) == [f"{of('theirs')} {SENT_UNTRACKED}"]
 
     def test_of_many_chains_some_are_told_and_the_rest_is_counted(self, redirecting, pod):
@@ -437,7 +439,7 @@ class TestBounds:
             f"chain c{n} {{ type filter hook output priority -300; notrack; }}\n"
             for n in range(made)
         )
-        consul.run(pod, "nft", "-f", "-", text=f"table inet theirs {{ {script} }}")
+        consul_rules.run(pod, "nft", "-f", "-", text=f"table inet theirs {{ {script} }}")
         redirecting.apply(pod, DEFAULT)
         found = told(redirecting, pod)
         assert len(found) == gaps.MOST_TOLD + 1
