@@ -170,7 +170,9 @@ class Agents:
         """If it has not died by itself."""
         pid = self._pid
         if pid:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                # It may have died just now, and word of that be on its way.
+                os.kill(pid, signal.SIGKILL)
             self.until(lambda: not self.is_alive)
 
     @property
