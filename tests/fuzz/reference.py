@@ -251,7 +251,8 @@ class Connection:
         end = segment.position + len(segment.payload)
         self._count(segment)
         conflicts = self._client.conflicts
-        limit = None if self._has_headers else self._base + WINDOW
+        is_open = self._settled is None and not self._has_headers
+        limit = self._base + WINDOW if is_open else None
         self._client.add(segment.position, segment.payload, limit)
         if self._settled is None and self._client.conflicts > conflicts:
             self.must_tell_overlap = True
