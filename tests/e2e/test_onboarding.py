@@ -360,7 +360,8 @@ def test_8_the_mesh_is_re_secured_once_nothing_would_break(mesh: Mesh) -> None:
     kept = mesh.run("resecure")
     assert kept.returncode == 1, kept.stdout
     assert "service-defaults/pay is permissive" in kept.stdout
-    mesh.exec("till", "curl", "-sS", "--max-time", "3", "http://legacy:1/")
+    calling_out = mesh.exec("till", "curl", "-sS", "--max-time", "3", "http://legacy:1/")
+    assert calling_out.returncode != 0, "nothing answers there"
     plaintext = "till calls legacy:1"
     eventually(lambda: plaintext in mesh.run("resecure").stdout, "resecure to name who would fail")
     eventually(lambda: plaintext not in mesh.run("resecure").stdout, "the window to have passed")

@@ -162,11 +162,16 @@ def test_keepalive_is_the_number_of_requests_per_connection(up) -> None:
     spec = only(every_kind(), "caller", *SERVERS)
     up(with_calls(spec, *(call(kind, CallKind(kind.value), keepalive=5) for kind in SERVERS)))
     eventually(lambda: all(one.ok >= 25 for one in statistics("caller").targets))
-    for one in statistics("caller").targets:
-        assert one.failed == 0
-        # The request that is under way may not have its connection yet.
-        fewest, most = (-(-requests // 5) for requests in (one.ok, one.ok + one.in_flight))
-        assert fewest <= one.connections <= most
+
+    def are_right() -> bool:
+        # A request is under way a moment before its connection is.
+        return all(
+            one.connections == -(-(one.ok + one.in_flight) // 5)
+            for one in statistics("caller").targets
+        )
+
+    eventually(are_right)
+    assert all(one.failed == 0 for one in statistics("caller").targets)
 
 
 @pytest.mark.parametrize("kind", list(SERVERS))

@@ -10,7 +10,6 @@ import tidegate
 
 PACKAGE = Path(tidegate.__file__).parent
 PARTS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py")))
-VOCABULARY = {"tidegate", "tidegate.model", "tidegate.errors", "tidegate.durations"}
 
 # Standard modules that reach outside the process: the pure parts must not import them.
 IO_MODULES = {

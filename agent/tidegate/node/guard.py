@@ -18,6 +18,7 @@ from urllib.parse import quote
 import msgspec
 
 from tidegate.catalog.client import CatalogRefused, CatalogUnreachable
+from tidegate.enforce.sidecar.envoy import DRAIN_TIME_S
 from tidegate.errors import TidegateError
 from tidegate.intent.entries import Entry, EntryKey
 from tidegate.model import Instance, MutualTLSMode
@@ -28,10 +29,8 @@ from tidegate.verdict.evidence import CallerKind
 from tidegate.verdict.readiness import Answer, CallerFlow, Effect, Reason, ReasonKind, Verdict
 
 POLL_S = 0.25
-DRAIN_S = 30.0
-"""What sidecars take by default to close the plaintext connections that were open at a flip."""
 _DRAIN_TIMES = 1.5
-"""How long a guard waits for the last of them, in times that."""
+"""How long a guard waits for the last plaintext connection, in times of what sidecars take to close them."""
 BLIND_GRACE_S = 60.0
 """How long after its time a guard waits for evidence that it could not see."""
 
@@ -93,7 +92,7 @@ class Mesh(Protocol):
 class Guard:
     """All flips of this agent; one at a time for a service."""
 
-    def __init__(self, mesh: Mesh, directory: Path, drain_s: float = DRAIN_S) -> None:
+    def __init__(self, mesh: Mesh, directory: Path, drain_s: float = DRAIN_TIME_S) -> None:
         self._mesh = mesh
         self._directory = directory
         self._drain_s = drain_s
