@@ -111,6 +111,15 @@ def source_matches(pattern: str, source: str) -> bool:
     )
 
 
+class Sidecar(enum.StrEnum):
+    """Who runs the sidecar that a workload in the mesh is redirected to."""
+
+    TIDEGATE = "tidegate"
+    """The node's agent starts it in the workload's network namespace, and configures it."""
+    OWN = "own"
+    """The workload itself, such as the proxy container that a mesh injects: tidegate redirects to it, and observes."""
+
+
 class ServicePort(msgspec.Struct, frozen=True, kw_only=True):
     """One of the services of a workload: a service for each port."""
 
@@ -139,6 +148,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Further services of the same workload, behind the same sidecar."""
     addresses: tuple[str, ...] = ()
     meshed: bool = False
+    """Whether its connections are to be redirected to its sidecar."""
+    sidecar: Sidecar = Sidecar.TIDEGATE
+    """Whose sidecar that is. Where it is the workload's own, rules are there before it listens: closed, not open."""
+    reason: str = ""
+    """Why it is in the mesh or not, as its source knows it, such as "it has no sidecar"."""
     annotations: dict[str, str] = {}
     namespace_annotations: dict[str, str] = {}
     """Annotations of its namespace, and the labels that Consul reads there; the workload's own win over them."""
