@@ -307,3 +307,38 @@ def test_services_of_a_wrong_file_are_not_registered(tidegate, server):
     status, out, err = tidegate("services", "register", "-", given="service { nmae = 1 }")
     assert (status, out) == (1, "")
     assert err.startswith("tidegate: standard input: ")
+
+
+def test_a_root_is_rotated_and_the_former_one_is_trusted_as_long_as_it_is_kept(tidegate, server):
+    before = json.loads(tidegate("ca", "roots", "--json")[1])["roots"]
+    status, out, _ = tidegate("ca", "rotate", "--keep", "1h")
+    assert status == 0
+    active, trusted = out.splitlines()
+    assert active.startswith("active ")
+    assert before[0]["ID"] not in active
+    assert trusted.startswith(f"trusted  {before[0]['ID']}  valid until ")
+    # Once more, and the former one is not to be trusted at all.
+    tidegate("ca", "rotate", "--keep", "0")
+    roots = json.loads(tidegate("ca", "roots", "--json")[1])["roots"]
+    assert [root["Active"] for root in roots] == [True, False]
+    assert roots[1]["ID"] == before[0]["ID"]
+
+
+def test_a_root_of_consul_is_left_to_consul_and_a_wrong_time_is_told(tidegate, tmp_path):
+    assert tidegate("ca", "rotate", "--keep", "soon")[0] == 2
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def both():
+        consul = await asyncio.start_unix_server(answer, tmp_path / "consul.sock")
+        async with consul:
+            address = f"unix://{tmp_path}/consul.sock"
+            return await asyncio.to_thread(tidegate, "ca", "rotate", "-http-addr", address)
+
+    status, _, err = asyncio.run(both())
+    assert status == 1
+    assert "consul connect ca set-config" in err

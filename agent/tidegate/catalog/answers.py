@@ -1,5 +1,7 @@
 """The JSON of the embedded server's answers, field for field Consul's, and what filters can ask of it."""
 
+import hashlib
+import ssl
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -166,10 +168,12 @@ def tags_by_name(services: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def roots(trust_domain: str, certificates: Sequence[str]) -> dict[str, Any]:
-    """/v1/connect/ca/roots: the first of the certificates is the root that issues."""
+    """/v1/connect/ca/roots: the first of the certificates is the root that issues. IDs are SHA-1 fingerprints, as
+    Consul's are (agent/connect CalculateCertFingerprint).
+    """
     listed = [
         {
-            "ID": f"tidegate-{number}",
+            "ID": fingerprint(certificate),
             "Name": "tidegate mesh root",
             "ExternalTrustDomain": trust_domain.removesuffix(".consul"),
             "RootCert": certificate,
@@ -178,7 +182,13 @@ def roots(trust_domain: str, certificates: Sequence[str]) -> dict[str, Any]:
         }
         for number, certificate in enumerate(certificates)
     ]
-    return {"ActiveRootID": "tidegate-0", "TrustDomain": trust_domain, "Roots": listed}
+    return {"ActiveRootID": listed[0]["ID"], "TrustDomain": trust_domain, "Roots": listed}
+
+
+def fingerprint(certificate: str) -> str:
+    """SHA-1 of a certificate (PEM), in hexadecimal with colons."""
+    digest = hashlib.sha1(ssl.PEM_cert_to_DER_cert(certificate), usedforsecurity=False)
+    return digest.digest().hex(":")
 
 
 def time_text(seconds: float) -> str:

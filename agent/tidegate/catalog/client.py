@@ -44,6 +44,7 @@ __all__ = [
     "CatalogUnreachable",
     "LeafMaterial",
     "NodeInfo",
+    "Root",
     "Snapshot",
 ]
 
@@ -65,6 +66,17 @@ class LeafMaterial(msgspec.Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"LeafMaterial({self.spiffe_uri!r}, serial={self.serial!r})"
+
+
+class Root(msgspec.Struct, frozen=True, rename="pascal"):
+    """A root certificate of the mesh, as the server lists it."""
+
+    id: str = msgspec.field(name="ID")
+    """Its SHA-1 fingerprint, in hexadecimal with colons."""
+    root_cert: str
+    """PEM."""
+    active: bool
+    """Whether leaves are issued by it; the others are trusted until theirs have ended."""
 
 
 class CatalogClient:
@@ -217,8 +229,17 @@ class CatalogClient:
 
     async def roots(self) -> str:
         """The trust bundle, PEM: what leaves of the mesh may chain to."""
-        answer = await self._get("/v1/connect/ca/roots", _Roots)
-        return "".join(root.root_cert.strip() + "\n" for root in answer.roots)
+        return "".join(root.root_cert.strip() + "\n" for root in await self.list_roots())
+
+    async def list_roots(self) -> tuple[Root, ...]:
+        """The roots of the mesh."""
+        return (await self._get("/v1/connect/ca/roots", _Roots)).roots
+
+    async def rotate_root(self, keep_s: float) -> tuple[Root, ...]:
+        """Has leaves issued by a new root; the present one stays trusted for `keep_s` seconds. The roots afterwards."""
+        query = {"keep": f"{keep_s:.0f}s"}
+        answer = await self._transport.ask("PUT", "/v1/tidegate/ca/rotate", query=query)
+        return answer.decoded(_Roots).roots
 
     # Everything.
 
@@ -357,12 +378,8 @@ class _Leaf(msgspec.Struct, rename="pascal"):
     service_uri: str = msgspec.field(name="ServiceURI")
 
 
-class _Root(msgspec.Struct, rename="pascal"):
-    root_cert: str
-
-
 class _Roots(msgspec.Struct, rename="pascal"):
-    roots: list[_Root]
+    roots: tuple[Root, ...]
 
 
 class _Snapshot(msgspec.Struct, rename="pascal"):

@@ -24,6 +24,7 @@ COMMANDS = {
     "trace": "trace",
     "config": "config",
     "services": "services",
+    "ca": "ca",
     "redirect": "redirect",
     "agent": "agent",
     "server": "server",
