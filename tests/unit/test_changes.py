@@ -87,6 +87,9 @@ class FakeMesh:
         self.put(entry)
         return self.index
 
+    async def sidecar_problems(self, service):
+        return ("the sidecar of api-0 refuses its configuration: port in use",)
+
     async def opens_gate(self, service):
         mesh = self.entries.get(EntryKey(Kind.MESH, "mesh"))
         allowed = mesh is not None and mesh.allow_enabling_permissive_mutual_tls
@@ -172,6 +175,7 @@ def test_sidecars_that_do_not_follow_are_named():
     events = permissive(mesh)
     assert (events[-1].event, events[-1].exit_code) == ("behind", 1)
     assert "api-0, api-1" in events[-1].message
+    assert "refuses its configuration: port in use" in events[-1].message
 
 
 def test_a_service_without_a_sidecar_is_permissive_before_it_gets_one():

@@ -105,6 +105,10 @@ class FakeMesh:
             return self.open_plaintext[-1] if window_s else 0
         return self.open_plaintext.pop(0)
 
+    async def sidecar_problems(self, service):
+        assert service == "api"
+        return ("the sidecar of api-1 refuses its configuration: port in use",)
+
     async def opens_gate(self, service):
         assert service == "api"
         return self.gate_command
@@ -408,6 +412,7 @@ def test_sidecars_that_do_not_follow_make_it_roll_back_and_are_named(tmp_path):
     events = flipped(mesh, tmp_path)
     assert names(events) == ["written", "rolling-back", "rolled-back"]
     assert "api-0, api-1" in events[-1].message
+    assert "refuses its configuration: port in use" in events[-1].message
     assert mesh.written == [STRICT, PERMISSIVE]
 
 

@@ -593,16 +593,7 @@ def check_write(existing: Entry | None, proposed: Entry, mesh_entry: Mesh | None
     if not isinstance(proposed, ModeEntry):
         return
     before = existing.mutual_tls_mode if isinstance(existing, ModeEntry) else None
-    check_mode(before, proposed.mutual_tls_mode, mesh_entry)
-
-
-def check_mode(
-    before: MutualTLSMode | None, after: MutualTLSMode | None, mesh_entry: Mesh | None
-) -> None:
-    """Raises InputError where something that may say a mode would become permissive through a closed gate.
-
-    `mesh_entry` is that of its partition.
-    """
+    after = proposed.mutual_tls_mode
     if after is not MutualTLSMode.PERMISSIVE or before is after:
         return
     if mesh_entry is None or not mesh_entry.allow_enabling_permissive_mutual_tls:

@@ -234,6 +234,14 @@ class MeshView:
         living = (await self._intent.refresh()).living().values()
         return tuple(one for one in living if service is None or service in names.services_of(one))
 
+    async def sidecar_problems(self, service: str) -> tuple[str, ...]:
+        """Why sidecars of the service do not run as they should, and which nodes' agents cannot say."""
+        evidence = (await self.judged(service, None)).evidence
+        return (
+            *(one.sidecar_problem for one in evidence.instances if one.sidecar_problem),
+            *(f"{one.node} does not answer: {one.reason}" for one in evidence.nodes_missing),
+        )
+
     async def opens_gate(self, service: str) -> str:
         """The command that lets a service become permissive; empty while it may."""
         partition = ServiceName.of(service).partition

@@ -28,6 +28,10 @@ class Mesh(Protocol):
 
     async def instances(self, service: str | None) -> tuple[Instance, ...]: ...
 
+    async def sidecar_problems(self, service: str) -> tuple[str, ...]:
+        """Why sidecars of the service do not run as they should, one sentence each."""
+        ...
+
 
 async def own_entry(mesh: Mesh, service: str) -> ServiceDefaults:
     """The service's own entry as the server has it now; one that says nothing where there is none."""
@@ -52,7 +56,7 @@ async def set_mode(mesh: Mesh, service: str, mode: MutualTLSMode | None) -> int:
 async def running_mode(mesh: Mesh, service: str, index: int, mode: MutualTLSMode) -> int:
     """Waits until every sidecar of the service runs `mode` by an intent of at least `index`; how many do.
 
-    TidegateError, which names those that are behind, after ENFORCE_DEADLINE_S.
+    TidegateError, which names those that are behind and says what is wrong with them, after ENFORCE_DEADLINE_S.
     """
     deadline = time.monotonic() + ENFORCE_DEADLINE_S
     while True:
@@ -62,7 +66,6 @@ async def running_mode(mesh: Mesh, service: str, index: int, mode: MutualTLSMode
             return len(meshed)
         if time.monotonic() >= deadline:
             who = f"of {', '.join(behind)}" if behind else f"of any {service}"
-            raise TidegateError(
-                f"after {ENFORCE_DEADLINE_S:.0f} s the sidecar {who} does not run {mode} mode"
-            )
+            late = f"after {ENFORCE_DEADLINE_S:.0f} s the sidecar {who} does not run {mode} mode"
+            raise TidegateError(": ".join((late, *await mesh.sidecar_problems(service))))
         await asyncio.sleep(POLL_S)
