@@ -246,6 +246,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """Further services of the same workload, behind the same sidecar."""
     virtual_addresses: tuple[str, ...] = ()
     """Addresses that stand for all instances of the service, such as a Kubernetes ClusterIP."""
+    virtual_port: int = 0
+    """TCP port that callers dial there, 0 where it is `port`."""
     upstreams: tuple[str, ...] = ()
     """Services that its registration says it calls, in addition to those that intentions let it call."""
     registered_mode: MutualTLSMode | None = None

@@ -1,5 +1,6 @@
 """What a sidecar does for several services, tenancy, virtual addresses, and destinations outside the mesh."""
 
+import itertools
 import json
 import ssl
 from collections.abc import Iterator
@@ -207,8 +208,9 @@ def test_tls_settings_decide_who_can_connect(state: Path, ca: MeshCA, pair: Pair
 
 @pytest.mark.usefixtures("virtual_routes")
 @pytest.mark.parametrize("virtual", VIRTUAL)
+@pytest.mark.parametrize("ports", [(), (80, 81)], ids=["its-port", "other-ports"])
 def test_a_virtual_address_leads_with_mtls_to_an_instance_that_answers(
-    state: Path, ca: MeshCA, pair: Pair, app: App, virtual: str
+    state: Path, ca: MeshCA, pair: Pair, app: App, virtual: str, ports: tuple[int, ...]
 ) -> None:
     endpoints = (
         *towards(pair, "api", PORT).endpoints,
@@ -218,13 +220,20 @@ def test_a_virtual_address_leads_with_mtls_to_an_instance_that_answers(
             for version in (4, 6)
         ),
     )
-    upstream = Upstream(service="api", port=PORT, endpoints=endpoints, virtual_addresses=VIRTUAL)
+    upstream = Upstream(
+        service="api",
+        port=PORT,
+        endpoints=endpoints,
+        virtual_addresses=VIRTUAL,
+        virtual_ports=ports,
+    )
     web_spec = msgspec.structs.replace(WEB, upstreams=(upstream,))
     with (
         sidecar(state, ca, API, pair.pod) as api,
         sidecar(state, ca, web_spec, pair.peer) as web,
     ):
-        assert all(call(pair.peer, virtual) for _ in range(8))
+        dialled = itertools.islice(itertools.cycle(ports or (PORT,)), 8)
+        assert all(call(pair.peer, virtual, port) for port in dialled)
         stats = api.admin.sidecar_stats()
         assert (stats.tls_handshakes, stats.permissive_connections) == (8, 0)
         detection = f"cluster.{spiffe.sni(DOMAIN, 'api')}.outlier_detection"

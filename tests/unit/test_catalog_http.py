@@ -213,12 +213,13 @@ def test_keys_of_a_registration_are_taken_in_any_case_and_null_is_nothing(config
         body = {
             "node": "n1", "ADDRESS": "10.0.0.1", "NodeMeta": None,
             "service": {"service": "web", "id": None, "tags": None, "port": 80,
-                        "taggedAddresses": {"virtual": {"address": "10.96.0.1", "port": 80}}},
+                        "taggedAddresses": {"virtual": {"address": "10.96.0.1", "port": 443}}},
         }  # fmt: skip
         assert (await ask(config, "PUT", "/v1/catalog/register", json=body))[0] == 200
         (instance,) = await client.instances()
-        assert (instance.id, instance.port, instance.virtual_addresses) == (
-            "web", 80, ("10.96.0.1",),
+        assert (instance.id, instance.port) == ("web", 80)
+        assert (instance.virtual_addresses, instance.virtual_port) == (
+            ("10.96.0.1",), 443,
         )  # fmt: skip
 
     with_server(config, scenario)
@@ -304,6 +305,7 @@ def test_all_that_an_instance_is_survives_the_catalog_and_its_further_ports_are_
             service="east/billing/web",
             more_ports=(ServicePort(service="east/billing/admin", port=9090),),
             virtual_addresses=("10.96.0.7", "fd00::7"),
+            virtual_port=8000,
             upstreams=("east/billing/db",),
             registered_mode=MutualTLSMode.PERMISSIVE,
         )
@@ -313,7 +315,7 @@ def test_all_that_an_instance_is_survives_the_catalog_and_its_further_ports_are_
         (admin,) = await get(config, "/v1/catalog/service/admin?ns=billing&partition=east")
         assert (admin["ServiceID"], admin["ServicePort"]) == ("p-port-9090", 9090)
         (web,) = await get(config, "/v1/catalog/service/web?ns=billing&partition=east")
-        assert web["ServiceTaggedAddresses"]["virtual"] == {"Address": "10.96.0.7", "Port": 80}
+        assert web["ServiceTaggedAddresses"]["virtual"] == {"Address": "10.96.0.7", "Port": 8000}
         assert await get(config, "/v1/catalog/service/web") == []
         fewer = msgspec.structs.replace(instance, more_ports=())
         await client.register(NODE, [fewer])

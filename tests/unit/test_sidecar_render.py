@@ -100,6 +100,16 @@ SPECS = {
             ),
         ),
     ),
+    "virtual-ports": msgspec.structs.replace(
+        CALLER,
+        upstreams=(
+            msgspec.structs.replace(
+                upstream("api", "10.0.0.2", "fd00::2"),
+                virtual_addresses=("10.96.0.1", "fd00:96::1"),
+                virtual_ports=(80, 8443),
+            ),
+        ),
+    ),
     "access-logs": msgspec.structs.replace(PERMISSIVE, access_logs=True),
     "transparent": msgspec.structs.replace(PERMISSIVE, transparent=True),
     "caller": CALLER,

@@ -249,6 +249,13 @@ def test_a_virtual_address_is_used_once_all_its_instances_are_called_with_mtls()
     assert [each.virtual_addresses for each in again.upstreams] == [("10.96.0.1",)], "it stays"
 
 
+def test_at_a_virtual_address_its_own_port_is_dialled_where_it_has_one():
+    virtual = {"virtual_addresses": ("10.96.0.1",)}
+    assert [one.virtual_ports for one in spec_for(api(**virtual)).upstreams] == [()]
+    one, other = api(**virtual, virtual_port=443), api("api-2", "10.2.0.9", virtual_port=80)
+    assert [each.virtual_ports for each in spec_for(one, other).upstreams] == [(80, 443)]
+
+
 def test_what_a_person_registered_at_an_address_of_an_instance_is_no_further_instance():
     registered = api("api-by-hand", meshed=False, virtual_addresses=("10.96.0.1",))
     [upstream] = spec_for(api(), registered).upstreams

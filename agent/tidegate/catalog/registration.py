@@ -119,7 +119,7 @@ def services_of(instance: Instance) -> tuple[Service, ...]:
         partition=name.partition,
         address=address,
         tagged_addresses=_tagged(instance.addresses, instance.port)
-        | _virtual(instance.virtual_addresses, instance.port),
+        | _virtual(instance.virtual_addresses, instance.virtual_port or instance.port),
         port=instance.port,
         meta=_meta_of(instance),
     )
@@ -211,6 +211,7 @@ def instance_of(node: Node, application: Service, sidecar: Service | None) -> In
         port=application.port,
         more_ports=_more_ports(_values(meta, _META_PORT)),
         virtual_addresses=_virtual_addresses(application),
+        virtual_port=_virtual_port(application),
         upstreams=_values(meta, _META_UPSTREAM)
         if own
         else _upstreams(proxy, application.full_name),
@@ -307,6 +308,14 @@ def _virtual_addresses(service: Service) -> tuple[str, ...]:
         tagged = sorted(service.tagged_addresses.items())
         kept = tuple(one.address for tag, one in tagged if tag.startswith(_VIRTUAL_TAGS))
     return _all_canonical(kept)
+
+
+def _virtual_port(service: Service) -> int:
+    """That of the first virtual address that has one; 0 where that is the service's own."""
+    tagged = sorted(service.tagged_addresses.items())
+    ports = (one.port for tag, one in tagged if tag.startswith(_VIRTUAL_TAGS) and one.port)
+    port = next(ports, 0)
+    return 0 if port == service.port else port
 
 
 def _values(meta: Mapping[str, str], prefix: str) -> tuple[str, ...]:

@@ -184,10 +184,12 @@ def _upstream(
     virtual = {address for one in offers for address in one.instance.virtual_addresses}
     if not _all_are_among(offers, {endpoint.address for endpoint in endpoints}):
         virtual &= set(before.virtual_addresses) if before else set()
+    dialled = {one.instance.virtual_port for one in offers if one.port == one.instance.port}
     return Upstream(
         service=intent.service,
         datacenter=config.datacenter,
         port=endpoints[0].service_port,
+        virtual_ports=tuple(sorted(dialled - {0})),
         endpoints=endpoints,
         virtual_addresses=tuple(sorted(virtual)),
     )

@@ -10,6 +10,7 @@ File names are relative to Envoy's working directory, see `files`.
 
 import hashlib
 import ipaddress
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -468,9 +469,9 @@ def _virtual_destinations(spec: SidecarSpec) -> dict[tuple[str, int], Upstream]:
     taken = _destinations(spec)
     found: dict[tuple[str, int], Upstream] = {}
     for upstream in spec.upstreams:
+        ports = upstream.virtual_ports or (upstream.port,)
         if upstream.endpoints:
-            for address in upstream.virtual_addresses:
-                place = (address, upstream.port)
+            for place in itertools.product(upstream.virtual_addresses, ports):
                 if place not in taken:
                     found.setdefault(place, upstream)
     return found

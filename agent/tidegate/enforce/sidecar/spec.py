@@ -74,7 +74,9 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     service: str
     datacenter: str = spiffe.DEFAULT_DATACENTER
     port: int
-    """TCP port that callers dial at its virtual addresses; at an instance they dial its own service_port."""
+    """TCP port of the service; at an instance callers dial its own service_port."""
+    virtual_ports: tuple[int, ...] = ()
+    """TCP ports that callers dial at its virtual addresses, where these are others than `port`."""
     endpoints: tuple[Endpoint, ...] = ()
     virtual_addresses: tuple[str, ...] = ()
     """Addresses at which any of the endpoints will do."""
@@ -82,7 +84,8 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         spiffe.service_name(self.service)
         spiffe.label(self.datacenter, "datacenter")
-        _check_port(self.port, "port")
+        for port in (self.port, *self.virtual_ports):
+            _check_port(port, "port")
         for address in self.virtual_addresses:
             check_address(address)
 
