@@ -18,7 +18,8 @@ PACKAGES := python3 python3-venv libbpf1 libnftables1 iptables \
 	ca-certificates curl iproute2 ipset nftables openssl
 
 # What only `tidegate trace` needs, as its document tells people to install it (docs/trace.md): headers of any kernel do.
-TEST_PACKAGES := python3-bpfcc linux-headers-$$(dpkg --print-architecture)
+# And what shows a test the system calls of a process.
+TEST_PACKAGES := python3-bpfcc linux-headers-$$(dpkg --print-architecture) strace
 
 # What the benchmarks have beside their own.
 BENCH_PACKAGES := iperf3
@@ -27,12 +28,12 @@ BENCH_PACKAGES := iperf3
 STAMP := $(VENV)/ready
 FINGERPRINT = $$(echo "$(CURDIR)" | cat - pyproject.toml | sha256sum | cut -d' ' -f1)
 
-.PHONY: help setup packages packages-of-tests packages-of-bench venv bpf demo test lint unit bench fuzz soak vm live clean
+.PHONY: help setup packages packages-of-tests packages-of-bench venv bpf cni demo test lint unit bench fuzz soak vm live runtimes image test-vm clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: packages venv bpf ## install what is needed, build the eBPF programs
+setup: packages venv bpf cni ## install what is needed, build the eBPF programs and the CNI plugin
 
 packages:
 	@missing=$$(for p in $(PACKAGES); do \
@@ -62,6 +63,9 @@ venv: packages
 bpf: packages
 	@$(MAKE) --silent --no-print-directory -C bpf
 
+cni: packages
+	@$(MAKE) --silent --no-print-directory -C init/cni
+
 demo: setup ## the whole story in a lab of two nodes; leaves nothing behind
 	@$(BIN)/python -m tidegate.lab.demo
 
@@ -83,13 +87,14 @@ bench: setup packages-of-bench ## measurements, as ratios with medians
 fuzz: setup ## the classifier against its reference: a million random streams, STREAMS and SEED to choose others
 	@$(BIN)/python -m tests.fuzz --streams $${STREAMS:-1000000} --seed $${SEED:-$$RANDOM}
 
-soak: setup ## long runs: 2,000 apply and remove cycles, 500 random policies, 200 flips under load, 1,000 killed agents
+soak: setup ## long runs: 2,000 apply and remove cycles, 500 random policies, 200 flips under load, killed agents, churn of pods
 	@TIDEGATE_SOAK=1 $(BIN)/pytest -q --timeout 1800 tests/kernel/test_redirect_faults.py
 	@TIDEGATE_POLICIES=500 TIDEGATE_SEED=$$RANDOM $(BIN)/pytest -q --timeout 1800 \
 	    tests/kernel/test_redirect_properties.py
 	@TIDEGATE_SOAK=1 $(BIN)/pytest -q --timeout 600 tests/kernel/test_sidecar_flips.py
 	@TIDEGATE_SOAK=1 TIDEGATE_SEED=$$RANDOM $(BIN)/pytest -q --timeout 1800 \
 	    tests/kernel/test_ledger_sums.py
+	@TIDEGATE_SOAK=1 TIDEGATE_RUNTIMES=1 $(BIN)/pytest -q --timeout 1800 tests/runtimes/test_churn.py
 
 vm: setup packages-of-tests ## a choice of tests under Debian's kernel 6.1, in a virtual machine
 	@$(BIN)/python -m tests.vm
@@ -98,7 +103,22 @@ live: setup ## real clients against real servers; tshark and `tidegate classify`
 	@[ "$$(id -u)" = 0 ] || { echo "the servers run in network namespaces: run sudo make live" >&2; exit 1; }
 	@TIDEGATE_LIVE=1 $(BIN)/pytest -q tests/live
 
+# Containers, images and machines: what these need is unpacked below build/, and nothing is installed.
+AS_ROOT = [ "$$(id -u)" = 0 ] || { echo "this needs root: run sudo make $@" >&2; exit 1; }
+
+runtimes: setup ## real containerd and podman through the CNI plugin: first packets, faults, a cluster's API, churn
+	@$(AS_ROOT)
+	@TIDEGATE_RUNTIMES=1 $(BIN)/pytest -q tests/runtimes
+
+image: setup ## the container image: built, looked at, run
+	@$(AS_ROOT)
+	@TIDEGATE_IMAGE=1 $(BIN)/pytest -q -s tests/image
+
+test-vm: setup ## a Debian 12 under systemd in a virtual machine: installed, rebooted, and never open
+	@$(AS_ROOT)
+	@TIDEGATE_VM=1 $(BIN)/python -m pytest -q -s tests/vm
+
 clean: ## remove what setup and the tests made in this checkout
-	@rm -rf .venv build agent/tidegate/bpf agent/tidegate.egg-info \
+	@rm -rf .venv build agent/tidegate/bpf agent/tidegate/plugins agent/tidegate.egg-info \
 	    .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find agent tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@
  * Nothing is ever dropped or changed, and other programs on the interface have their say (TCX_NEXT).
  */
 #include "edges.h"
+#include "flows.h"
 #include "packet.h"
 #include "stream.h"
 
@@ -47,10 +48,12 @@ static __always_inline const struct tg_attachment *owner(const struct tg_flow_ke
  */
 static __always_inline int store(const struct tg_flow_key *key, struct tg_flow *fresh)
 {
+	__u64 hash = flow_hash(key);
 	enum tg_class class = flow_class(fresh);
 	struct tg_edge *edge, *full = overflow_of(class);
 	__u32 place;
 
+	fresh->key = *key;
 	fresh->seat = NO_SEAT;
 	edge = at_place(key, fresh, class, NO_SEAT);
 	if (!edge || !full)
@@ -59,7 +62,7 @@ static __always_inline int store(const struct tg_flow_key *key, struct tg_flow *
 	fresh->tally[TG_CONNECTION] = tally(1, place);
 	fresh->tally[TG_CLIENT] = tally(0, place);
 	fresh->tally[TG_SERVER] = tally(0, place);
-	if (bpf_map_update_elem(&flows, key, fresh, BPF_NOEXIST))
+	if (bpf_map_update_elem(&flows, &hash, fresh, BPF_NOEXIST))
 		return 0;
 	add(&edge->tally[TG_CONNECTION], 1);
 	touch(edge);
@@ -69,7 +72,7 @@ static __always_inline int store(const struct tg_flow_key *key, struct tg_flow *
 /* The flow that is stored; by now another processor may have begun to count on it. */
 static __always_inline struct tg_flow *stored(const struct tg_flow_key *key)
 {
-	struct tg_flow *flow = bpf_map_lookup_elem(&flows, key);
+	struct tg_flow *flow = find_flow(key, flow_hash(key));
 
 	if (!flow)
 		count(TG_FLOW_NOT_STORED);
@@ -83,6 +86,8 @@ static __always_inline struct tg_flow *stored(const struct tg_flow_key *key)
 static __always_inline int begins_flow(const struct tg_flow_key *key, const struct tg_segment *segment,
 				       enum way way, struct tg_flow *old)
 {
+	__u64 hash;
+
 	if (!old)
 		return 1;
 	if (sender(old, way) == TG_CLIENT && (old->flags & TG_FLOW_SYN_SEEN) &&
@@ -97,7 +102,8 @@ static __always_inline int begins_flow(const struct tg_flow_key *key, const stru
 		return 0;
 	if (!is_settled(old))
 		conclude(key, old);
-	bpf_map_delete_elem(&flows, key);
+	hash = flow_hash(key);
+	bpf_map_delete_elem(&flows, &hash);
 	return 1;
 }
 
@@ -125,9 +131,9 @@ static __always_inline enum tg_direction guess_direction(const struct tg_attachm
 	__u32 i;
 
 	for (i = 0; i < TG_SERVICE_PORTS && i < attachment->port_count; i++)
-		if (attachment->ports[i] == key->local_port)
+		if (attachment->ports[i] == local_port(key))
 			return TG_INBOUND;
-	return key->local_port < key->peer_port ? TG_INBOUND : TG_OUTBOUND;
+	return local_port(key) < peer_port(key) ? TG_INBOUND : TG_OUTBOUND;
 }
 
 /* Payload of a connection whose SYN was not seen: unknown, for good. */
@@ -149,16 +155,17 @@ static __noinline int join_flow(const struct tg_flow_key *key, const struct tg_s
 
 static __always_inline int observe(struct __sk_buff *skb, enum way way)
 {
-	struct tg_flow_key key = { .interface = { .scope = scope, .ifindex = skb->ifindex } };
+	struct tg_flow_key key;
 	const struct tg_attachment *attachment;
 	struct tg_segment segment;
 	struct tg_flow *flow;
 	int opens, is_new = 0;
 
+	*(key_word *)&key.interface = one_word(scope, skb->ifindex);
 	if (parse_packet(skb, way, &key, &segment))
 		return NEXT_PROGRAM;
 	segment.packets = skb->gso_segs ?: 1;
-	flow = bpf_map_lookup_elem(&flows, &key);
+	flow = find_flow(&key, flow_hash(&key));
 	opens = (segment.flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
 	if (opens ? begins_flow(&key, &segment, way, flow) : !flow && segment.length) {
 		attachment = owner(&key);
@@ -172,12 +179,13 @@ static __always_inline int observe(struct __sk_buff *skb, enum way way)
 	}
 	if (!flow)
 		return NEXT_PROGRAM;
-	if (!is_new)
-		__sync_fetch_and_add(&flow->segments, segment.packets);
 	if (sender(flow, way) == TG_CLIENT)
 		from_client(skb, &key, flow, &segment);
 	else
 		from_server(&key, flow, &segment);
+	/* Last, as whatever follows an atomic addition waits for it. */
+	if (!is_new)
+		__sync_fetch_and_add(&flow->segments, segment.packets);
 	return NEXT_PROGRAM;
 }
 

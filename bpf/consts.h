@@ -8,6 +8,7 @@
 
 enum tg_limit {
 	TG_FLOWS_MAX = 131072,
+	TG_FLOW_KEY_WORDS = 6,	/* of 64 bits */
 	TG_EDGES_MAX = 65536,
 	TG_PREFIXES_MAX = 2048,
 	TG_ATTACHMENTS_MAX = 4096,

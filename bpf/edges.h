@@ -209,7 +209,7 @@ static __always_inline struct tg_edge *edge_of(const struct tg_flow_key *key, st
 {
 	struct tg_edge_key wanted = {
 		.workload = flow->workload,
-		.port = flow->direction == TG_INBOUND ? key->local_port : key->peer_port,
+		.port = flow->direction == TG_INBOUND ? local_port(key) : peer_port(key),
 		.direction = flow->direction,
 		.flow_class = class,
 	};

@@ -25,12 +25,20 @@ struct {
 	__type(value, struct tg_profile);
 } profiles SEC(".maps");
 
+/* By flow_hash of the flow's key. Of two that share one, the second is not stored. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, TG_FLOWS_MAX);
-	__type(key, struct tg_flow_key);
+	__type(key, __u64);
 	__type(value, struct tg_flow);
 } flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tg_flow_seed);
+} flow_seed SEC(".maps");
 
 /* Streams that are not decided yet and did not fit in one segment. */
 struct {

@@ -15,6 +15,7 @@
 #include <linux/tcp.h>
 #include <bpf/bpf_endian.h>
 
+#include "flows.h"
 #include "maps.h"
 
 enum {
@@ -81,22 +82,19 @@ static __always_inline int refuse(enum tg_counter counter)
 
 static __always_inline void put_ipv4(__u8 mapped[16], __be32 address)
 {
-	__u32 *words = (__u32 *)mapped;
+	key_word *words = (key_word *)mapped;
 
 	words[0] = 0;
-	words[1] = 0;
-	words[2] = bpf_htonl(0xffff);
-	words[3] = address;
+	words[1] = one_word(bpf_htonl(0xffff), address);
 }
 
 static __always_inline void put_ipv6(__u8 address[16], const struct in6_addr *found)
 {
-	__u32 *words = (__u32 *)address;
+	const key_word *from = (const key_word *)found;
+	key_word *words = (key_word *)address;
 
-	words[0] = found->in6_u.u6_addr32[0];
-	words[1] = found->in6_u.u6_addr32[1];
-	words[2] = found->in6_u.u6_addr32[2];
-	words[3] = found->in6_u.u6_addr32[3];
+	words[0] = from[0];
+	words[1] = from[1];
 }
 
 /* A TCP header that is at offset; end is where the IP packet ends. */
@@ -105,11 +103,12 @@ static __always_inline int take_tcp(const struct tcphdr *tcp, __u32 offset, __u3
 {
 	__u32 header = tcp->doff * 4;
 	__u32 payload = offset + header;
+	__u32 ports;
 
 	if (header < sizeof(*tcp) || payload > end)
 		return refuse(TG_BAD_HEADERS);
-	key->local_port = bpf_ntohs(way == FROM_POD ? tcp->source : tcp->dest);
-	key->peer_port = bpf_ntohs(way == FROM_POD ? tcp->dest : tcp->source);
+	ports = bpf_ntohl(*(const __be32 *)tcp);
+	key->ports = way == FROM_POD ? ports : (__u32)(ports << 16) | ports >> 16;
 	segment->flags = ((__u8 *)tcp)[13];
 	segment->sequence = bpf_ntohl(tcp->seq) + !!(segment->flags & TCP_SYN);
 	segment->acknowledged = bpf_ntohl(tcp->ack_seq);
@@ -181,7 +180,7 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 offset, enum 
 {
 	struct extension_header extension;
 	struct fragment_header fragment;
-	struct ipv6hdr ip;
+	struct ipv6hdr ip __attribute__((aligned(8)));
 	__u32 end;
 	__u8 next;
 	int i;

@@ -205,7 +205,7 @@ static __always_inline void begin_prefix(struct tg_prefix *prefix, const struct 
 	prefix->base = 0;
 	prefix->told = 0;
 	prefix->searched = 0;
-	prefix->port = flow->direction == TG_INBOUND ? key->local_port : key->peer_port;
+	prefix->port = flow->direction == TG_INBOUND ? local_port(key) : peer_port(key);
 	prefix->turned = 0;
 	__builtin_memset(prefix->known, 0, sizeof(prefix->known));
 	if (flow->turn_state != TG_TURN_TAKEN) {
@@ -382,9 +382,17 @@ static __always_inline void client_finished(const struct tg_flow_key *key, struc
 	set_flag(flow, TG_FLOW_CLIENT_FIN);
 }
 
-static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_key *key,
-				  struct tg_flow *flow, const struct tg_segment *segment)
+/* Nothing but an acknowledgment, or less. */
+static __always_inline int is_bare(const struct tg_segment *segment)
 {
+	return !segment->length && !(segment->flags & (TCP_SYN | TCP_FIN | TCP_RST));
+}
+
+static __always_inline void from_client(struct __sk_buff *skb, const struct tg_flow_key *key,
+					struct tg_flow *flow, const struct tg_segment *segment)
+{
+	if (is_bare(segment))
+		return;
 	learn_isn(flow, TG_CLIENT, segment);
 	take_in(key, flow, TG_CLIENT, segment);
 	if (segment->flags & (TCP_FIN | TCP_RST))
@@ -392,7 +400,7 @@ static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_ke
 	if (segment->length && !is_settled(flow))
 		hear_client(skb, key, flow, segment);
 	if (is_settled(flow))
-		return 0;
+		return;
 	if (segment->flags & TCP_FIN)
 		client_finished(key, flow, segment);
 	if ((flow->flags & TG_FLOW_CLIENT_FIN) && !is_decided(flow)) {
@@ -403,7 +411,6 @@ static __noinline int from_client(struct __sk_buff *skb, const struct tg_flow_ke
 	}
 	if (segment->flags & TCP_RST)
 		conclude(key, flow);
-	return 0;
 }
 
 /* How many bytes of the client's stream the server has, by its own words. */
@@ -452,12 +459,14 @@ static __always_inline void hear_acknowledgment(const struct tg_flow_key *key, s
 		lose(key, flow, TG_BYTES_MISSED);
 }
 
-static __noinline int from_server(const struct tg_flow_key *key, struct tg_flow *flow,
-				  const struct tg_segment *segment)
+static __always_inline void from_server(const struct tg_flow_key *key, struct tg_flow *flow,
+					const struct tg_segment *segment)
 {
 	__s32 acked;
 	__u32 gain;
 
+	if (is_bare(segment) && is_settled(flow))
+		return;
 	learn_isn(flow, TG_SERVER, segment);
 	gain = take_in(key, flow, TG_SERVER, segment);
 	if (!is_settled(flow)) {
@@ -476,7 +485,6 @@ static __noinline int from_server(const struct tg_flow_key *key, struct tg_flow 
 		if (!is_settled(flow))
 			conclude(key, flow);
 	}
-	return 0;
 }
 
 #endif

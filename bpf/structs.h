@@ -32,18 +32,22 @@ struct tg_attachment {
 
 /*
  * One TCP connection at an interface, whichever way the packet goes. By interface and not by workload, so that a
- * packet of a known flow needs no other look-up. A whole number of 64-bit words is compared faster.
+ * packet of a known flow needs no other look-up.
  */
 struct tg_flow_key {
 	struct tg_interface interface;
 	__u8 local[16];
 	__u8 peer[16];
-	__u16 local_port;
-	__u16 peer_port;
-	__u32 pad;
+	__u64 ports;		/* the local one above the peer's, of 16 bits */
+};
+
+/* What the hash of a flow's key depends on besides the key: random, so that nobody can choose flows that share one. */
+struct tg_flow_seed {
+	__u64 words[TG_FLOW_KEY_WORDS];
 };
 
 struct tg_flow {
+	struct tg_flow_key key;
 	__u64 workload;
 	__u64 opened;
 	__u64 tally[TG_TALLIES];	/* payload by sender, and the connection: how much, and enum tg_place */

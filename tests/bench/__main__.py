@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
-from tests.bench import agent, flows, ledger, redirect, report
+from tests.bench import agent, flows, ledger, node, redirect, report
 from tests.bench.measure import Measurement
 from tests.bench.site import Site, site
 
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[Site], Iterator[Measurement]]] = {
     flows.PART: flows.measure,
     ledger.PART: ledger.measure,
     agent.PART: agent.measure,
+    node.PART: node.measure,
 }
 
 

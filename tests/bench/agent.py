@@ -9,11 +9,12 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tests.bench.site import REPOSITORY, Site
 
 from tidegate.errors import TidegateError
 from tidegate.kernel import links, netns
-from tidegate.model import Workload
+from tidegate.model import Sidecar, Workload
 from tidegate.node.client import AgentClient, AgentUnreachable
 
 PART = "agent"
@@ -41,10 +42,11 @@ PART = "agent"
 _WORKLOADS = (0, 20, 100)
 _READINGS, _ROUNDS = 6, 2
 """Of each number of workloads, and rounds of one reading."""
-_DEADLINE_S = 60.0
+_DEADLINE_S = 120.0
 _STARTS = 5
 _MEMORY = Limit(Bound.MEDIAN_AT_MOST, 60)
 _POD_INTERFACE = "eth0"
+_MESH = {"trust_domain": "bench.consul", "datacenter": "dc1"}
 
 # linux/inotify.h
 _IN_OPEN = 0x20
@@ -58,7 +60,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def measure(site: Site) -> Iterator[Measurement]:
     """All measurements of this part."""
     yield _starts()
-    with _Agent(site) as agent:
+    with Agent(site) as agent:
         yield from _resident(agent)
 
 
@@ -86,7 +88,7 @@ def _starts() -> Measurement:
     )
 
 
-def _resident(agent: "_Agent") -> Iterator[Measurement]:
+def _resident(agent: "Agent") -> Iterator[Measurement]:
     memory: list[tuple[Alternative, list[float]]] = []
     work: list[tuple[Alternative, list[float]]] = []
     for number in _WORKLOADS:
@@ -111,52 +113,87 @@ def _named(name: str, limit: Limit | None = None) -> Alternative:
     return Alternative(name, lambda: 0.0, limit)
 
 
-class _Agent:
+class Agent:
     """An agent with its server, and the workloads of its node."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, name: str = "agent", **sections: object) -> None:
+        """`sections` are added to its configuration, such as cni."""
         self._site = site
-        self._directory = site.directory / "agent"
+        self._bpffs = site.bpffs() / name
+        self._sections = sections
+        self._directory = site.directory / name
         self._workloads = self._directory / "workloads"
         self._socket = self._directory / "agent.sock"
         self._server_socket = self._directory / "server.sock"
         self._node = site.namespace()
-        self._number = 0
+        self._started: subprocess.Popen[bytes] | None = None
         self._processes = contextlib.ExitStack()
+        self._pods: list[str] = []
 
-    def __enter__(self) -> "_Agent":
+    def __enter__(self) -> "Agent":
         self._workloads.mkdir(parents=True)
-        common = {"trust_domain": "bench.consul", "datacenter": "dc1"}
         server_address = f"unix://{self._server_socket}"
-        server = {"listen": server_address, "state_dir": str(self._directory / "server"), **common}
-        agent = {
-            "node": "bench",
-            "server": server_address,
-            "workloads": str(self._workloads),
-            "run_dir": str(self._directory / "run"),
-            "state_dir": str(self._directory / "state"),
-            "socket": str(self._socket),
-            "bpffs": str(self._site.bpffs() / "agent"),
-            **common,
-        }
+        server = {"listen": server_address, "state_dir": str(self._directory / "server"), **_MESH}
         try:
-            self._start("server", "server", server)
+            self._processes.callback(_end, self._run("server", "server", server))
             _wait_until(self._server_socket.exists, "the server listens")
-            self._process = psutil.Process(self._start("agent", "agent run", agent))
-            _wait_until(lambda: self._observed() == 0, "the agent answers")
+            self.start()
+            self.is_as_it_should_be()
         except BaseException:
-            self._processes.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
         self._processes.close()
 
-    def have_workloads(self, number: int) -> None:
-        """Returns when the agent observes so many."""
-        while self._number < number:
-            self._add_workload()
-        _wait_until(lambda: self._observed() == number, f"{number} workloads are observed")
+    @property
+    def node(self) -> str:
+        """Path of the namespace that the agent is in."""
+        return self._node
+
+    @property
+    def pods(self) -> Sequence[str]:
+        """Paths of the namespaces of the workloads."""
+        return self._pods
+
+    def start(self) -> None:
+        """Starts the agent's process, and does not wait."""
+        config = {
+            "node": "bench",
+            "server": f"unix://{self._server_socket}",
+            "workloads": str(self._workloads),
+            "run_dir": str(self._directory / "run"),
+            "state_dir": str(self._directory / "state"),
+            "socket": str(self._socket),
+            "bpffs": str(self._bpffs),
+            **_MESH,
+            **self._sections,
+        }
+        self._started = self._run("agent", "agent run", config)
+        self._process = psutil.Process(self._started.pid)
+
+    def stop(self) -> None:
+        """Ends the agent's process, if it runs; what it has put in place stays."""
+        if self._started is not None:
+            _end(self._started)
+            self._started = None
+
+    def forget_programs(self) -> None:
+        """Takes away what an agent that was stopped has pinned: nothing is observed any more."""
+        shutil.rmtree(self._bpffs)
+
+    def have_workloads(self, number: int, *, redirected: bool = False) -> None:
+        """Returns when the agent observes so many, and redirects them to sidecars of their own where that is wanted."""
+        while len(self._pods) < number:
+            self._add_workload(redirected)
+        self.is_as_it_should_be()
+
+    def is_as_it_should_be(self) -> None:
+        """Returns when every workload is observed, and those in the mesh are redirected."""
+        number = len(self._pods)
+        _wait_until(lambda: self._looked_after() == number, f"{number} workloads are looked after")
 
     def memory(self) -> Any:
         """What the agent holds, in bytes: psutil's rss and pss."""
@@ -176,12 +213,14 @@ class _Agent:
         tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
-    def _start(self, name: str, command: str, config: dict[str, str]) -> int:
+    def _run(
+        self, name: str, command: str, config: Mapping[str, object]
+    ) -> "subprocess.Popen[bytes]":
         path = self._directory / f"{name}.yaml"
         path.write_bytes(msgspec.yaml.encode(config))
         argv = [sys.executable, "-m", "tidegate.cli.main", *command.split(), "--config", str(path)]
-        with (self._directory / f"{name}.log").open("wb") as log:
-            process = netns.spawn(
+        with (self._directory / f"{name}.log").open("ab") as log:
+            return netns.spawn(
                 self._node,
                 argv,
                 stdout=log,
@@ -189,42 +228,48 @@ class _Agent:
                 cwd=str(REPOSITORY),
                 start_new_session=True,
             )
-        self._processes.callback(_end, process)
-        return process.pid
 
-    def _add_workload(self) -> None:
-        self._number += 1
-        name = f"w{self._number:04}"
+    def _add_workload(self, redirected: bool) -> None:
+        number = len(self._pods) + 1
+        name = f"w{number:04}"
         pod = self._site.namespace()
+        self._pods.append(pod)
         links.create_veth(pod, _POD_INTERFACE, self._node, name)
         for path, interface in ((pod, _POD_INTERFACE), (self._node, name)):
             links.set_up(path, interface)
-        address = f"10.79.{self._number >> 8}.{self._number & 0xFF}"
+        address = f"10.79.{number >> 8}.{number & 0xFF}"
         links.add_address(pod, _POD_INTERFACE, f"{address}/32")
         workload = Workload(
             id=f"bench-{name}",
             name=name,
-            service=f"service-{self._number % 20}",
+            service=f"service-{number % 20}",
             node="bench",
             netns=pod,
             interface=_POD_INTERFACE,
             port=8080,
             addresses=(address,),
+            meshed=redirected,
+            sidecar=Sidecar.OWN,
             created_at=time.time(),
         )
         draft = self._workloads / f".{name}.json"
         draft.write_bytes(msgspec.json.encode(workload))
         draft.rename(self._workloads / f"{name}.json")
 
-    def _observed(self) -> int:
-        """How many workloads are observed; -1 while the agent does not answer."""
+    def _looked_after(self) -> int:
+        """How many workloads are as they should be; -1 while the agent does not answer."""
         if not self._socket.exists():
             return -1
         try:
             status = asyncio.run(_status(f"unix://{self._socket}"))
         except AgentUnreachable:
             return -1
-        return sum(1 for workload in status["workloads"] if workload["observed_since"])
+        return sum(
+            1
+            for workload in status["workloads"]
+            if workload["observed_since"]
+            and (workload["redirect"] == "ok" or not workload["wanted_in_mesh"])
+        )
 
 
 async def _status(address: str) -> Any:

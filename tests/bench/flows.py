@@ -5,6 +5,7 @@ Packets are run through the classifier's own code by BPF_PROG_TEST_RUN. Each rep
 """
 
 import contextlib
+import ctypes
 import functools
 import struct
 import subprocess
@@ -34,6 +35,7 @@ from tidegate.errors import TidegateError
 from tidegate.kernel.bpf import Map
 from tidegate.kernel.bpf_object import Object
 from tidegate.observe import abi
+from tidegate.observe.flow_map import FlowMap
 
 PART = "flows"
 
@@ -42,6 +44,7 @@ _OPENED = 5_000
 """Fewer than the flow map holds, or the oldest would be gone before their first bytes come."""
 _ROUNDS = 25
 
+_NAMES = ("nothing", "only_find", "only_add", "only_step", "step_and_observe", "from_pod")
 _SOURCES = Path(__file__).parents[2] / "bpf"
 _PROGRAMS = Path(__file__).parent / "steps.bpf.c"
 _SLOTS = 1000
@@ -94,38 +97,35 @@ class _Steps:
         with contextlib.ExitStack() as handles, Object.open(compiled) as opened:
             opened.set_constants(step_at=at, step_by=by)
             opened.load()
-            self._nothing, self._only_step, self._step_and_observe, self._from_pod = (
-                handles.enter_context(opened.program(name))
-                for name in ("nothing", "only_step", "step_and_observe", "from_pod")
-            )
+            self._programs = {name: handles.enter_context(opened.program(name)) for name in _NAMES}
             self._edges = handles.enter_context(opened.map("edges"))
-            with opened.map("attachments") as attachments, opened.map("profiles") as profiles:
-                _attach(attachments)
-                _set_profile(profiles)
+            names = ("attachments", "profiles", "flows", "flow_seed")
+            with contextlib.ExitStack() as opening:
+                maps = {name: opening.enter_context(opened.map(name)) for name in names}
+                _attach(maps["attachments"])
+                _set_profile(maps["profiles"])
+                FlowMap(maps)
+                maps["flows"].update(bytes(8), bytes(ctypes.sizeof(abi.Flow)))
             self._handles = handles.pop_all()
 
     def close(self) -> None:
         """Lets the programs go."""
         self._handles.close()
 
-    def nothing(self, packet: Packet) -> float:
-        """Nanoseconds per packet of an empty program: the test run's own share."""
-        return self._nothing.test_run(packet.frame, _REPETITIONS).duration_ns
-
-    def same(self, packet: Packet) -> float:
+    def same(self, packet: Packet, program: str = "from_pod") -> float:
         """Nanoseconds per packet, which is the same again and again."""
-        return self._from_pod.test_run(packet.frame, _REPETITIONS).duration_ns
+        return self._run(program, packet.frame, _REPETITIONS)
 
     def play(self, packet: Packet, first: int, repetitions: int) -> float:
         """Nanoseconds per packet, stepping included; the field counts up from `first`."""
         frame = self._before(packet, first)
-        return self._step_and_observe.test_run(frame, repetitions).duration_ns
+        return self._run("step_and_observe", frame, repetitions)
 
     def next(self, packet: Packet, first: int, repetitions: int) -> float:
         """Nanoseconds per packet, as if the packets had come by themselves."""
         frame = self._before(packet, first)
-        stepped = self._only_step.test_run(frame, repetitions).duration_ns
-        nothing = self._nothing.test_run(frame, repetitions).duration_ns
+        stepped = self._run("only_step", frame, repetitions)
+        nothing = self._run("nothing", frame, repetitions)
         return self.play(packet, first, repetitions) - stepped + nothing
 
     def counted(self, flow_class: abi.Class) -> tuple[int, int]:
@@ -139,6 +139,9 @@ class _Steps:
                 connections += edge.tally[abi.Tally.CONNECTION]
                 to_server += edge.tally[abi.Role.CLIENT]
         return connections, to_server
+
+    def _run(self, program: str, frame: bytes, repetitions: int) -> float:
+        return self._programs[program].test_run(frame, repetitions).duration_ns
 
     def _before(self, packet: Packet, first: int) -> bytes:
         frame = bytearray(packet.frame)
@@ -239,6 +242,10 @@ def _classified(compiled: Path) -> Measurement:
         for stream in (four, six, extensions):
             stack.callback(stream.steps.close)
         acknowledgement = _talk(IPV4).up(len(_HTTP), b"")
+
+        def same(program: str) -> Callable[[], float]:
+            return functools.partial(four.steps.same, acknowledgement, program)
+
         limit, with_extensions = (Limit(Bound.MEDIAN_AT_MOST, ns) for ns in (60, 100))
         return interleaved(
             PART,
@@ -246,8 +253,10 @@ def _classified(compiled: Path) -> Measurement:
             Unit.NANOSECONDS,
             _ROUNDS,
             [
-                Alternative("an empty program", lambda: four.steps.nothing(acknowledgement)),
-                Alternative("bare ACK, IPv4", lambda: four.steps.same(acknowledgement), limit),
+                Alternative("an empty program", same("nothing")),
+                Alternative("one look-up in the flow map", same("only_find")),
+                Alternative("one atomic addition", same("only_add")),
+                Alternative("bare ACK, IPv4", same("from_pod"), limit),
                 Alternative("payload, IPv4", four.sample, limit),
                 Alternative("payload, IPv6", six.sample),
                 Alternative(

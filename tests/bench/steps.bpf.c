@@ -3,6 +3,8 @@
  * The classifier, given another packet in each repetition of a program test run: one field of the packet counts up.
  * Without that every repetition but the first would be a retransmission, which is cheaper than a packet.
  */
+#include <linux/pkt_cls.h>
+
 #include "../../bpf/classifier.bpf.c"
 
 const volatile __u32 step_at = 0;	/* offset of the field in the packet */
@@ -19,6 +21,26 @@ static __always_inline void step(struct __sk_buff *skb)
 SEC("tc")
 int nothing(struct __sk_buff *skb)
 {
+	return NEXT_PROGRAM;
+}
+
+/* One look-up in the flow map, and nothing else. */
+SEC("tc")
+int only_find(struct __sk_buff *skb)
+{
+	__u64 hash = 0;
+
+	return bpf_map_lookup_elem(&flows, &hash) ? TC_ACT_OK : NEXT_PROGRAM;
+}
+
+/* One atomic addition, and nothing else but finding where. */
+SEC("tc")
+int only_add(struct __sk_buff *skb)
+{
+	struct tg_edge *edge = overflow_of(TG_EMPTY);
+
+	if (edge)
+		add(&edge->tally[TG_CLIENT], 1);
 	return NEXT_PROGRAM;
 }
 

@@ -13,7 +13,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -244,7 +244,7 @@ def test_a_flow_tells_what_it_is_and_how_much_it_carried(bench: Bench) -> None:
     assert flow.hint is Hint.HTTP1
     (edge,) = bench.edges()
     assert edge.count.first_seen == pytest.approx(flow.opened, abs=1)
-    assert bench.classifier.flow_record(flow.key, bench.classifier.take_flow(flow.key)) == flow
+    assert bench.classifier.flow_record(bench.classifier.take_flow(flow.key)) == flow
     assert bench.flows() == []
     assert bench.classifier.take_flow(flow.key) is None
 
@@ -273,11 +273,59 @@ def test_a_hint_goes_with_the_connection_from_edge_to_edge(bench: Bench) -> None
     flow = only_flow(bench)
     value = abi.Flow.from_buffer_copy(bench.classifier.take_flow(flow.key))
     value.hint = abi.Hint.MYSQL
-    bench.classifier.put_flow(flow.key, bytes(value))
+    bench.classifier.put_flow(bytes(value))
     bench.play([talk.up(0, TLS)], Direction.INBOUND)
     (edge,) = bench.edges()
     assert (edge.key.flow_class, edge.count.hints) == (FlowClass.STARTTLS, (Hint.MYSQL,))
     assert only_flow(bench).hint is Hint.MYSQL
+
+
+# The flow map
+
+
+def test_of_two_connections_with_the_same_hash_the_second_is_not_stored_and_that_is_counted() -> (
+    None
+):
+    with closing(Classifier.private(report=False, flows=64)) as classifier:
+        # Without a seed the ports of IPv4 connections make no difference to the hash.
+        classifier._maps["flow_seed"].update(bytes(4), bytes(ctypes.sizeof(abi.FlowSeed)))
+        bench = Bench(classifier)
+        bench.begin()
+        first, second = talk_of(port=40001), talk_of(port=40002)
+        bench.play(
+            [*first.opening(), *second.opening(), second.up(0, HTTP), first.up(0, TLS)],
+            Direction.INBOUND,
+        )
+        assert (only_flow(bench).peer_port, only_flow(bench).bytes_to_server) == (40001, len(TLS))
+        assert bench.classes() == {FlowClass.TLS: 1}
+        assert bench.counted() == {"flow_not_stored": 2, "joined_midstream": 1}
+
+
+def test_whoever_takes_the_maps_over_finds_the_connections_by_the_same_hash(
+    tmp_path: Path,
+) -> None:
+    talk = talk_of()
+    with bpffs(tmp_path / "bpf") as pins:
+        with closing(Classifier.open(pins)) as before:
+            bench = Bench(before)
+            bench.begin()
+            bench.play([*talk.opening(), talk.up(0, HTTP)], Direction.INBOUND)
+        after = Classifier.open(pins)
+        with closing(after):
+            Bench(after).play([talk.up(len(HTTP), HTTP)], Direction.INBOUND)
+            (flow,) = after.flows()
+            assert flow.bytes_to_server == 2 * len(HTTP)
+            assert after.losses().joined_midstream == 0
+            assert after.take_flow(flow.key) is not None
+            after.remove()
+
+
+def test_every_classifier_has_a_hash_of_its_own() -> None:
+    seeds = set()
+    for _ in range(2):
+        with closing(Classifier.private(report=False, flows=64)) as classifier:
+            seeds.add(classifier._maps["flow_seed"].lookup(bytes(4)))
+    assert len(seeds) == 2
 
 
 # Edges and their slots

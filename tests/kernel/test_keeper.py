@@ -29,12 +29,14 @@ from tidegate.kernel.errors import KernelError
 from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Workload
 from tidegate.node import redirection
 from tidegate.node.config import OnFailure, RedirectConfig
-from tidegate.node.keeper import Keeper, Wanted, abandoned, spiffe_ids_of
+from tidegate.node.keeper import Keeper, abandoned
 from tidegate.node.redirection import Redirection
+from tidegate.node.sidecar import Wanted, spiffe_ids_of
 
 DEADLINE_S = 20
 PORT = 8080
 EXCLUDE = "consul.hashicorp.com/transparent-proxy-exclude-inbound-ports"
+ROOT = "the root that issues"
 SPEC = SidecarSpec(
     service="api",
     trust_domain="0f1e2d3c.consul",
@@ -69,7 +71,7 @@ class Site:
         keeper = Keeper(
             self.workload,
             self.directory,
-            envoy or binary(),
+            (lambda: envoy) if envoy else binary,
             "api-1.n1",
             self.engine,
             self.redirect,
@@ -106,6 +108,7 @@ class Site:
             spec=spec,
             index=index,
             leaves=leaves,
+            root_id=ROOT,
             roots_pem=self.ca.roots_pem,
             policy=policy,
         )
@@ -490,7 +493,7 @@ def test_the_rules_stay_when_envoy_is_killed_and_it_is_started_again(
 def test_a_keeper_that_returns_while_envoy_is_dead_leaves_the_rules(
     site: Site, meshed: Keeper
 ) -> None:
-    meshed._envoy.stop(5)
+    meshed._sidecar._process.stop(5)
     returned = site.keeper()
     returned.reconcile(site.wanted())
     assert site.rules()
@@ -518,10 +521,13 @@ def test_a_flip_counts_only_once_envoy_works_by_it(site: Site, meshed: Keeper) -
 def test_a_leaf_is_renewed_in_time_and_whenever_the_identity_changes(
     site: Site, meshed: Keeper
 ) -> None:
-    memory = meshed._memory
+    memory = meshed._memory.content
     life = memory.leaf_until - memory.leaf_from
     assert not meshed.needs_leaves(memory.leaf_from + 0.6 * life, spiffe_ids_of(SPEC))
     assert meshed.needs_leaves(memory.leaf_from + 0.7 * life, spiffe_ids_of(SPEC))
+    assert memory.leaf_root == ROOT
+    assert not meshed.needs_leaves(memory.leaf_from, spiffe_ids_of(SPEC), ROOT)
+    assert meshed.needs_leaves(memory.leaf_from, spiffe_ids_of(SPEC), "another root")
     renamed = msgspec.structs.replace(SPEC, service="billing")
     assert meshed.needs_leaves(time.time(), spiffe_ids_of(renamed))
     meshed.reconcile(site.wanted(renamed, index=2))
@@ -654,7 +660,7 @@ def test_of_a_workload_that_is_gone_nothing_is_removed_from_another_namespace_at
 ) -> None:
     replaced(site.pair.pod)
     site.engine.apply(site.pair.pod, meshed.policy)
-    keeper = abandoned(site.directory, binary(), site.engine) if returned else meshed
+    keeper = abandoned(site.directory, binary, site.engine) if returned else meshed
     keeper.remove()
     assert keeper.is_removed
     assert site.rules()
@@ -697,7 +703,7 @@ def test_what_a_former_agent_left_of_a_workload_can_be_removed(
     pid = meshed.sidecar.pid
     if damaged:
         (site.directory / "memory.json").write_bytes(b"{")
-    abandoned(site.directory, binary(), site.engine).remove()
+    abandoned(site.directory, binary, site.engine).remove()
     assert site.envoys() == []
     assert not site.directory.exists()
     assert site.rules() is damaged, "without the memory nobody knows whose namespace it was"

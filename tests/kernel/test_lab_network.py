@@ -223,7 +223,7 @@ def deadly(owner, name):
 
 for owner, name in (
     (netns, "create"), (netns, "_unshare_and_bind"), (state, "write_bytes"),
-    *((network._Door, name) for name in ("sysctls", "up", "addresses", "route", "ensure_veth")),
+    *((network.Door, name) for name in ("sysctls", "up", "addresses", "route", "ensure_veth")),
 ):
     deadly(owner, name)
 runtime.up(small("f1"), parts=NETWORK)
@@ -450,14 +450,14 @@ def test_a_namespace_that_goes_while_it_is_deleted_is_deleted_and_not_made_anew(
     network.delete(name)
     assert name not in netns.names()
     with pytest.raises(FileNotFoundError):
-        network._Door(name)
+        network.Door(netns.path(name))
     assert name not in netns.names()
 
 
 def test_an_interface_that_goes_while_it_is_looked_at_has_no_addresses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with namespace() as path, network._Door(Path(path).name) as door:
+    with namespace() as path, network.Door(path) as door:
         gone = dict(door._link("lo"), index=12345)
         monkeypatch.setattr(door, "_link", lambda _name: gone)
         assert door.global_addresses("eth0") == set()
@@ -485,8 +485,8 @@ def test_a_link_that_goes_with_its_peer_while_it_is_deleted_is_deleted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with ExitStack() as made:
-        names = [Path(made.enter_context(namespace())).name for _ in range(2)]
-        mine, other = (made.enter_context(network._Door(name)) for name in names)
+        paths = [made.enter_context(namespace()) for _ in range(2)]
+        mine, other = (made.enter_context(network.Door(path)) for path in paths)
         mine.ensure_veth("tg-a", other, "tg-b")
         seen = mine._link("tg-a")
         other.delete_link("tg-b")

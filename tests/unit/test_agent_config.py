@@ -194,3 +194,48 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
         with pytest.raises(InputError, match=why) as caught:
             load_config(path)
         assert str(path) in str(caught.value)
+
+
+def test_one_source_of_workloads_is_enough_and_none_is_too_few(load):
+    without = {key: value for key, value in GOOD.items() if key != "workloads"}
+    for section in (
+        {"kubernetes": {"enrol": ["consul", "annotated"]}},
+        {"cni": {}},
+        {"processes": [{"service": "web", "unit": "web.service"}]},
+    ):
+        assert load(without | section).workloads is None
+    assert "no source of workloads is there" in str(fault(load, without))
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ({"kubernetes": {"token_file": "token"}}, "kubernetes.token_file"),
+        ({"kubernetes": {"enrol": "everything"}}, "kubernetes.enrol"),
+        ({"cni": {"socket": "cni.sock"}}, "cni.socket"),
+        ({"cni": {"sockets": "/cni.sock"}}, "sockets"),
+        ({"processes": [{"service": "web", "unit": "web"}]}, "processes[0].unit"),
+        ({"metrics": "20200"}, "metrics"),
+    ],
+)
+def test_a_fault_within_a_section_is_named_by_its_whole_path(load, section, field):
+    assert field in str(fault(load, GOOD | section))
+
+
+def test_the_host_is_never_blocked_because_a_service_of_it_cannot_be_redirected(load):
+    web = {"service": "web", "port": 80, "host_network": {"user": "www-data"}}
+    with_host = GOOD | {"processes": [web]}
+    assert load(with_host).processes[0].host_network
+    refused = fault(load, with_host | {"redirect": {"on_failure": "block"}})
+    assert refused.field == "processes[0].host_network"
+
+
+def test_others_are_told_where_the_agent_can_be_reached(load):
+    assert load(GOOD).agent_api == "unix:///run/tidegate/agent.sock"
+    node = GOOD | {"peers": "0.0.0.0:20201", "node_addresses": ["10.0.0.1", "fd00::1"]}
+    assert load(node).agent_api == "https://10.0.0.1:20201"
+    assert load(node | {"advertise": "fd00::7"}).agent_api == "https://[fd00::7]:20201"
+    nowhere = fault(load, GOOD | {"peers": "0.0.0.0:20201"})
+    assert nowhere.field == "peers"
+    assert fault(load, node | {"advertise": "here"}).field == "advertise"
+    assert fault(load, node | {"peers": "20201"}).field == "peers"

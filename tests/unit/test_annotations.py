@@ -121,6 +121,7 @@ def test_without_annotations_the_policy_is_the_base():
         ),
         ("include-outbound-interfaces", "eth0", "outbound.include_interfaces", ("eth0",)),
         ("exclude-outbound-interfaces", "net1", "outbound.exclude_interfaces", ("net1",)),
+        ("wait-for-sidecar", "true", "outbound.wait_for_sidecar", True),
         ("dns", "all", "dns.enabled", True),
         ("dns", "10.0.0.53,fd00::53", "dns.resolvers", ("10.0.0.53", "fd00::53")),
         ("dns-to", "127.0.0.1:8600", "dns.addresses", ("127.0.0.1",)),
@@ -154,8 +155,8 @@ def test_transparent_proxy_false_means_no_redirection(name, text):
     base = Policy(dns=Dns(enabled=True))
     policy = policy_from_annotations({name: text}, base)
     assert not policy.redirects_anything
-    assert not policy.redirects_inbound(80)
-    assert not policy.redirects_outbound(80)
+    assert not policy.redirects_inbound(80, "10.0.0.9")
+    assert not policy.redirects_outbound(80, "10.0.0.9")
 
 
 def test_redirection_can_be_asked_for_where_the_node_leaves_workloads_alone():

@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "intent": set(),
     "verdict": set(),
     "identity": set(),
-    "workloads": set(),
+    "kubeapi": set(),
+    "workloads": {"kernel", "intent", "kubeapi"},
     "enforce": {"kernel", "intent", "identity"},
     "observe": {"kernel", "verdict"},
-    "catalog": {"intent", "identity"},
+    "catalog": {"intent", "identity", "kubeapi"},
 }
 """What a part may import of the others; parts that are not named put others together."""
 

@@ -15,6 +15,7 @@ STRUCTS = {
     "tg_interface": abi.Interface,
     "tg_attachment": abi.Attachment,
     "tg_flow_key": abi.FlowKey,
+    "tg_flow_seed": abi.FlowSeed,
     "tg_flow": abi.Flow,
     "tg_edge_key": abi.EdgeKey,
     "tg_edge": abi.Edge,
@@ -32,6 +33,7 @@ ENUMS: dict[str, type[enum.IntEnum] | type[enum.IntFlag]] = {
     "TG_TURN_": abi.Turn,
 }
 NUMBERS = {
+    "TG_FLOW_KEY_WORDS": abi.FLOW_KEY_WORDS,
     "TG_EDGES_MAX": abi.EDGES_MAX,
     "TG_SERVICE_PORTS": abi.SERVICE_PORTS,
     "TG_PROXY_PORTS": abi.PROXY_PORTS,

@@ -28,14 +28,18 @@ ROOT_ONLY = [
     ["resecure"],
     ["agent", "run"],
     ["server"],
+    ["status"],
     ["doctor"],
+    ["uninstall"],
     ["observe"],
     ["classify", "capture.pcap"],
     ["lab", "up"],
     ["lab", "down"],
     ["lab", "status"],
 ]
-ASK_AN_AGENT = ("flows", "ready", "strict", "permissive", "onboard", "intentions", "resecure")
+ASK_AN_AGENT = (
+    "flows", "ready", "strict", "permissive", "onboard", "intentions", "resecure", "status",
+)  # fmt: skip
 NOBODY = 65534
 
 

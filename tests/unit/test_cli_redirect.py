@@ -758,7 +758,7 @@ def said_of(name, **fields):
         "wanted_in_mesh": True,
         "annotations": {},
         "namespace_annotations": {},
-        "redirect": "applied",
+        "redirect": "ok",
         "problem": "",
         **fields,
     }

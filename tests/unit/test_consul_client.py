@@ -22,8 +22,8 @@ from tidegate.errors import InputError
 from tidegate.identity.ca import MeshCA
 from tidegate.intent.entries import Action, EntryKey, Kind, ServiceIntentions, Source
 from tidegate.model import Instance, MutualTLSMode
-from tidegate.node import daemon as daemon_module
 from tidegate.node import intent as intent_module
+from tidegate.node import running as running_module
 from tidegate.node.config import load_config
 from tidegate.node.intent import IntentSource
 
@@ -474,7 +474,7 @@ async def test_the_server_inside_an_agent_answers_as_any_other(tmp_path):
     config = ServerConfig(
         state_dir=tmp_path / "state", listen=f"unix://{tmp_path}/s.sock", trust_domain="a.consul"
     )
-    async with daemon_module._embedded(config), CatalogClient(config.listen) as client:
+    async with running_module._embedded(config), CatalogClient(config.listen) as client:
         allow = Source(name="web", action=Action.ALLOW)
         assert await client.write_entry(ServiceIntentions(name="api", sources=(allow,)))
         assert (await client.snapshot()).trust_domain == "a.consul"

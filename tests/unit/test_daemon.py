@@ -14,19 +14,23 @@ import pytest
 
 from tidegate.catalog.client import CatalogClient
 from tidegate.catalog.server import ServerConfig, running
-from tidegate.enforce.redirect.backend import Change
-from tidegate.enforce.redirect.engine import Engine
+from tidegate.enforce.sidecar import envoy as envoy_module
 from tidegate.enforce.sidecar.files import SidecarFiles
 from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.errors import TidegateError
+from tidegate.intent.entries import from_server
 from tidegate.kernel.errors import KernelError
-from tidegate.model import Instance, ServicePort, Workload
+from tidegate.model import Instance, MutualTLSMode, ServicePort, Sidecar, Workload
 from tidegate.node import daemon as daemon_module
 from tidegate.node import intent as intent_module
 from tidegate.node import keeper as keeper_module
 from tidegate.node.config import AgentConfig
-from tidegate.node.daemon import Daemon, held_alone, run_agent
+from tidegate.node.daemon import Daemon
+from tidegate.node.holding import held_alone
 from tidegate.node.mesh import NodeEvidence, NodeFlows
+from tidegate.node.metrics import Observed
+from tidegate.node.redirection import WorkloadRedirection
+from tidegate.node.running import run_agent
 from tidegate.observe.labels import Labels
 
 DEADLINE_S = 20.0
@@ -66,6 +70,9 @@ class Observation:
 
     def flows(self, _since, _until, _keepers):
         return NodeFlows(node="n1")
+
+    def observed(self, _workloads):
+        return Observed()
 
     def problems(self):
         return ()
@@ -454,7 +461,8 @@ def test_a_workload_that_returns_waits_until_what_was_left_of_it_is_removed(node
     async def scenario():
         async with running(node.server), node.agent() as daemon:
             (directory,) = (
-                daemon._directory(workload) for workload in await daemon._work(daemon._source.list)
+                daemon._keepers._directory(workload)
+                for workload in await daemon._work(daemon._census.take)
             )
             await status_where(daemon, lambda status: status.workloads)
         made.clear()
@@ -533,7 +541,7 @@ def test_a_second_agent_with_a_directory_of_the_first_is_refused_and_named_the_f
     del others[field]
     second = msgspec.structs.replace(node.config, socket=tmp_path / "agent-2.sock", **others)
     code = (
-        "import sys; from pathlib import Path; from tidegate.node.daemon import held_alone\n"
+        "import sys; from pathlib import Path; from tidegate.node.holding import held_alone\n"
         "with held_alone(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     )
     argv = [sys.executable, "-c", code, str(held)]
@@ -651,7 +659,7 @@ def test_a_gone_workload_that_cannot_be_removed_is_told_not_published_and_tried_
     def refuse(*_args):
         raise KernelError("not now", errno.EBUSY)
 
-    monkeypatch.setattr(Engine, "remove", refuse)
+    monkeypatch.setattr(WorkloadRedirection, "remove", refuse)
 
     async def scenario():
         async with (
@@ -668,7 +676,142 @@ def test_a_gone_workload_that_cannot_be_removed_is_told_not_published_and_tried_
             await eventually(lambda: _equal(living(), []))
             (left,) = (await daemon._status()).workloads
             assert "not now" in left.problem
-            monkeypatch.setattr(Engine, "remove", lambda *_: Change.REMOVED)
+            monkeypatch.setattr(WorkloadRedirection, "remove", lambda *_: None)
             await status_where(daemon, lambda status: not status.workloads)
+
+    run(scenario())
+
+
+# Workloads that bring their own sidecar, and servers that are away.
+
+
+def asked_of_keepers(monkeypatch):
+    """What is wanted of each workload, by name, as often as it is."""
+    asked = {}
+    reconcile = keeper_module.Keeper.reconcile
+
+    def note(keeper, wanted):
+        asked.setdefault(keeper.workload.name, []).append(wanted)
+        reconcile(keeper, wanted)
+
+    monkeypatch.setattr(keeper_module.Keeper, "reconcile", note)
+    return asked
+
+
+def test_rules_for_a_sidecar_of_its_own_wait_for_no_server_and_need_no_envoy(node, monkeypatch):
+    monkeypatch.setattr(envoy_module, "binary", defect)
+    asked = asked_of_keepers(monkeypatch)
+    node.put("own", meshed=True, sidecar=Sidecar.OWN, reason="it has Consul's sidecar")
+    node.put("ours", meshed=True)
+
+    async def scenario():
+        async with node.agent() as daemon:
+            # There is no such namespace.
+            status = await status_where(
+                daemon, lambda status: "failed" in [one.redirect for one in status.workloads]
+            )
+            assert isinstance(asked["own"][0], keeper_module.WantedRules)
+            assert "ours" not in asked, "what its sidecar should do nobody has said"
+            (own,) = (one for one in status.workloads if one.name == "own")
+            assert (own.sidecar, own.wanted_in_mesh, own.state) == (Sidecar.OWN, True, "")
+            assert own.reason == "it has Consul's sidecar"
+            assert own.redirect == "failed"
+
+    run(scenario())
+
+
+def test_a_sidecar_of_its_own_is_taken_to_run_what_the_server_says(node, monkeypatch):
+    asked = asked_of_keepers(monkeypatch)
+    node.put("own", meshed=True, sidecar=Sidecar.OWN)
+
+    async def scenario():
+        async with running(node.server), node.agent() as daemon:
+            async with CatalogClient(node.config.server) as catalog:
+                mesh = {"Kind": "mesh", "AllowEnablingPermissiveMutualTLS": True}
+                assert await catalog.write_entry(from_server(mesh, "-"), None)
+                entry = {
+                    "Kind": "service-defaults",
+                    "Name": "own",
+                    "MutualTLSMode": "permissive",
+                    "TransparentProxy": {"OutboundListenerPort": 15101},
+                }
+                assert await catalog.write_entry(from_server(entry, "-"), None)
+            await status_where(daemon, lambda _: asked["own"][-1].mode is MutualTLSMode.PERMISSIVE)
+            wanted = asked["own"][-1]
+            assert wanted.index > 0
+            assert wanted.policy.outbound.port == 15101
+
+    run(scenario())
+
+
+def test_a_server_that_never_answers_holds_up_no_round(node, monkeypatch):
+    monkeypatch.setattr(intent_module, "ANSWER_S", NEVER_S)
+
+    async def scenario():
+        taken = []
+
+        async def take(_reader, writer):
+            taken.append(writer)
+            await asyncio.sleep(NEVER_S)
+
+        path = node.config.server.removeprefix("unix://")
+        server = await asyncio.start_unix_server(take, path)
+        async with server, node.agent() as daemon:
+            await status_where(daemon, lambda _: taken)
+            began = daemon._round_at
+            node.put("api")
+            await status_where(daemon, lambda status: status.workloads and status.round_at > began)
+            for writer in taken:
+                writer.close()
+
+    run(scenario())
+
+
+def test_whoever_has_news_wakes_the_agent_from_any_thread(node, monkeypatch):
+    monkeypatch.setattr(daemon_module, "ROUND_S", NEVER_S)
+
+    async def scenario():
+        async with node.agent() as daemon:
+            await status_where(daemon, lambda status: status.round_at)
+            node.put("api")
+            await asyncio.to_thread(daemon.wake)
+            await status_where(daemon, lambda status: status.workloads)
+
+    run(scenario())
+
+
+def test_an_agent_is_ready_once_it_has_looked_at_every_workload(node, monkeypatch):
+    released, began = threading.Event(), threading.Event()
+    reconcile = keeper_module.Keeper.reconcile
+
+    def slowly(keeper, wanted):
+        began.set()
+        assert released.wait(DEADLINE_S)
+        reconcile(keeper, wanted)
+
+    monkeypatch.setattr(keeper_module.Keeper, "reconcile", slowly)
+    node.put("api")
+
+    async def scenario():
+        async with node.agent() as daemon:
+            try:
+                await status_where(daemon, lambda status: began.is_set() and status.round_at)
+                assert daemon.pulse.unready() == "no round has been completed yet"
+                assert daemon.pulse.unwell() == ""
+            finally:
+                released.set()
+            await status_where(daemon, lambda _: not daemon.pulse.unready())
+
+    run(scenario())
+
+
+def test_the_metrics_tell_what_the_status_tells(node):
+    node.put("api")
+
+    async def scenario():
+        async with node.agent() as daemon:
+            await status_where(daemon, lambda status: status.workloads)
+            text = (await daemon.exposition()).decode()
+            assert 'tidegate_workloads{redirect="none",sidecar="none"} 1.0' in text
 
     run(scenario())

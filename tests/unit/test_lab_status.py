@@ -11,7 +11,7 @@ from tidegate.lab import runtime, state
 from tidegate.lab.spec import AppKind
 from tidegate.lab.state import LabStatus, NodeStatus, PodStatus, SidecarStatus
 
-MESHED = {"meshed": True, "state": "running", "redirect": "applied", "observed_since": 1.0}
+MESHED = {"meshed": True, "state": "running", "redirect": "ok", "observed_since": 1.0}
 BLOCKED = {
     **MESHED,
     "meshed": False,

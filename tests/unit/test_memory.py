@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import asyncio, contextlib, ctypes, sys, threading
-from tidegate.node import daemon
+from tidegate.node import running
 
 THREADS = 8
 libc = ctypes.CDLL(None)
@@ -18,9 +18,9 @@ def begun(_config):
 
 if sys.argv[1] == "agent":
     # What an agent does first, before it touches anything.
-    daemon._make_directories = begun
+    running._make_directories = begun
     with contextlib.suppress(Begun):
-        asyncio.run(daemon.run_agent(None))
+        asyncio.run(running.run_agent(None))
 
 meeting = threading.Barrier(THREADS)
 

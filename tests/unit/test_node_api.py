@@ -23,6 +23,7 @@ from tidegate.node.client import AgentClient, AgentRefused, AgentUnreachable
 from tidegate.node.config import AgentConfig
 from tidegate.node.guard import Event
 from tidegate.node.mesh import LocalEvidence, MeshView, NodeEvidence, NodeFlows
+from tidegate.node.pulse import Pulse
 from tidegate.verdict.evidence import InstanceEvidence
 
 
@@ -78,6 +79,7 @@ class Node:
 
     def __init__(self, directory: Path, *instances, name="n1", guard=None, own=()):
         self.path = directory / f"{name}.sock"
+        self.pulse = Pulse()
         self.name = name
         self.guard = guard or Guard(KEPT)
         self.own = own
@@ -92,10 +94,11 @@ class Node:
         if self.failing:
             raise self.failing
         return NodeEvidence(
+            node=self.name,
             instances=tuple(
                 InstanceEvidence(instance=one, created_at=0.0, inbound_redirected=True)
                 for one in self.own
-            )
+            ),
         )
 
     async def flows(self, _window_s):
@@ -108,7 +111,10 @@ class Node:
         async def status():
             return {"node": self.name}
 
-        app = api.make_app(self.mesh, self.local, self.guard, status)
+        async def exposition():
+            return b"tidegate_problems 0.0\n"
+
+        app = api.make_app(self.mesh, self.local, self.guard, status, exposition, self.pulse)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.SockSite(runner, api.listen(self.path)).start()
@@ -219,6 +225,32 @@ def test_what_cannot_be_done_now_is_refused_with_its_reason(tmp_path):
     status, answer = ask(Node(tmp_path), "POST", "/v1/strict", data=body)
     assert (status, answer["exit_code"]) == (409, 1)
     assert answer["error"] == "a flip of busy is under guard already"
+
+
+def test_health_and_readiness_are_those_of_the_agent_and_not_of_its_workloads(tmp_path):
+    node = Node(tmp_path)
+    assert ask(node, "GET", "/healthz") == (200, {})
+    assert ask(node, "GET", "/readyz") == (
+        503,
+        {"error": "no round has been completed yet", "exit_code": 2},
+    )
+    node.pulse.beat(whole=True)
+    assert ask(node, "GET", "/readyz") == (200, {})
+
+
+def test_the_metrics_are_text_as_prometheus_reads_it(tmp_path):
+    async def scrape():
+        node = Node(tmp_path)
+        async with (
+            node.serving(),
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(node.path))) as session,
+            session.get("http://agent/metrics") as response,
+        ):
+            return response.headers["Content-Type"], await response.text()
+
+    content_type, text = asyncio.run(asyncio.wait_for(scrape(), 20))
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+    assert text == "tidegate_problems 0.0\n"
 
 
 def test_the_status_is_what_the_agent_says(tmp_path):
@@ -400,6 +432,35 @@ def test_a_node_whose_answer_does_not_decode_is_named(tmp_path, answer):
         verdict = verdict_of(Node(tmp_path, here, instance("api-2", "n2", address), own=(here,)))
     assert any("node n2" in one for one in missing(verdict))
     assert not verdict.coverage.complete
+
+
+def test_the_answer_of_another_nodes_agent_is_not_taken_for_that_of_the_node(tmp_path):
+    own_path = f"unix://{tmp_path}/n1.sock"
+    here, there = instance("api-1", "n1", own_path), instance("api-2", "n2", own_path)
+
+    async def one():
+        node = Node(tmp_path, here, there, own=(here,))
+        async with node.serving():
+            return await node.mesh.verdict("api", 60.0), await node.mesh.flows(None, None)
+
+    verdict, flows = asyncio.run(asyncio.wait_for(one(), 20))
+    assert any(
+        f"node n2 could not be read: n1 answers at {own_path}" in one for one in missing(verdict)
+    )
+    (problem,) = flows.problems
+    assert problem == (
+        f"n2 does not answer: n1 answers at {own_path}; `peers` in its configuration says where it can be reached"
+    )
+
+
+def test_what_somebody_else_has_registered_of_a_workload_is_not_missed(tmp_path):
+    here = instance("api-1", "n1", f"unix://{tmp_path}/n1.sock", addresses=("10.0.0.1",))
+    twin = instance("api-1-of-consul", "n1-virtual", addresses=("10.0.0.1",))
+    stranger = instance("api-2-of-consul", "n1-virtual", addresses=("10.0.0.2",))
+    told = missing(verdict_of(Node(tmp_path, here, twin, own=(here,))))
+    assert not any("n1-virtual" in one for one in told)
+    told = missing(verdict_of(Node(tmp_path, here, stranger, own=(here,))))
+    assert any("n1-virtual" in one for one in told)
 
 
 def test_an_agent_that_hangs_is_not_waited_for_longer_than_the_client_waits(tmp_path, monkeypatch):

@@ -56,6 +56,23 @@ def path(tmp_path):
     return tmp_path / "intent.json"
 
 
+class Cluster:
+    """Custom resources of a cluster: these entries; not known while they are None."""
+
+    def __init__(self, *entries):
+        self.entries = entries
+        self.outdated = ""
+        self.told = ()
+
+    def overlay(self, snapshot):
+        if self.entries is None:
+            raise CatalogUnreachable("config entries are not known: it has not answered yet")
+        return msgspec.structs.replace(snapshot, entries=self.entries)
+
+    def problems(self):
+        return self.told
+
+
 def refreshed(source):
     return asyncio.run(source.refresh())
 
@@ -175,3 +192,25 @@ def test_a_full_disk_is_told_and_intent_followed_all_the_same(path, monkeypatch)
     refreshed(source)
     assert source.problems() == ()
     assert IntentSource(Server(), path).current() == SNAPSHOT
+
+
+def test_entries_of_a_cluster_take_the_place_of_the_servers_and_are_kept(path):
+    entry = ServiceDefaults(name="web", mutual_tls_mode=MutualTLSMode.PERMISSIVE, modify_index=99)
+    cluster = Cluster(entry)
+    source = IntentSource(Server(SNAPSHOT), path, cluster)
+    found = refreshed(source)
+    assert found.entries == (entry,)
+    assert found.instances == SNAPSHOT.instances
+    assert source.outdated == ""
+    cluster.outdated, cluster.told = "no Kubernetes", ("no Kubernetes", "web is wrong")
+    assert source.outdated == "no Kubernetes", "nobody can vouch for them"
+    assert source.problems() == cluster.told
+    assert IntentSource(Server(), path).current().entries == (entry,)
+
+
+def test_until_the_entries_of_a_cluster_are_known_the_last_ones_stay(path):
+    refreshed(IntentSource(Server(SNAPSHOT), path))
+    source = IntentSource(Server(LATER), path, Cluster())
+    source._resources.entries = None
+    assert refreshed(source) == SNAPSHOT
+    assert "config entries are not known" in source.outdated

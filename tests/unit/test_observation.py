@@ -41,7 +41,7 @@ class Classifier:
     def attachments(self):
         return list(self.attached.values())
 
-    def attach(self, workload_key, ifindex, side, _ports):
+    def attach(self, workload_key, ifindex, side, _ports, *, elsewhere=False):
         if workload_key in self.defects:
             raise ZeroDivisionError("attach")
         made = Attachment(workload_key=workload_key, ifindex=ifindex, side=side, attached_at=1.0)
@@ -81,6 +81,7 @@ class Keeper:
     mode = MutualTLSMode.STRICT
     plaintext_ports = frozenset()
     in_mesh = True
+    has_own_sidecar = False
     applied_index = 0
     problems = ()
 

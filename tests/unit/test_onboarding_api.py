@@ -26,6 +26,7 @@ from tidegate.node.config import AgentConfig
 from tidegate.node.flows import OUTSIDE_SIDECARS, THROUGH_SIDECAR, NamedEdge, Party
 from tidegate.node.mesh import LocalEvidence, MeshView, NodeEvidence, NodeFlows
 from tidegate.node.onboarding import outbound_calls
+from tidegate.node.pulse import Pulse
 from tidegate.verdict.evidence import EdgeEvidence, InstanceEvidence, WitnessReading
 
 PERMISSIVE = MutualTLSMode.PERMISSIVE
@@ -50,6 +51,7 @@ class Catalog:
     """Entries with compare-and-set; every sidecar follows at once."""
 
     outdated = ""
+    is_of_cluster = False
 
     def __init__(self, *entries, instances=()):
         self.index = 0
@@ -141,8 +143,12 @@ class Agent:
         async def status():
             return {}
 
+        async def exposition():
+            return b""
+
         runner = web.AppRunner(
-            api.make_app(self.mesh, self.local, None, status), shutdown_timeout=0.1
+            api.make_app(self.mesh, self.local, None, status, exposition, Pulse()),
+            shutdown_timeout=0.1,
         )
         await runner.setup()
         await web.SockSite(runner, api.listen(self.path)).start()

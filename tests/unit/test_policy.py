@@ -326,22 +326,33 @@ def test_a_policy_is_what_it_was_after_a_round_trip_through_json():
     assert msgspec.json.decode(msgspec.json.encode(policy), type=Policy) == policy
 
 
-def test_the_verdict_learns_which_ports_reach_the_sidecar():
+def test_the_verdict_learns_which_ports_and_addresses_reach_the_sidecar():
+    peer, six = "10.0.0.9", "fd00::9"
     policy = Policy(
-        inbound=Inbound(exclude_ports=ports((90, 92))),
-        outbound=Outbound(exclude_ports=ports((5432, 5432))),
+        inbound=Inbound(exclude_ports=ports((90, 92)), exclude_cidrs=("10.9.0.0/16",)),
+        outbound=Outbound(exclude_ports=ports((5432, 5432)), exclude_cidrs=("fd09::/16",)),
     )
-    assert [port for port in range(88, 95) if not policy.redirects_inbound(port)] == [90, 91, 92]
-    assert policy.redirects_inbound(20000)
-    assert policy.redirects_inbound(5432)
-    assert not policy.redirects_outbound(5432)
-    assert policy.redirects_outbound(90)
+    reached = [port for port in range(88, 95) if policy.redirects_inbound(port, peer)]
+    assert reached == [88, 89, 93, 94]
+    assert policy.redirects_inbound(20000, peer)
+    assert policy.redirects_inbound(5432, six)
+    assert not policy.redirects_inbound(5432, "10.9.0.1")
+    assert not policy.redirects_outbound(5432, peer)
+    assert policy.redirects_outbound(90, "10.9.0.1")
+    assert not policy.redirects_outbound(90, "fd09::1")
     no_family = Policy(families=())
-    assert not no_family.redirects_inbound(80)
+    assert not no_family.redirects_inbound(80, peer)
     assert not no_family.redirects_anything
+    one_family = Policy(families=(Family.IPV6,))
+    assert one_family.redirects_inbound(80, six)
+    assert not one_family.redirects_inbound(80, peer)
+    assert not one_family.redirects_outbound(80, peer)
     only_port = Policy(outbound=Outbound(include_cidrs=(), include_ports=ports((443, 443))))
-    assert only_port.redirects_outbound(443)
-    assert not only_port.redirects_outbound(80)
+    assert only_port.redirects_outbound(443, peer)
+    assert not only_port.redirects_outbound(80, peer)
+    only_there = Policy(outbound=Outbound(include_cidrs=("10.0.0.0/8",)))
+    assert only_there.redirects_outbound(80, peer)
+    assert not only_there.redirects_outbound(80, six)
 
 
 def test_networks_are_written_in_one_way():

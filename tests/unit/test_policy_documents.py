@@ -66,6 +66,7 @@ outbound:
   exclude_user_ports: ["tcp:53,80:postgres", "1003"]
   include_interfaces: "*"
   exclude_interfaces: []
+  wait_for_sidecar: true
 dns:
   enabled: true
   resolvers: [10.0.0.53]
@@ -130,6 +131,7 @@ def test_a_document_may_say_everything():
                 UserPorts((Protocol.TCP,), ports((53, 53), (80, 80)), (IdRange(70, 70),)),
                 UserPorts(both, ports((1, 65535)), (IdRange(1003, 1003),)),
             ),
+            wait_for_sidecar=True,
         ),
         dns=Dns(enabled=True, resolvers=("10.0.0.53",), addresses=("127.0.0.1",)),
         families=(Family.IPV4,),

@@ -17,6 +17,7 @@ from tidegate.model import (
     Interval,
     MutualTLSMode,
     ServiceIntent,
+    Sidecar,
 )
 from tidegate.verdict import readiness
 from tidegate.verdict.evidence import (
@@ -114,6 +115,17 @@ def test_a_service_that_gets_only_mesh_traffic_is_ready():
         900,
         Effect.MESH,
     )
+
+
+def test_a_workload_with_its_own_sidecar_is_judged_by_what_the_kernel_saw_alone():
+    nobody_asked = {"sidecar": Sidecar.OWN, "witness": WitnessReading()}
+    judged = verdict(seen(MESH, **nobody_asked))
+    assert (judged.verdict, judged.reasons) == (Answer.READY, ())
+    assert judged.witness[0].agrees is None
+    assert verdict(seen(MESH, flow(), **nobody_asked)).verdict is Answer.NOT_READY
+    mixed = verdict(seen(MESH, **nobody_asked), seen(of=API2, witness=WitnessReading()))
+    assert mixed.verdict is Answer.UNKNOWN
+    assert "no second witness for api-2" in mixed.reasons[0].message
 
 
 def test_a_service_that_nobody_calls_is_ready():

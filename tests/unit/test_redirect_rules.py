@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from tidegate.enforce.redirect.rules import (
@@ -37,6 +37,7 @@ from tidegate.enforce.redirect.rules import (
     lines_of_family,
     rules_for,
 )
+from tidegate.errors import InputErrors
 from tidegate.intent.policy import (
     DEFAULT,
     Dns,
@@ -620,10 +621,58 @@ port_ranges = st.tuples(st.integers(1, 14999), st.integers(0, 20)).map(
 )
 
 
+@settings(deadline=None)
 @given(excluded=st.lists(port_ranges, max_size=20), port=st.integers(1, 65535))
 def test_a_port_is_excluded_exactly_when_one_of_the_ranges_holds_it(excluded, port):
     policy = Policy(outbound=Outbound(exclude_ports=tuple(excluded)))
     connection = Connection(direction=OUT, destination="10.0.0.9", port=port)
     decision = explain(rules_for(policy), connection)
     assert (decision.line == "excluded-port") == any(port in span for span in excluded)
-    assert (decision.action != LEAVE) == policy.redirects_outbound(port)
+
+
+NETWORKS = ("10.0.0.0/8", "10.0.0.8/29", "10.0.0.9/32", "fd00::/8", "fd00::9/128")
+ADDRESSES = ("10.0.0.7", "10.0.0.9", "192.0.2.1", "fd00::9", "fd00::1", "2001:db8::1")
+networks = st.lists(st.sampled_from(NETWORKS), max_size=3, unique=True).map(tuple)
+some_ports = st.lists(port_ranges, max_size=3).map(tuple)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    families=st.lists(st.sampled_from(list(Family)), max_size=2, unique=True).map(tuple),
+    included=st.none() | networks,
+    included_ports=some_ports,
+    excluded=networks,
+    excluded_ports=some_ports,
+    address=st.sampled_from(ADDRESSES),
+    port=st.integers(1, 14999),
+)
+def test_what_the_verdict_takes_for_redirected_is_what_the_rules_redirect(
+    families, included, included_ports, excluded, excluded_ports, address, port
+):
+    try:
+        policy = Policy(
+            families=families,
+            inbound=Inbound(
+                include_ports=included_ports or None,
+                exclude_ports=excluded_ports,
+                exclude_cidrs=excluded,
+            ),
+            outbound=Outbound(
+                include_cidrs=included,
+                include_ports=included_ports,
+                exclude_ports=excluded_ports,
+                exclude_cidrs=excluded,
+            ),
+        )
+    except InputErrors:
+        # What is included lies wholly in what is excluded.
+        reject()
+    out = Connection(direction=OUT, destination=address, port=port)
+    assert (explain(rules_for(policy), out).action != LEAVE) == policy.redirects_outbound(
+        port, address
+    )
+    own = "10.0.0.2" if "." in address else "fd00::2"
+    into = Connection(direction=IN, source=address, destination=own, port=port)
+    assert (explain(rules_for(policy), into).action != LEAVE) == policy.redirects_inbound(
+        port, address
+    )

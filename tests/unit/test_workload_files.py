@@ -9,6 +9,7 @@ import pytest
 from tidegate.model import Workload
 from tidegate.workloads import files
 from tidegate.workloads.files import FileSource
+from tidegate.workloads.source import Origin
 
 
 def workload(name: str, **changes: object) -> Workload:
@@ -30,7 +31,9 @@ def test_workloads_come_and_go_with_their_files(tmp_path: Path) -> None:
     assert [one.name for one in source.list()] == ["a", "b"]
     gone.unlink()
     put(tmp_path, workload("b", meshed=True))
-    assert source.list() == (workload("b", meshed=True),)
+    (found,) = source.list()
+    assert (found.id, found.name, found.meshed) == ("b-1", "b", True)
+    assert found.origin is Origin.FILES
     assert source.problems() == ()
 
 

@@ -1,7 +1,7 @@
-"""A virtual machine without KVM: boots a kernel and an initramfs, streams what it says, gives its exit status.
+"""A virtual machine without KVM: boots a kernel with an initramfs or a disk, streams what it says, gives its result.
 
-Three serial lines: the kernel's log, what the command inside says, and its exit status. Nothing of the machine outlives
-`run`, and it has no network and no disk.
+Three serial lines: the kernel's log, what is said inside, and the result. Nothing of the machine outlives `run` or
+`boot`, and it has no network.
 """
 
 import os
@@ -29,17 +29,43 @@ def run(
     booted: image.Kernel, command: Sequence[str], limit_s: float, *, compilers: bool = False
 ) -> int:
     """Exit status of a command inside, run as root in the checkout; MachineFailed after limit_s seconds."""
-    packages = debian.unpacked("qemu", "qemu-system-x86")
-    with _file("initramfs") as initramfs, _file("log") as log, _file("status") as status:
+    with _file("initramfs") as initramfs:
         image.write(initramfs, booted, command, compilers=compilers)
         initramfs.flush()
-        files = (initramfs, log, status)
+        told = _run(
+            limit_s,
+            ("-kernel", str(booted.image), "-initrd", _path(initramfs), "-no-reboot"),
+            append="panic=-1",
+            files=(initramfs,),
+        )
+    return int(told)
+
+
+def boot(kernel: Path, initramfs: Path, disk: Path, limit_s: float) -> str:
+    """What a system on a disk tells as its result until it switches itself off; it may reboot.
+
+    MachineFailed after limit_s seconds, or when it tells nothing.
+    """
+    drive = f"file={disk},if=virtio,format=raw,cache=unsafe"
+    return _run(
+        limit_s,
+        ("-kernel", str(kernel), "-initrd", str(initramfs), "-drive", drive),
+        append="root=/dev/vda rw systemd.show_status=no",
+    )
+
+
+def _run(
+    limit_s: float, boots: Sequence[str], *, append: str, files: Sequence[BinaryIO] = ()
+) -> str:
+    """What a machine tells as its result; MachineFailed when it tells nothing."""
+    packages = debian.unpacked("qemu", "qemu-system-x86")
+    with _file("log") as log, _file("result") as result:
         with subprocess.Popen(
-            _command(packages, booted.image, *map(_path, files)),
+            _command(packages, boots, append, *map(_path, (log, result))),
             env=packages.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            pass_fds=[each.fileno() for each in files],
+            pass_fds=[each.fileno() for each in (log, result, *files)],
         ) as machine:
             timer = threading.Timer(limit_s, machine.kill)
             timer.start()
@@ -49,13 +75,13 @@ def run(
             finally:
                 timer.cancel()
                 machine.kill()
-        told = Path(_path(status)).read_text().strip()
-        if told.isdigit():
-            return int(told)
+        told = Path(_path(result)).read_text().strip()
+        if told:
+            return told
         killed = machine.returncode == -signal.SIGKILL
         why = f"was killed after {limit_s:.0f} s" if killed else "ended"
         words = Path(_path(log)).read_text(errors="replace")[-_LAST_WORDS:]
-        raise MachineFailed(f"{why} without a status; its kernel's last words:\n{words}")
+        raise MachineFailed(f"{why} without a result; its kernel's last words:\n{words}")
 
 
 def _file(name: str) -> BinaryIO:
@@ -75,7 +101,7 @@ def _stream(machine: subprocess.Popen[bytes]) -> None:
 
 
 def _command(
-    packages: debian.Packages, kernel: Path, initramfs: str, log: str, status: str
+    packages: debian.Packages, boots: Sequence[str], append: str, log: str, result: str
 ) -> list[str]:
     firmware = [packages.path(f"/usr/share/{each}") for each in ("qemu", "seabios")]
     return [
@@ -85,8 +111,8 @@ def _command(
         *("-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "pc"),
         *("-m", MEMORY, "-smp", str(PROCESSORS)),
         *(argument for each in firmware for argument in ("-L", str(each))),
-        *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
-        *("-kernel", str(kernel), "-initrd", initramfs),
-        *("-append", "console=ttyS0 panic=-1 loglevel=4 random.trust_cpu=on"),
-        *("-serial", f"file:{log}", "-serial", "stdio", "-serial", f"file:{status}"),
+        *("-nodefaults", "-no-user-config", "-nographic"),
+        *boots,
+        *("-append", f"console=ttyS0 loglevel=4 random.trust_cpu=on {append}"),
+        *("-serial", f"file:{log}", "-serial", "stdio", "-serial", f"file:{result}"),
     ]

@@ -267,6 +267,7 @@ class CatalogClient:
             nodes=raw.nodes,
             default_allow=raw.default_allow,
             trust_domain=raw.trust_domain,
+            root_id=raw.root_id,
             datacenter=raw.datacenter,
         )
         self._last = (answer.tag, snapshot)
@@ -390,6 +391,7 @@ class _Snapshot(msgspec.Struct, rename="pascal"):
     entries: list[dict[str, Any]]
     nodes: tuple[NodeInfo, ...]
     instances: tuple[Instance, ...]
+    root_id: str = msgspec.field(default="", name="ActiveRootID")
 
 
 def _node_body(node: NodeInfo, partition: str = DEFAULT_TENANT) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeInfo, ...] = ()
     default_allow: bool = False
     trust_domain: str = ""
+    root_id: str = ""
+    """Of the root that leaves are issued by; empty where the server does not say."""
     datacenter: str = ""
 
     def living(self) -> dict[str, Instance]:
@@ -240,13 +242,15 @@ class ConsulView:
                 instances += instances_of(_without_nulls(on_node.node), services)
         policy = self._transport.access.default_intention_policy
         said = next((feed.answer.default_policy for feed in self._feeds() if feed.answer), "")
+        roots = _answered(self._roots, _Roots)
         return Snapshot(
             index=max((feed.answer.index for feed in self._feeds() if feed.answer), default=0),
             entries=tuple(entries),
             instances=self._history.update(instances, time.time()),
             nodes=tuple(found[name] for name in sorted(found)),
             default_allow=(policy or said) == IntentionPolicy.ALLOW,
-            trust_domain=_answered(self._roots, _Roots).trust_domain,
+            trust_domain=roots.trust_domain,
+            root_id=roots.active_root_id,
             datacenter=datacenter,
         )
 
@@ -296,6 +300,7 @@ class _NodeServices(msgspec.Struct, rename="pascal"):
 
 class _Roots(msgspec.Struct, rename="pascal"):
     trust_domain: str = ""
+    active_root_id: str = msgspec.field(default="", name="ActiveRootID")
 
 
 def _without_nulls(node: _Node) -> Node:

@@ -102,13 +102,17 @@ def make_app(server: Server) -> web.Application:
     return app
 
 
-async def serve(config: ServerConfig) -> None:
-    """Runs the server until SIGTERM or SIGINT. Raises TidegateError when it cannot start."""
+async def serve(config: ServerConfig, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Runs the server until SIGTERM or SIGINT; calls `on_ready` once it answers.
+
+    Raises TidegateError when it cannot start.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running(config):
+        on_ready()
         await stop.wait()
 
 
@@ -466,7 +470,8 @@ class _Handlers:
 
     async def snapshot(self, request: web.Request) -> web.Response:
         """Everything at one index, or 304 when the client has that already (ETag)."""
-        tag = f'"{self._store_id}-{self._changes.index()}"'
+        root_id = answers.fingerprint(_CERTIFICATE.findall(self._ca.roots_pem)[0])
+        tag = self._tag(self._changes.index(), root_id)
         if request.headers.get("If-None-Match") == tag:
             return web.Response(status=304, headers={"ETag": tag})
         contents = await asyncio.to_thread(self._store.contents)
@@ -477,14 +482,18 @@ class _Handlers:
                     "Index": contents.index,
                     "Datacenter": self._datacenter,
                     "TrustDomain": self._ca.trust_domain,
+                    "ActiveRootID": root_id,
                     "DefaultAllow": self._server.default_policy is IntentionPolicy.ALLOW,
                     "Entries": [to_consul(entry) for entry in contents.entries],
                     "Nodes": list(nodes.values()),
                     "Instances": contents.instances,
                 }
             ),
-            headers={"ETag": f'"{self._store_id}-{contents.index}"'},
+            headers={"ETag": self._tag(contents.index, root_id)},
         )
+
+    def _tag(self, index: int, root_id: str) -> str:
+        return f'"{self._store_id}-{index}-{root_id}"'
 
     async def index(self, request: web.Request) -> web.Response:
         """Index of the last change of anything; a blocking query."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from tidegate.cli.target import require_root
 from tidegate.node import log
 from tidegate.node.config import load_config
-from tidegate.node.daemon import run_agent
+from tidegate.node.running import run_agent
 
 DEFAULT_CONFIG = Path("/etc/tidegate/agent.yaml")
 
@@ -19,10 +19,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run_parser = commands.add_parser(
         "run",
         help="run in the foreground until SIGTERM",
-        description="Reconciles this node's workloads until SIGTERM. What it set up in the kernel, and the "
-        "sidecars, stay when it ends and are found again by the next run.",
+        description="Reconciles this node's workloads until SIGTERM; at SIGHUP by its configuration as it is then. "
+        "What it set up in the kernel, and the sidecars, stay when it ends and are found again by the next run.",
     )
     run_parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE")
+    run_parser.add_argument(
+        "--stand-by",
+        action="store_true",
+        help="where another agent runs on this node, be ready, and take over when it ends (an upgrade)",
+    )
     run_parser.set_defaults(run=run)
 
 
@@ -31,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
     require_root("it loads eBPF, and rules into network namespaces")
     config = load_config(args.config)
     log.set_up()
-    asyncio.run(run_agent(config))
+    asyncio.run(run_agent(config, stands_by=args.stand_by, reread=lambda: load_config(args.config)))
     return 0

@@ -1,18 +1,20 @@
 """`tidegate doctor`: which kernel features and libraries are there, and what is lost without them.
 
 Then what redirection gets of it: which backend works, and where workloads of this machine's agents, if any answer, have
-a way around their sidecar.
+a way around their sidecar. Last, what else of this node stands in an agent's way, and what to do about it.
 """
 
 import argparse
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
 from tidegate.cli import policies, target, workloads
+from tidegate.cli.agent import DEFAULT_CONFIG
 from tidegate.cli.arguments import add_json
 from tidegate.cli.target import require_root
 from tidegate.cli.workloads import Node
@@ -21,8 +23,12 @@ from tidegate.enforce.redirect.backend import BackendName
 from tidegate.enforce.redirect.engine import AUTO, Choice, Engine, choose
 from tidegate.enforce.sidecar import envoy
 from tidegate.errors import TidegateError
+from tidegate.kernel import processes
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.features import Feature, probe_all
+from tidegate.node import inspection
+from tidegate.node.config import AgentConfig, load_config
+from tidegate.node.inspection import Finding, Place, State
 
 
 class BackendState(msgspec.Struct, frozen=True):
@@ -51,8 +57,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "doctor",
         help="what this machine has of what tidegate needs",
         description="Tries every feature tidegate needs, and each backend of redirection, in throw-away namespaces, "
-        "and leaves nothing behind. Names the ways around a sidecar that workloads have, if agents answer here. "
-        "Exits 1 when something is missing that nothing else can stand in for.",
+        "and leaves nothing behind. Names the ways around a sidecar that workloads have, if agents answer here, and "
+        "says what to do about whatever else of this node stands in the agent's way. Exits 1 when something is missing "
+        "that nothing else can stand in for, or costs workloads their redirection or their evidence.",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"the agent's configuration (default: {DEFAULT_CONFIG} if it is there)",
     )
     add_json(parser)
     parser.set_defaults(run=run)
@@ -61,18 +74,43 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Probes and prints; 0 when everything is there."""
     require_root("it tries features of the kernel in network namespaces")
+    config = _config(args.config)
     features = (*probe_all(), _envoy())
-    redirection = _redirection()
+    nodes = workloads.known(target.agents_of_this_machine())
+    redirection = _redirection(nodes)
+    findings = inspection.inspect(config, _agent(config), _places(nodes))
     if args.json:
-        found = {"features": features, "redirection": redirection}
+        found = {"features": features, "redirection": redirection, "findings": findings}
         print(json.dumps(msgspec.to_builtins(found), indent=2))
     else:
         out = Console(highlight=False)
         _print_features(out, features)
         out.print()
         _print_redirection(out, redirection)
+        out.print()
+        _print_findings(out, findings)
     missing = any(feature.needed and not feature.present for feature in features)
-    return 1 if missing or not redirection.auto else 0
+    wrong = any(finding.state is State.WRONG for finding in findings)
+    return 1 if missing or wrong or not redirection.auto else 0
+
+
+def _config(file: Path | None) -> AgentConfig | None:
+    if file is None and not DEFAULT_CONFIG.exists():
+        return None
+    return load_config(file or DEFAULT_CONFIG)
+
+
+def _agent(config: AgentConfig | None) -> int | None:
+    """The process of this node's agent, None when none is seen to run."""
+    directory = config.run_dir if config else target.AGENT_SOCKET.parent
+    holders = processes.holding(directory) if directory.is_dir() else ()
+    return holders[0] if holders else None
+
+
+def _places(nodes: Iterable[Node]) -> tuple[Place, ...]:
+    return tuple(
+        Place(f"{one.name} on {node.node}", one.netns) for node in nodes for one in node.workloads
+    )
 
 
 def _envoy() -> Feature:
@@ -89,10 +127,9 @@ def _envoy() -> Feature:
     )
 
 
-def _redirection() -> Redirection:
+def _redirection(nodes: tuple[Node, ...]) -> Redirection:
     states = tuple(map(_state, BackendName))
     works = any(state.works for state in states)
-    nodes = workloads.known(target.agents_of_this_machine())
     return Redirection(
         backends=states,
         auto=choose(AUTO) if works else None,
@@ -159,6 +196,18 @@ def _print_redirection(out: Console, redirection: Redirection) -> None:
     for workload, gaps in redirection.ways_around.items():
         for gap in gaps:
             _print_line(out, Text(f"{workload}: {gap}", "yellow"))
+
+
+_MARKS = {State.WELL: "green", State.NOTE: "yellow", State.WRONG: "red", State.UNKNOWN: "magenta"}
+
+
+def _print_findings(out: Console, findings: tuple[Finding, ...]) -> None:
+    width = max((len(finding.name) for finding in findings), default=0)
+    for finding in findings:
+        mark = Text(f"{finding.state:<7}", _MARKS[finding.state])
+        _print_line(out, mark, f"  {finding.name:<{width}}  {finding.detail}")
+        if finding.advice:
+            _print_line(out, Text(f"         {finding.advice}", "cyan"))
 
 
 def _print_line(out: Console, *parts: Text | str) -> None:

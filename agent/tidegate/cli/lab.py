@@ -18,7 +18,7 @@ from tidegate.errors import InputError
 from tidegate.lab import runtime, state
 from tidegate.lab.spec import DEFAULT_LAB_NAME, LabSpec, check_lab_name, load
 from tidegate.lab.state import LabPaths, LabStatus, PodStatus
-from tidegate.node.redirection import Redirection
+from tidegate.node.status import RedirectState
 
 MAKES = "it makes network namespaces and loads eBPF"
 DEMO_FILE = Path(runtime.__file__).with_name("demo.yaml")
@@ -245,8 +245,9 @@ def _remarks(status: LabStatus) -> Iterator[str]:
 
 
 _WITHOUT_RULES: dict[str, str] = {
-    Redirection.FAILED: "its redirection could not be applied: traffic goes around its sidecar",
-    Redirection.BLOCKED: "its redirection could not be applied: nothing of it passes until it can be",
+    RedirectState.FAILED: "its redirection could not be applied: traffic goes around its sidecar",
+    RedirectState.DRIFTED: "its redirection was changed and is not put right yet",
+    RedirectState.BLOCKED: "its redirection could not be applied: nothing of it passes until it can be",
 }
 
 

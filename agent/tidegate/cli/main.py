@@ -27,8 +27,13 @@ COMMANDS = {
     "ca": "ca",
     "redirect": "redirect",
     "agent": "agent",
+    "cni": "cni",
+    "sidecar": "sidecar",
+    "init": "init",
     "server": "server",
+    "status": "status",
     "doctor": "doctor",
+    "uninstall": "uninstall",
 }
 """Each command and the module of tidegate.cli that has it; in the order of the help text."""
 

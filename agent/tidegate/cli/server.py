@@ -7,7 +7,7 @@ from pathlib import Path
 from tidegate.catalog.server import serve
 from tidegate.catalog.settings import load_config
 from tidegate.cli.target import require_root
-from tidegate.node import log
+from tidegate.node import log, notify
 
 DEFAULT_CONFIG = Path("/etc/tidegate/server.yaml")
 
@@ -29,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     require_root("its keys and its socket are root's")
     config = load_config(args.config)
     log.set_up()
-    asyncio.run(serve(config))
+    asyncio.run(serve(config, on_ready=notify.ready))
     return 0

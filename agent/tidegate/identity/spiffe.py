@@ -12,6 +12,9 @@ from tidegate.model import DEFAULT_TENANT, ServiceName
 
 DEFAULT_DATACENTER = "dc1"
 
+AGENT_SERVICE = "tidegate-agent"
+"""The service that the nodes' agents are to each other. No workload can be it: it could ask what agents may."""
+
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _LONGEST_NAME = 253
 

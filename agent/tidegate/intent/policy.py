@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
+from tidegate.addresses import is_within
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.network_text import (
     canonical_address,
@@ -159,6 +160,8 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True):
     exclude_user_ports: tuple[UserPorts, ...] = ()
     include_interfaces: tuple[str, ...] | None = None
     exclude_interfaces: tuple[str, ...] = ()
+    wait_for_sidecar: bool = False
+    """Whether connections and DNS queries pass until the sidecar first listens at `port`: those of init containers."""
 
 
 class Dns(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,15 +203,26 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             self.inbound.enabled or self.outbound.enabled or self.dns.enabled
         )
 
-    def redirects_inbound(self, port: int) -> bool:
-        """Whether connections from outside to `port` reach the sidecar's inbound listener.
+    def before_sidecar(self) -> "Policy":
+        """What is redirected until the sidecar first listens; the policy itself where it waits for nothing."""
+        if not self.outbound.wait_for_sidecar:
+            return self
+        replace = msgspec.structs.replace
+        outbound, dns = replace(self.outbound, enabled=False), replace(self.dns, enabled=False)
+        return replace(self, outbound=outbound, dns=dns)
 
-        Exclusions by source address and by interface are not looked at.
+    def redirects_inbound(self, port: int, source: str) -> bool:
+        """Whether connections from the address `source` to `port` reach the sidecar's inbound listener.
+
+        Exclusions by interface are not looked at.
         """
         inbound = self.inbound
         included = inbound.include_ports is None or _within(port, inbound.include_ports)
         return (
-            self._covers(inbound.enabled) and included and not _within(port, inbound.exclude_ports)
+            inbound.enabled
+            and included
+            and not _within(port, inbound.exclude_ports)
+            and not is_within(source, self.inbound_sources_left_alone())
         )
 
     def inbound_ports_left_alone(self) -> tuple[PortRange, ...]:
@@ -227,25 +241,29 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
     def inbound_sources_left_alone(self) -> tuple[str, ...]:
         """The networks from which connections go to the application, whatever they dial."""
-        off = (_EVERYWHERE[family] for family in Family if family not in self.families)
         node = self.inbound.node_addresses if self.inbound.direct_probes else ()
-        return (*off, *node, *self.inbound.exclude_cidrs)
+        return (*self._families_off(), *node, *self.inbound.exclude_cidrs)
 
-    def redirects_outbound(self, port: int) -> bool:
-        """Whether the application's connections to `port` reach the sidecar.
+    def redirects_outbound(self, port: int, destination: str) -> bool:
+        """Whether the application's connections to `port` of the address `destination` reach the sidecar.
 
-        Exclusions by destination address, user, group and interface are not looked at.
+        Exclusions by user, group and interface are not looked at.
         """
         outbound = self.outbound
-        included = outbound.include_cidrs != () or _within(port, outbound.include_ports)
+        included = (
+            outbound.include_cidrs is None
+            or is_within(destination, outbound.include_cidrs)
+            or _within(port, outbound.include_ports)
+        )
         return (
-            self._covers(outbound.enabled)
+            outbound.enabled
             and included
             and not _within(port, outbound.exclude_ports)
+            and not is_within(destination, (*self._families_off(), *outbound.exclude_cidrs))
         )
 
-    def _covers(self, enabled: bool) -> bool:
-        return bool(self.families) and enabled
+    def _families_off(self) -> tuple[str, ...]:
+        return tuple(_EVERYWHERE[family] for family in Family if family not in self.families)
 
 
 def _within(port: int, ranges: tuple[PortRange, ...]) -> bool:

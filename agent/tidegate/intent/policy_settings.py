@@ -246,6 +246,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
             "outbound.include_interfaces", ManyOrAll(_interface_item), "include-outbound-interfaces"
         ),
         Setting("outbound.exclude_interfaces", _INTERFACES, "exclude-outbound-interfaces"),
+        Setting("outbound.wait_for_sidecar", _FLAG, "wait-for-sidecar"),
         Setting("dns.enabled", _FLAG, ""),
         Setting("dns.resolvers", _ADDRESSES, ""),
         Setting("dns.addresses", _ADDRESSES, ""),

@@ -43,6 +43,8 @@ _u32 = ctypes.c_uint32
 _LINK_TYPE_TCX = 11
 _BPF_F_BEFORE = 1 << 3
 _BATCH = 4096
+_MOST_ATTACHED = 64
+"""BPF_MPROG_MAX of linux/bpf_mprog.h: as many programs as an interface can have in one direction."""
 _POSSIBLE_CPUS = Path("/sys/devices/system/cpu/possible")
 
 
@@ -63,7 +65,12 @@ class _MapInfo(ctypes.Structure):
 class _ProgramInfo(ctypes.Structure):
     """struct bpf_prog_info of linux/bpf.h, its beginning."""
 
-    _fields_ = (("type", ctypes.c_uint32), ("id", ctypes.c_uint32))
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("_until_name", ctypes.c_uint8 * 56),
+        ("name", ctypes.c_char * 16),
+    )
 
 
 class _LinkInfo(ctypes.Structure):
@@ -329,6 +336,34 @@ class Program(_Handle):
         if result < 0:
             raise refusal(f"cannot run program {self.name}", result)
         return TestRun(ctypes.c_int32(options.retval).value, options.duration)
+
+
+def attached(ifindex: int, where: AttachType) -> tuple[str, ...]:
+    """Names of the tcx programs of an interface of the calling thread's namespace, in the order in which they run.
+
+    () where the kernel has no tcx (before Linux 6.6). What is attached by clsact filters is in tc.py.
+    """
+    count = _u32(_MOST_ATTACHED)
+    numbers = (_u32 * _MOST_ATTACHED)()
+    result = libbpf().bpf_prog_query(ifindex, where, 0, None, numbers, ctypes.byref(count))
+    if result == -errno.EINVAL:
+        return ()
+    if result < 0:
+        raise refusal(f"cannot ask for the programs of interface {ifindex}", result)
+    return tuple(_name_of(number) for number in numbers[: count.value])
+
+
+def _name_of(number: int) -> str:
+    fd = libbpf().bpf_prog_get_fd_by_id(number)
+    if fd < 0:
+        # It went meanwhile.
+        return f"program {number}"
+    info = _ProgramInfo()
+    try:
+        _info(fd, info, f"program {number}")
+    finally:
+        os.close(fd)
+    return str(info.name.decode(errors="replace")) or f"program {number}"
 
 
 class Link(_Handle):

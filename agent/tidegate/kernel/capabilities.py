@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tidegate.kernel.errors import KernelError
 
+# linux/capability.h
+CAP_NET_ADMIN = 12
 CAP_NET_RAW = 13
-"""linux/capability.h"""
 
 # linux/prctl.h, linux/securebits.h, linux/capability.h
 _PR_SET_SECUREBITS = 28

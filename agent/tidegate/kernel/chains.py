@@ -10,6 +10,7 @@ however many others there are.
 """
 
 import enum
+import errno
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -99,6 +100,8 @@ _IP_HOOKS = ("prerouting", "input", "forward", "output", "postrouting", "ingress
 _HOOKS = {"netdev": ("ingress", "egress"), "arp": ("input", "output", "forward")}
 """NF_INET_*, NF_NETDEV_* and NF_ARP_*, by family where they are not those of IP."""
 _WHAT = "read the chains of nf_tables"
+_MAY_NOT = (errno.EPERM, errno.EACCES)
+"""How the kernel refuses to tell who is not root, or has no CAP_NET_RAW."""
 _MOST_BYTES = 2**20
 _TRIES = 4
 """How often a listing is begun again into which a change came."""
@@ -191,10 +194,15 @@ def of_legacy_tables(most: int = MOST_LEGACY_BYTES) -> Listing:
     found: list[Chain] = []
     unseen: list[str] = []
     for family in legacy_tables.Family:
-        for table in sorted(legacy_tables.existing(family)):
-            read = legacy_tables.read(family, table, most)
-            if isinstance(read, legacy_tables.Unread):
-                unseen.append(f"{read.why}; it was not looked at")
-            else:
-                found += (Chain(Store.LEGACY, family, table, name) for name in read.chains())
+        try:
+            for table in sorted(legacy_tables.existing(family)):
+                read = legacy_tables.read(family, table, most)
+                if isinstance(read, legacy_tables.Unread):
+                    unseen.append(f"{read.why}; it was not looked at")
+                else:
+                    found += (Chain(Store.LEGACY, family, table, name) for name in read.chains())
+        except KernelError as error:
+            if error.errno not in _MAY_NOT:
+                raise
+            unseen.append(f"{error}; they were not looked at")
     return Listing(tuple(found), tuple(unseen))

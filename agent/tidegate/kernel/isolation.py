@@ -63,7 +63,8 @@ class _Job(NamedTuple):
     """What a child has to know, made before it is."""
 
     work: Callable[[], Any]
-    namespace: int
+    namespace: int | None
+    """None for that which the child begins in."""
     answer_to: int
     deadline_s: float
     parent: int
@@ -82,11 +83,13 @@ def run_in(
     That has to be made of None, bool, int, float, str, bytes, list, tuple and dict; tuples come back as lists. An
     exception of the function comes as a KernelError: one of the kernel's with its message and errno. KernelError
     as well when the namespace is gone, and when the work crashes, needs more than MEMORY_BYTES, says more than
-    ANSWER_BYTES or lasts longer than `deadline_s` seconds; its process is gone then.
+    ANSWER_BYTES or lasts longer than `deadline_s` seconds; its process is gone then. The calling thread's own
+    namespace (netns.CURRENT) is not entered: the child begins in it, and entering takes CAP_SYS_ADMIN.
     """
     name = getattr(function, "__name__", "the work")
     with ExitStack() as stack:
-        namespace = stack.enter_context(netns.opened(netns_path))
+        is_elsewhere = netns_path != netns.CURRENT
+        namespace = stack.enter_context(netns.opened(netns_path)) if is_elsewhere else None
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, read_end)
         writing = stack.enter_context(ExitStack())
@@ -138,7 +141,11 @@ def _do(job: _Job) -> NoReturn:
         gc.disable()
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == job.parent:
-            namespace, answer_to = _leave_behind(job.namespace, job.answer_to)
+            if job.namespace is None:
+                (answer_to,) = _leave_behind(job.answer_to)
+                namespace = None
+            else:
+                namespace, answer_to = _leave_behind(job.namespace, job.answer_to)
             _limit(job)
             _write(answer_to, _answer(job, namespace))
     finally:
@@ -175,9 +182,9 @@ def _limit(job: _Job) -> None:
         resource.setrlimit(kind, (bound, bound))
 
 
-def _answer(job: _Job, namespace: int) -> bytes:
+def _answer(job: _Job, namespace: int | None) -> bytes:
     try:
-        if _libc.setns(namespace, _CLONE_NEWNET) != 0:
+        if namespace is not None and _libc.setns(namespace, _CLONE_NEWNET) != 0:
             number = ctypes.get_errno()
             raise KernelError(f"cannot enter the network namespace: {os.strerror(number)}", number)
         answer = msgspec.msgpack.encode(_Answer(value=job.work()))

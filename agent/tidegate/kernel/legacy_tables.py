@@ -141,12 +141,18 @@ _NAMES_BYTES = 4096
 
 
 def existing(family: Family) -> frozenset[str]:
-    """Names of the tables that the namespace has. Others come to life when they are asked for, hooks and all."""
+    """Names of the tables that the namespace has. Others come to life when they are asked for, hooks and all.
+
+    KernelError with EACCES for who is not root there: only root may read them.
+    """
     # Not by Path: this is part of every look, and would take 20 us more.
     try:
         names = os.open(f"/proc/thread-self/net/{_NAMES[family]}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return frozenset()
+    except PermissionError as error:
+        problem = f"only root may ask which legacy tables of {family} there are"
+        raise KernelError(problem, errno.EACCES) from error
     try:
         return frozenset(os.read(names, _NAMES_BYTES).decode().split())
     finally:

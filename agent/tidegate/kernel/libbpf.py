@@ -68,6 +68,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         _int,
         (_int, _pointer, _pointer, _pointer, _pointer, ctypes.POINTER(_u32), _pointer),
     ),
+    "bpf_prog_query": (
+        _int,
+        (_int, _u32, _u32, _pointer, _pointer, ctypes.POINTER(_u32)),
+    ),
+    "bpf_prog_get_fd_by_id": (_int, (_u32,)),
     "bpf_prog_test_run_opts": (_int, (_int, _pointer)),
     "ring_buffer__new": (_pointer, (_int, RING_SAMPLE, _pointer, _pointer)),
     "ring_buffer__consume": (_int, (_pointer,)),

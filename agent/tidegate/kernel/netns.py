@@ -1,7 +1,8 @@
 """Network namespaces: making and naming them, working in them, starting processes in them.
 
 The one way into another network namespace is `run_in`: it gives the work a thread of its own, which
-ends with the work, so that no thread is ever left in the wrong namespace. Names are bind mounts in
+ends with the work, so that no thread is ever left in the wrong namespace. `Visitors` are such threads that go on to
+the next. Names are bind mounts in
 /run/netns, as iproute2 makes them, so that `ip netns` sees them too. Nothing here knows what a
 namespace is for.
 """
@@ -33,6 +34,10 @@ CURRENT = "/proc/thread-self/ns/net"
 _CLONE_NEWNET = 0x40000000
 # asm-generic/socket.h
 _SO_NETNS_COOKIE = 71
+_INITIAL_COOKIE = 1
+"""The first that is given out (net/core/net_namespace.c, net_ns_init)."""
+_INITIAL_INODE = 0xEFFFFFF9
+"""NET_NS_INIT_INO of linux/nsfs.h, in kernels that number namespaces of all kinds together."""
 # sys/mount.h
 _MS_BIND = 4096
 _MNT_DETACH = 2
@@ -121,6 +126,16 @@ def cookie(netns_path: str) -> int:
     return ask() if netns_path == CURRENT else run_in(netns_path, ask)
 
 
+def is_initial(netns_path: str) -> bool:
+    """Whether this is the namespace that the machine booted with. KernelError as of `cookie`.
+
+    True is certain. Told from inside, without a look at other processes: for who sees none but its own.
+    """
+    if identity(netns_path).inode == _INITIAL_INODE:
+        return True
+    return cookie(netns_path) == _INITIAL_COOKIE
+
+
 def path_of(inode: int) -> str | None:
     """A path at which the namespace of this inode number lies: the calling thread's, a name, or a process's.
 
@@ -136,13 +151,36 @@ def path_of(inode: int) -> str | None:
     return None
 
 
+def everywhere() -> dict[Identity, str]:
+    """A path of each network namespace of this machine that has one: a name, a mount or a process's."""
+    found: dict[Identity, str] = {}
+    for candidate in _paths():
+        try:
+            at = candidate.stat()
+        except OSError:
+            # It went while it was looked at, or is somebody's mount that may not be looked at.
+            continue
+        found.setdefault(Identity(at.st_dev, at.st_ino), str(candidate))
+    return found
+
+
 def _paths() -> Iterator[Path]:
     yield Path(CURRENT)
     for name in names():
         yield DIRECTORY / name
+    yield from _mounts()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             yield entry / "ns" / "net"
+
+
+def _mounts() -> Iterator[Path]:
+    """Where namespaces are mounted in the sight of this process; of network namespaces the root says so (proc(5))."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        _, _, _, root, place, *_ = line.split(" ")
+        # Blanks and backslashes are written in octal.
+        if root.startswith("net:[") and "\\" not in place:
+            yield Path(place)
 
 
 @contextmanager
@@ -259,14 +297,49 @@ def run_in_new(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwarg
             _set(home, CURRENT)
 
 
+class Visitors:
+    """Threads that work in one network namespace after the other: for much work that comes one by one, because a
+    thread of its own for each piece, as run_in has, costs as much as a small piece itself.
+
+    May be used from any thread, but not from within its own work.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._executor = concurrent.futures.ThreadPoolExecutor(threads, name, _make_for_this)
+
+    def submit(
+        self, netns_path: str, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> "concurrent.futures.Future[_T]":
+        """Have `function` called inside the namespace; KernelError when that is gone or may not be entered."""
+
+        def visit() -> _T:
+            with opened() as home:
+                _enter(netns_path)
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    # Whoever stays keeps the namespace alive.
+                    _set(home, CURRENT)
+
+        return self._executor.submit(visit)
+
+    def close(self) -> None:
+        """Waits for the work that was begun; the rest is not done."""
+        self._executor.shutdown(cancel_futures=True)
+
+
 _this_thread = threading.local()
+
+
+def _make_for_this() -> None:
+    _this_thread.is_made_for_this = True
 
 
 def _in_fresh_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def work() -> None:
-        _this_thread.is_made_for_this = True
+        _make_for_this()
         try:
             outcome.set_result(function(*args, **kwargs))
         except BaseException as error:  # noqa: BLE001 - it is raised where the work was asked for

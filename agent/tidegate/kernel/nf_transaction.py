@@ -112,6 +112,29 @@ def creation(family: str, contents: Contents) -> Iterator[Step]:
         yield _step(h.NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, family, told, what)
 
 
+def renamed(contents: Contents, name: str) -> Contents:
+    """The same table under another name, and without flags: for one that was dormant under its own."""
+
+    def of(kind: int, held: bytes) -> bytes:
+        return b"".join(
+            text_attribute(kind, name) if each == kind else attribute(each, value)
+            for each, value in attributes_in(held)
+        )
+
+    table = b"".join(
+        attribute(kind, bytes(len(value)) if kind == h.NFTA_TABLE_FLAGS else value)
+        for kind, value in attributes_in(of(h.NFTA_TABLE_NAME, contents.table))
+    )
+    return Contents(
+        table=table,
+        chains=tuple(of(h.NFTA_CHAIN_TABLE, chain) for chain in contents.chains),
+        rules=tuple(of(h.NFTA_RULE_TABLE, rule) for rule in contents.rules),
+        sets=tuple(of(h.NFTA_SET_TABLE, one) for one in contents.sets),
+        elements=contents.elements,
+        complete=contents.complete,
+    )
+
+
 def deletion(family: str, table: str) -> Step:
     """Take a table away that is there, with all that it holds."""
     named = text_attribute(h.NFTA_TABLE_NAME, table)

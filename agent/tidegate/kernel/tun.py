@@ -5,6 +5,7 @@ lives as long as its descriptor: it goes with its addresses and routes when it i
 is killed.
 """
 
+import abc
 import errno
 import fcntl
 import ipaddress
@@ -37,8 +38,9 @@ _IFA_F_NODAD = 0x02
 # linux/rtnetlink.h
 _RTN_LOCAL = 2
 
-_MAX_PACKET_BYTES = 65535
-_AT_ONCE = 1000
+MAX_PACKET_BYTES = 65535
+AT_ONCE = 1000
+"""Most packets that one reading of a device hands out."""
 _DEADLINE_S = 1.0
 _POLL_S = 0.001
 
@@ -46,30 +48,29 @@ _QUIET = (("disable_ipv6", "0"), ("addr_gen_mode", "1"), ("accept_ra", "0"))
 """Below net/ipv6/conf: IPv6, but no link-local address, and so nothing that the kernel says by itself."""
 
 
-class Tun:
-    """See `opened`."""
+class Device(abc.ABC):
+    """An interface of a namespace whose other end is in this process's hands."""
 
-    def __init__(self, name: str, descriptor: int, index: int, netlink: Any) -> None:
+    hears: bool
+    """Whether `packets` has what the namespace sends."""
+
+    def __init__(self, name: str, index: int, netlink: Any) -> None:
+        """`netlink` is an IPRoute of the namespace."""
         self.name = name
-        self._descriptor = descriptor
         self._index = index
         self._netlink = netlink
 
+    @abc.abstractmethod
     def fileno(self) -> int:
         """A descriptor that can be polled for packets."""
-        return self._descriptor
 
+    @abc.abstractmethod
     def packets(self) -> Iterator[bytes]:
         """The packets that the namespace has sent this way until now; of a flood the first thousand."""
-        for _ in range(_AT_ONCE):
-            try:
-                yield os.read(self._descriptor, _MAX_PACKET_BYTES)
-            except BlockingIOError:
-                return
 
+    @abc.abstractmethod
     def write(self, packet: bytes) -> None:
         """Let a packet arrive on the interface."""
-        os.write(self._descriptor, packet)
 
     def add_address(self, address: str) -> None:
         """Give the interface an address, alone in its network, and wait until it can be used."""
@@ -104,6 +105,29 @@ class Tun:
         parsed = ipaddress.ip_address(destination)
         with _explained(f"route {destination} to {self.name}"):
             self._netlink.route("add", dst=f"{parsed}/{parsed.max_prefixlen}", oif=self._index)
+
+
+class Tun(Device):
+    """See `opened`."""
+
+    hears = True
+
+    def __init__(self, name: str, descriptor: int, index: int, netlink: Any) -> None:
+        super().__init__(name, index, netlink)
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def packets(self) -> Iterator[bytes]:
+        for _ in range(AT_ONCE):
+            try:
+                yield os.read(self._descriptor, MAX_PACKET_BYTES)
+            except BlockingIOError:
+                return
+
+    def write(self, packet: bytes) -> None:
+        os.write(self._descriptor, packet)
 
 
 @contextmanager

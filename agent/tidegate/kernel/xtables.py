@@ -381,9 +381,12 @@ def _set_index(name: str, set_indexes: Mapping[str, int]) -> int:
     raise KernelError(f"there is no set {name}", errno.ENOENT)
 
 
-_LOCK_FILE = "/run/xtables.lock"
-"""Where iptables-legacy has it (XT_LOCK_NAME), unless XTABLES_LOCKFILE in the environment names another."""
 _LOCK_POLL_S = 0.002
+
+
+def lock_file() -> Path:
+    """Where iptables-legacy has the lock (XT_LOCK_NAME), unless XTABLES_LOCKFILE in the environment names another."""
+    return Path(os.environ.get("XTABLES_LOCKFILE", "/run/xtables.lock"))
 
 
 @contextmanager
@@ -392,7 +395,7 @@ def locked() -> Iterator[None]:
 
     KernelError when another one does not let go of it in LOCK_WAIT_S; it says which, where that can be told.
     """
-    path = os.environ.get("XTABLES_LOCKFILE", _LOCK_FILE)
+    path = lock_file()
     try:
         lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -405,7 +408,7 @@ def locked() -> Iterator[None]:
         os.close(lock)
 
 
-def _wait_for(lock: int, path: str) -> None:
+def _wait_for(lock: int, path: Path) -> None:
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         try:

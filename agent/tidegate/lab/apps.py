@@ -128,19 +128,24 @@ def _start_order(spec: LabSpec, pods: Sequence[PodSpec]) -> Iterator[list[PodSpe
         yield batch
 
 
-def _start_app(spec: LabSpec, paths: LabPaths, layout: Layout, pod: PodSpec) -> bool:
+def configuration(
+    spec: LabSpec, paths: LabPaths, layout: Layout, pod: PodSpec
+) -> traffic.AppConfig:
+    """What the application of a pod is started with; certificates of those that speak TLS are there already."""
     serves_tls = pod.app.kind is AppKind.TLS
-    config = msgspec.json.encode(
-        traffic.AppConfig(
-            pod=pod.name,
-            kind=pod.app.kind,
-            ports=tuple(port for port in pod.ports.values() if port),
-            statistics=str(paths.statistics(pod.name)),
-            certificate=str(paths.app_certificate(pod.name)) if serves_tls else "",
-            key=str(paths.app_key(pod.name)) if serves_tls else "",
-            calls=tuple(_call(spec, paths, layout, call) for call in pod.app.calls),
-        )
+    return traffic.AppConfig(
+        pod=pod.name,
+        kind=pod.app.kind,
+        ports=tuple(port for port in pod.ports.values() if port),
+        statistics=str(paths.statistics(pod.name)),
+        certificate=str(paths.app_certificate(pod.name)) if serves_tls else "",
+        key=str(paths.app_key(pod.name)) if serves_tls else "",
+        calls=tuple(_call(spec, paths, layout, call) for call in pod.app.calls),
     )
+
+
+def _start_app(spec: LabSpec, paths: LabPaths, layout: Layout, pod: PodSpec) -> bool:
+    config = msgspec.json.encode(configuration(spec, paths, layout, pod))
     argv = (sys.executable, "-m", "tidegate.lab.traffic", str(paths.app(pod.name)))
     name, digest = process_name(pod.name), processes.digest(*argv, config)
     if processes.runs_just_so(paths, name, digest):

@@ -13,15 +13,12 @@ import hashlib
 import ipaddress
 import os
 from collections.abc import Iterable
-from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import msgspec
-from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from tidegate.kernel import netns
+from tidegate.kernel.door import Door
 from tidegate.kernel.errors import KernelError
 from tidegate.lab.spec import OUTSIDE, LabSpec
 
@@ -30,11 +27,6 @@ FABRIC_INTERFACE = "fab0"
 
 _GATEWAY4 = "169.254.1.1"
 _GATEWAY6 = "fe80::1"
-
-# linux/if_addr.h, linux/rtnetlink.h, linux/if.h
-_IFA_F_NODAD = 0x02
-_RTNH_F_ONLINK = 4
-_IFF_UP = 1
 
 _ROUTER_SYSCTLS = {
     "ipv4/ip_forward": "1",
@@ -148,7 +140,7 @@ def ensure(layout: Layout) -> None:
     for name in (OUTSIDE, *layout.nodes, *layout.pods):
         _ensure_namespace(namespace(layout.lab, name))
     try:
-        with _Door(namespace(layout.lab, OUTSIDE)) as outside:
+        with Door(netns.path(namespace(layout.lab, OUTSIDE))) as outside:
             _ensure_outside(layout, outside)
             for node in layout.nodes:
                 _ensure_node(layout, node, outside)
@@ -161,7 +153,7 @@ def delete(name: str) -> None:
     """Delete one namespace of a lab with its link. Its processes must be gone already."""
     if _is_namespace(name):
         # Somebody else may take it away at this moment.
-        with contextlib.suppress(FileNotFoundError), _Door(name) as door:
+        with contextlib.suppress(FileNotFoundError), Door(netns.path(name)) as door:
             door.delete_link(POD_INTERFACE)
             door.delete_link(FABRIC_INTERFACE)
     netns.delete(name)
@@ -180,7 +172,7 @@ def _has_moved(layout: Layout, pod: str) -> bool:
     name = namespace(layout.lab, pod)
     if not _is_namespace(name):
         return False
-    with _Door(name) as door:
+    with Door(netns.path(name)) as door:
         found = door.global_addresses(POD_INTERFACE)
     return bool(found) and found != {*layout.pod_addresses(pod)}
 
@@ -202,16 +194,16 @@ def _is_namespace(name: str) -> bool:
     return True
 
 
-def _ensure_outside(layout: Layout, outside: "_Door") -> None:
+def _ensure_outside(layout: Layout, outside: Door) -> None:
     outside.sysctls(_SYSCTLS | _ROUTER_SYSCTLS)
     outside.up("lo")
     outside.addresses("lo", layout.outside_addresses())
 
 
-def _ensure_node(layout: Layout, node: str, outside: "_Door") -> None:
+def _ensure_node(layout: Layout, node: str, outside: Door) -> None:
     gateways, addresses = layout.gateway_addresses(node), layout.node_addresses(node)
     fabric = layout.fabric_addresses(node)
-    with _Door(namespace(layout.lab, node)) as door:
+    with Door(netns.path(namespace(layout.lab, node))) as door:
         door.sysctls(_SYSCTLS | _ROUTER_SYSCTLS)
         door.up("lo")
         door.addresses("lo", addresses)
@@ -234,9 +226,9 @@ def _ensure_node(layout: Layout, node: str, outside: "_Door") -> None:
                 _ensure_pod(layout, pod, door, addresses)
 
 
-def _ensure_pod(layout: Layout, pod: str, node: "_Door", node_addresses: tuple[str, ...]) -> None:
+def _ensure_pod(layout: Layout, pod: str, node: Door, node_addresses: tuple[str, ...]) -> None:
     link = f"tgp{layout.pods[pod]}"
-    with _Door(namespace(layout.lab, pod)) as door:
+    with Door(netns.path(namespace(layout.lab, pod))) as door:
         door.sysctls(_SYSCTLS)
         door.up("lo")
         door.ensure_veth(POD_INTERFACE, node, link)
@@ -245,126 +237,4 @@ def _ensure_pod(layout: Layout, pod: str, node: "_Door", node_addresses: tuple[s
         for address, source in zip(layout.pod_addresses(pod), node_addresses, strict=True):
             node.route(address, link, source=source)
         for gateway in (_GATEWAY4, _GATEWAY6):
-            door.route("default", POD_INTERFACE, via=gateway)
-
-
-class _Door:
-    """One network namespace, changed through one netlink socket. Every change may be repeated."""
-
-    def __init__(self, name: str) -> None:
-        self._path = netns.path(name)
-        # Without flags it would make a namespace that is not there.
-        self._netlink = IPRoute(netns=self._path, flags=0)
-        self._indexes: dict[str, int] = {}
-
-    def __enter__(self) -> "_Door":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._netlink.close()
-
-    def sysctls(self, values: dict[str, str]) -> None:
-        def write() -> None:
-            for name, value in values.items():
-                Path("/proc/sys/net", name).write_text(value)
-
-        netns.run_in(self._path, write)
-
-    def up(self, name: str) -> None:
-        self._netlink.link("set", index=self._index(name), state="up")
-
-    def addresses(
-        self, name: str, addresses: Iterable[str], lengths: tuple[int, int] = (32, 128)
-    ) -> None:
-        """Give an interface addresses, with the prefix lengths for IPv4 and IPv6."""
-        for address in addresses:
-            self._netlink.addr(
-                "replace",
-                index=self._index(name),
-                address=address,
-                prefixlen=lengths[0] if "." in address else lengths[1],
-                flags=_IFA_F_NODAD if ":" in address else 0,
-            )
-
-    def route(self, to: str, name: str, *, via: str = "", source: str = "") -> None:
-        """Route a network, an address or "default" (in the family of `via`) over an interface."""
-        options: dict[str, Any] = {"dst": to, "oif": self._index(name)}
-        family = via or to
-        options["family"] = 10 if ":" in family else 2
-        if via:
-            options |= {"gateway": via}
-            if via == _GATEWAY4:
-                options |= {"flags": _RTNH_F_ONLINK}
-        if source:
-            options |= {"prefsrc": source}
-        self._netlink.route("replace", **options)
-
-    def ensure_veth(self, name: str, peer: "_Door", peer_name: str) -> None:
-        """Join two namespaces with a veth pair that is up; a pair that already does stays."""
-        mine, other = self._link(name), peer._link(peer_name)
-        joined = (
-            mine is not None
-            and other is not None
-            and mine.get_attr("IFLA_LINK") == other["index"]
-            and other.get_attr("IFLA_LINK") == mine["index"]
-        )
-        if not joined:
-            self.delete_link(name)
-            peer.delete_link(peer_name)
-            descriptor = os.open(peer._path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                self._netlink.link(
-                    "add",
-                    ifname=name,
-                    kind="veth",
-                    peer={"ifname": peer_name, "net_ns_fd": descriptor},
-                )
-            finally:
-                os.close(descriptor)
-        self.up(name)
-        peer.up(peer_name)
-
-    def delete_link(self, name: str) -> None:
-        """Delete an interface and its peer, if it is there."""
-        self._indexes.pop(name, None)
-        link = self._link(name)
-        if link is None:
-            return
-        try:
-            self._netlink.link("del", index=link["index"])
-        except NetlinkError as error:
-            # It goes with its peer, whose namespace the kernel tears down in its own time.
-            if error.code != errno.ENODEV:
-                raise
-
-    def global_addresses(self, name: str) -> set[str]:
-        """Addresses of an interface that are not link-local; none when it is not there."""
-        link = self._link(name)
-        if link is None:
-            return set()
-        found = (
-            entry.get_attr("IFA_ADDRESS") for entry in self._netlink.get_addr(index=link["index"])
-        )
-        return {text for text in found if not ipaddress.ip_address(text).is_link_local}
-
-    def _index(self, name: str) -> int:
-        if name not in self._indexes:
-            link = self._link(name)
-            if link is None:
-                raise KernelError(f"no interface {name} in {self._path}", errno.ENODEV)
-            self._indexes[name] = link["index"]
-        return self._indexes[name]
-
-    def _link(self, name: str) -> Any:
-        """The interface as netlink shows it, None when there is none."""
-        try:
-            return next(iter(self._netlink.link("get", ifname=name)), None)
-        except NetlinkError as error:
-            if error.code == errno.ENODEV:
-                return None
-            raise
+            door.route("default", POD_INTERFACE, via=gateway, onlink=gateway == _GATEWAY4)

@@ -1,5 +1,8 @@
 """The agent's local HTTP API, on a unix socket that only root may open.
 
+    GET  /metrics                         this node's metrics, as Prometheus reads them
+    GET  /healthz                         200 while the agent lives, however its workloads are
+    GET  /readyz                          200 once it has looked at everything
     GET  /v1/status                       this node's workloads
     GET  /v1/flows?service=&window=       edges of the whole mesh
     GET  /v1/ready[/SERVICE]?window=      verdicts
@@ -30,11 +33,12 @@ import msgspec
 from aiohttp import web
 
 from tidegate.errors import InputError, TidegateError
-from tidegate.node import changes
+from tidegate.node import changes, metrics
 from tidegate.node.guard import Guard
 from tidegate.node.log import Log
 from tidegate.node.mesh import LocalEvidence, MeshView
 from tidegate.node.onboarding import Onboarding
+from tidegate.node.pulse import Pulse
 
 MAX_BODY_BYTES = 64 << 10
 MAX_WINDOW_S = 30 * 86400.0
@@ -81,11 +85,48 @@ class IntentionsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     all_callers: bool = False
 
 
+def make_peer_app(local: LocalEvidence) -> web.Application:
+    """What agents of other machines may ask: this node's evidence, and nothing else."""
+    app = web.Application(middlewares=[_failures], client_max_size=MAX_BODY_BYTES)
+    app.add_routes(_evidence_routes(local))
+    return app
+
+
+def _evidence_routes(local: LocalEvidence) -> list[web.RouteDef]:
+    async def get_evidence(request: web.Request) -> web.Response:
+        window = _window(request)
+        if window is None:
+            raise InputError("no window", field="window", expected="seconds")
+        return _json(await local.evidence(_service(request.match_info["service"]), window))
+
+    async def get_flows(request: web.Request) -> web.Response:
+        return _json(await local.flows(_window(request)))
+
+    return [
+        web.get(r"/v1/node/evidence/{service:[\s\S]+}", get_evidence),
+        web.get("/v1/node/flows", get_flows),
+    ]
+
+
 def make_app(
-    mesh: MeshView, local: LocalEvidence, guard: Guard, status: Callable[[], Awaitable[object]]
+    mesh: MeshView,
+    local: LocalEvidence,
+    guard: Guard,
+    status: Callable[[], Awaitable[object]],
+    exposition: Callable[[], Awaitable[bytes]],
+    pulse: Pulse,
 ) -> web.Application:
-    """The application; `status` gives what GET /v1/status answers."""
+    """The application; `status` gives what GET /v1/status answers, `exposition` what GET /metrics does."""
     onboarding = Onboarding(mesh)
+
+    async def get_metrics(_request: web.Request) -> web.Response:
+        return web.Response(body=await exposition(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    async def get_health(_request: web.Request) -> web.Response:
+        return _health(pulse.unwell())
+
+    async def get_readiness(_request: web.Request) -> web.Response:
+        return _health(pulse.unready())
 
     async def get_status(_request: web.Request) -> web.Response:
         return _json(await status())
@@ -101,15 +142,6 @@ def make_app(
         services = (_service(named),) if named else await mesh.services()
         verdicts = await asyncio.gather(*(mesh.verdict(name, window) for name in services))
         return _json({"verdicts": verdicts})
-
-    async def get_node_evidence(request: web.Request) -> web.Response:
-        window = _window(request)
-        if window is None:
-            raise InputError("no window", field="window", expected="seconds")
-        return _json(await local.evidence(_service(request.match_info["service"]), window))
-
-    async def get_node_flows(request: web.Request) -> web.Response:
-        return _json(await local.flows(_window(request)))
 
     async def get_onboard_status(request: web.Request) -> web.Response:
         return _json(await onboarding.status(_window(request)))
@@ -166,6 +198,9 @@ def make_app(
     app = web.Application(middlewares=[_failures], client_max_size=MAX_BODY_BYTES)
     app.add_routes(
         [
+            web.get("/metrics", get_metrics),
+            web.get("/healthz", get_health),
+            web.get("/readyz", get_readiness),
             web.get("/v1/status", get_status),
             web.get("/v1/flows", get_flows),
             web.get("/v1/ready", get_ready),
@@ -173,8 +208,7 @@ def make_app(
             web.get("/v1/onboard/status", get_onboard_status),
             web.get("/v1/onboard/plan", get_onboard_plan),
             web.get("/v1/intentions/suggest", get_suggestions),
-            web.get(r"/v1/node/evidence/{service:[\s\S]+}", get_node_evidence),
-            web.get("/v1/node/flows", get_node_flows),
+            *_evidence_routes(local),
             web.post("/v1/intentions", post_intentions),
             web.post("/v1/strict", post_strict),
             web.post("/v1/permissive", post_permissive),
@@ -240,6 +274,10 @@ async def _failures(request: web.Request, handler: Handler) -> web.StreamRespons
 
 def _failure(status: int, error: str, exit_code: int) -> web.Response:
     return _json({"error": error, "exit_code": exit_code}, status)
+
+
+def _health(problem: str) -> web.Response:
+    return _failure(503, problem, 2) if problem else _json({})
 
 
 def _json(answer: object, status: int = 200) -> web.Response:

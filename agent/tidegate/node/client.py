@@ -1,6 +1,7 @@
 """Client of an agent's local API, for the command line and for the agents of other nodes."""
 
 import os
+import ssl
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
@@ -30,9 +31,12 @@ class AgentRefused(TidegateError):
 
 
 class AgentClient:
-    """Speaks to one agent. `address` is unix:///path or http://host:port; an answer may take `timeout_s`."""
+    """Speaks to one agent. `address` is unix:///path or https://host:port; an answer may take `timeout_s`."""
 
-    def __init__(self, address: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, address: str, timeout_s: float = TIMEOUT_S, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """`tls` is for https: whom it trusts, and by what certificate the other end knows this one."""
         self.address = address
         self._timeout_s = timeout_s
         connector: aiohttp.BaseConnector
@@ -40,7 +44,7 @@ class AgentClient:
             connector = aiohttp.UnixConnector(address.removeprefix("unix://"))
             self._base = "http://agent"
         else:
-            connector = aiohttp.TCPConnector()
+            connector = aiohttp.TCPConnector(ssl=tls or True)
             self._base = address.rstrip("/")
         self._session = aiohttp.ClientSession(connector=connector, read_bufsize=MAX_LINE_BYTES)
 

@@ -69,9 +69,9 @@ def named(edge: Edge, own: Workload, policy: Policy | None, labels: Labels) -> N
     if policy is None:
         redirected = False
     elif inbound:
-        redirected = key.port == policy.inbound.port or policy.redirects_inbound(key.port)
+        redirected = key.port == policy.inbound.port or policy.redirects_inbound(key.port, key.peer)
     else:
-        redirected = policy.redirects_outbound(key.port)
+        redirected = policy.redirects_outbound(key.port, key.peer)
     return NamedEdge(
         caller=theirs if inbound else mine,
         server=mine if inbound else theirs,

@@ -22,9 +22,9 @@ from tidegate.enforce.sidecar.envoy import DRAIN_TIME_S
 from tidegate.errors import TidegateError
 from tidegate.intent.entries import Entry, EntryKey
 from tidegate.model import Instance, MutualTLSMode
-from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
 from tidegate.node.modes import own_entry, running_mode, set_mode
+from tidegate.state_files import write_atomically
 from tidegate.verdict.evidence import CallerKind
 from tidegate.verdict.readiness import Answer, CallerFlow, Effect, Reason, ReasonKind, Verdict
 

@@ -1,12 +1,13 @@
 """What should be, from the intent server; kept in a file so that an agent without a server goes on as before.
 
-An unreachable server changes nothing: the last answer stays in force, and how old it is shows as a problem.
+An unreachable server changes nothing: the last answer stays in force, and how old it is shows as a problem. Where the
+config entries are a cluster's custom resources, what the server has of them is not looked at.
 """
 
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,8 +16,11 @@ from tidegate.catalog.registration import NodeInfo
 from tidegate.errors import TidegateError
 from tidegate.intent.entries import from_server, to_consul
 from tidegate.model import Instance
-from tidegate.node.files import write_atomically
 from tidegate.node.log import Log
+from tidegate.state_files import write_atomically
+
+if TYPE_CHECKING:
+    from tidegate.catalog.kubernetes import CustomResources
 
 ANSWER_S = 2.0
 """How long a round waits for the server; sidecars and rules are looked after without it."""
@@ -36,13 +40,18 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     default_allow: bool
     trust_domain: str
     datacenter: str
+    root_id: str = ""
 
 
 class IntentSource:
     """The latest snapshot of config entries and catalog."""
 
-    def __init__(self, catalog: CatalogClient, path: Path) -> None:
+    def __init__(
+        self, catalog: CatalogClient, path: Path, resources: "CustomResources | None" = None
+    ) -> None:
+        """`resources` are the config entries, where they are not the server's."""
         self._catalog = catalog
+        self._resources = resources
         self._path = path
         self._snapshot: Snapshot | None = None
         self._answered_at = 0.0
@@ -61,18 +70,33 @@ class IntentSource:
 
     def problems(self) -> tuple[str, ...]:
         """Why the snapshot may be out of date."""
-        return tuple(problem for problem in (self._problem, self._unkept) if problem)
+        own = tuple(problem for problem in (self._problem, self._unkept) if problem)
+        return own if self._resources is None else (*own, *self._resources.problems())
+
+    @property
+    def answered_at(self) -> float:
+        """When the server last answered; 0 for never."""
+        return self._answered_at
 
     @property
     def outdated(self) -> str:
         """Why what should be may be something else by now; empty when the server has just said it."""
-        return self._problem
+        if self._problem or self._resources is None:
+            return self._problem
+        return self._resources.outdated
+
+    @property
+    def is_of_cluster(self) -> bool:
+        """Whether config entries are custom resources, which are changed in the cluster only."""
+        return self._resources is not None
 
     async def refresh(self) -> Snapshot:
         """Asks the server; the former snapshot where it does not answer."""
         try:
             async with asyncio.timeout(ANSWER_S):
                 snapshot = await self._catalog.snapshot()
+            if self._resources is not None:
+                snapshot = self._resources.overlay(snapshot)
         except (TidegateError, TimeoutError) as error:
             reason = str(error) or f"the intent server does not answer within {ANSWER_S:.0f} s"
             if not self._problem:
@@ -99,6 +123,7 @@ class IntentSource:
             nodes=snapshot.nodes,
             default_allow=snapshot.default_allow,
             trust_domain=snapshot.trust_domain,
+            root_id=snapshot.root_id,
             datacenter=snapshot.datacenter,
         )
         try:
@@ -128,5 +153,6 @@ class IntentSource:
             nodes=kept.nodes,
             default_allow=kept.default_allow,
             trust_domain=kept.trust_domain,
+            root_id=kept.root_id,
             datacenter=kept.datacenter,
         )

@@ -6,8 +6,9 @@ that have (or had) instances of it; one that does not answer is named in the ver
 
 import asyncio
 import difflib
+import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -32,12 +33,14 @@ from tidegate.verdict.steps import Place
 PEER_TIMEOUT_S = 5.0
 """How long the agent of another node may take to answer."""
 
-_T = TypeVar("_T")
+_Answer = TypeVar("_Answer", "NodeEvidence", "NodeFlows")
 
 
 class NodeEvidence(msgspec.Struct, frozen=True, kw_only=True):
     """What one agent knows of its own instances of one service."""
 
+    node: str = ""
+    """Who answers."""
     instances: tuple[InstanceEvidence, ...] = ()
     departed: tuple[InstanceEvidence, ...] = ()
 
@@ -77,6 +80,10 @@ class LocalEvidence:
         self.flows = flows
 
 
+def _no_tls() -> ssl.SSLContext:
+    raise TidegateError("this agent does not speak to those of other machines")
+
+
 class MeshView:
     """Answers for the whole mesh."""
 
@@ -86,11 +93,14 @@ class MeshView:
         intent: IntentSource,
         catalog: CatalogClient,
         local: LocalEvidence,
+        tls: Callable[[], ssl.SSLContext] = _no_tls,
     ) -> None:
+        """`tls` gives how agents of other machines are spoken to; TidegateError while they cannot be."""
         self._config = config
         self._intent = intent
         self._catalog = catalog
         self._local = local
+        self._tls = tls
 
     @property
     def place(self) -> Place:
@@ -128,7 +138,7 @@ class MeshView:
         now = time.time()
         concerned = [
             one
-            for one in snapshot.instances
+            for one in _without_twins(snapshot.instances)
             if service in names.services_of(one)
             and (not one.seen_until or one.seen_until >= now - window)
         ]
@@ -214,14 +224,22 @@ class MeshView:
 
     async def read_entry(self, key: EntryKey) -> Entry | None:
         """The entry as the server has it now, None when it has none."""
+        if self._intent.is_of_cluster:
+            entries = (await self._intent.refresh()).entries
+            return next((entry for entry in entries if entry.key == key), None)
         entries = await self._catalog.read_entries(key.kind)
         return next((entry for entry in entries if entry.key == key), None)
 
     async def write_entry(self, entry: Entry) -> int:
         """Writes an entry that was read before, and returns the index from which it holds.
 
-        ChangedMeanwhile when somebody else has changed it since.
+        ChangedMeanwhile when somebody else has changed it since. InputError where entries are a cluster's.
         """
+        if self._intent.is_of_cluster:
+            raise InputError(
+                f"{entry.kind}/{entry.name} is a custom resource of the cluster",
+                expected="a change of that resource, such as by kubectl edit",
+            )
         if not await self._catalog.write_entry(entry, entry.modify_index):
             raise ChangedMeanwhile(f"{entry.kind}/{entry.name} was changed by somebody else")
         written = await self.read_entry(entry.key)
@@ -255,17 +273,17 @@ class MeshView:
     async def _ask(
         self,
         instances: Iterable[Instance],
-        own: Awaitable[_T],
+        own: Awaitable[_Answer],
         ask: Callable[[AgentClient], Awaitable[Any]],
-        kind: type[_T],
-    ) -> tuple[list[_T], tuple[MissingNode, ...]]:
+        kind: type[_Answer],
+    ) -> tuple[list[_Answer], tuple[MissingNode, ...]]:
         """The answers of this node and of the other nodes of the instances, asked at the same time."""
         apis: dict[str, str] = {}
         for one in instances:
             if one.node != self._config.node:
                 apis[one.node] = one.agent_api or apis.get(one.node, "")
 
-        async def of(node: str, answer: Awaitable[_T]) -> _T | MissingNode:
+        async def of(node: str, answer: Awaitable[_Answer]) -> _Answer | MissingNode:
             try:
                 return await answer
             except TidegateError as error:
@@ -273,17 +291,26 @@ class MeshView:
             except msgspec.ValidationError as error:
                 return MissingNode(node=node, reason=f"its answer cannot be read: {error}")
 
-        async def over(api: str) -> _T:
+        async def over(node: str, api: str) -> _Answer:
             if not api:
                 raise TidegateError("it has not said where its agent answers")
-            async with AgentClient(api, PEER_TIMEOUT_S) as agent:
-                return msgspec.convert(await ask(agent), kind)
+            tls = self._tls() if api.startswith("https://") else None
+            async with AgentClient(api, PEER_TIMEOUT_S, tls) as agent:
+                answer = msgspec.convert(await ask(agent), kind)
+            if answer.node != node:
+                # A path that means a socket there means another one here.
+                hint = "; `peers` in its configuration says where it can be reached"
+                raise TidegateError(
+                    f"{answer.node or 'somebody else'} answers at {api}"
+                    f"{hint if api.startswith('unix://') else ''}"
+                )
+            return answer
 
         given = await asyncio.gather(
             of(self._config.node, own),
-            *(of(node, over(api)) for node, api in sorted(apis.items())),
+            *(of(node, over(node, api)) for node, api in sorted(apis.items())),
         )
-        answers: list[_T] = []
+        answers: list[_Answer] = []
         missing: list[MissingNode] = []
         for each in given:
             if isinstance(each, MissingNode):
@@ -337,6 +364,25 @@ def _mode(snapshot: Snapshot, service: str, instances: Sequence[Instance]) -> Mu
     said = said or {effective_mode(None, own, shared)}
     permissive = MutualTLSMode.PERMISSIVE in said
     return MutualTLSMode.PERMISSIVE if permissive else MutualTLSMode.STRICT
+
+
+def _without_twins(instances: Sequence[Instance]) -> Iterator[Instance]:
+    """Without what others, such as Consul on Kubernetes, have registered of workloads that an agent tells of too."""
+    told = {
+        (service, address)
+        for one in instances
+        if one.agent_api and not one.seen_until
+        for service in names.services_of(one)
+        for address in one.addresses
+    }
+    for one in instances:
+        is_twin = not one.agent_api and any(
+            (service, address) in told
+            for service in names.services_of(one)
+            for address in one.addresses
+        )
+        if not is_twin:
+            yield one
 
 
 def _as_instance_of(service: str, evidence: InstanceEvidence) -> InstanceEvidence:

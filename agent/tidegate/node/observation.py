@@ -20,6 +20,7 @@ from tidegate.model import (
     EdgeCount,
     EdgeKey,
     Instance,
+    Interval,
     Workload,
 )
 from tidegate.node.config import AgentConfig
@@ -27,6 +28,7 @@ from tidegate.node.flows import NamedEdge, named
 from tidegate.node.keeper import Keeper, policy_for
 from tidegate.node.log import Log
 from tidegate.node.mesh import NodeEvidence, NodeFlows
+from tidegate.node.metrics import Observed, Traffic
 from tidegate.node.wanted import service_ports
 from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
 from tidegate.observe.labels import Labels
@@ -39,11 +41,20 @@ from tidegate.observe.witness import (
     advance,
     count_chains,
 )
-from tidegate.verdict import names
-from tidegate.verdict.evidence import REDIRECTION_REPAIRED, EdgeEvidence, InstanceEvidence
+from tidegate.verdict import intervals, names
+from tidegate.verdict.evidence import (
+    REDIRECTION_REPAIRED,
+    EdgeEvidence,
+    InstanceEvidence,
+    WitnessReading,
+)
 
 GIVE_BACK_S = 5.0
 """How often counters are given back."""
+MACHINE_NETNS = "/proc/1/ns/net"
+"""Where pods' interfaces have their other ends if the agent is in a pod itself."""
+
+_NO_WITNESS = WitnessReading(detail="its sidecar is its own, and is not asked")
 
 log = Log("observation")
 
@@ -70,6 +81,10 @@ class Observation:
         self._to_forget: set[int] = set()
         """Workloads that are gone and whose counters the kernel still has."""
         self._given_back_at = 0.0
+        self._collected_at = 0.0
+        """When the latest round of reading began."""
+        self._lost: dict[str, int] = {}
+        """What was lost since the kernel's maps were made, as of that round."""
         self._notes: tuple[str, ...] = ()
         """What the classifier said in the latest round."""
         self.labels = Labels()
@@ -155,13 +170,33 @@ class Observation:
 
     def _attach(self, workload: Workload) -> Attachment:
         ports = tuple(port for _, port in service_ports(workload) if port)
-        on_host = links.host_ifindex(workload.netns, workload.interface)
-        if on_host is not None:
-            return self._classifier.attach(workload.key, on_host, Side.HOST, ports)
+        for place in (netns.CURRENT, MACHINE_NETNS):
+            on_host = self._other_end(place, workload)
+            if on_host is not None:
+                is_elsewhere = place != netns.CURRENT
+                return netns.run_in(
+                    place,
+                    self._classifier.attach,
+                    workload.key,
+                    on_host,
+                    Side.HOST,
+                    ports,
+                    elsewhere=is_elsewhere,
+                )
         inside = netns.run_in(workload.netns, socket.if_nametoindex, workload.interface)
         return netns.run_in(
             workload.netns, self._classifier.attach, workload.key, inside, Side.INSIDE, ports
         )
+
+    def _other_end(self, place: str, workload: Workload) -> int | None:
+        """Index, in that namespace, of the other end of a workload's interface; None when it is not there."""
+        try:
+            return netns.run_in(place, links.host_ifindex, workload.netns, workload.interface)
+        except KernelError:
+            if place == netns.CURRENT:
+                raise
+            # The machine's namespace is not one that every agent may see.
+            return None
 
     def detach(self, workload_key: int) -> None:
         """The workload is gone: its last counts go to the ledger, then it leaves the kernel."""
@@ -185,6 +220,7 @@ class Observation:
 
     def collect(self, now: float, keepers: Iterable[Keeper]) -> None:
         """One round: sidecars' counters, then kernel edges, into ledger and witnesses."""
+        self._collected_at = now
         counted: list[tuple[Keeper, SidecarCounts | None]] = []
         for keeper in keepers:
             key, name = keeper.workload.key, keeper.workload.name
@@ -209,10 +245,8 @@ class Observation:
         """What the kernel counted since the last round, written to the ledger; returns how many connections came
         to edges or left them."""
         counters = self._classifier.changed_edges()
-        losses = self._classifier.losses()
-        return self._ledger.record(
-            now, self._classifier.generation, counters, losses.lost_by_name()
-        )
+        self._lost = self._classifier.losses().lost_by_name()
+        return self._ledger.record(now, self._classifier.generation, counters, self._lost)
 
     def _give_back(self, now: float) -> None:
         """Counters that are not needed go back to the kernel, as soon as all they said is stored."""
@@ -287,7 +321,9 @@ class Observation:
             for workload in self._ledger.workloads(service)
             if workload.key not in own
         ]
-        return NodeEvidence(instances=tuple(living), departed=tuple(departed))
+        return NodeEvidence(
+            node=self._config.node, instances=tuple(living), departed=tuple(departed)
+        )
 
     def _living(
         self, keeper: Keeper, since: float, until: float, losses: dict[str, int]
@@ -304,8 +340,9 @@ class Observation:
             coverage=self._ledger.coverage(workload.key),
             losses=losses | _named(REDIRECTION_REPAIRED, keeper.redirection.repairs(since)),
             edges=self._edges(workload, since, until),
-            witness=state.reading,
+            witness=_NO_WITNESS if keeper.has_own_sidecar else state.reading,
             node_addresses=self._config.node_addresses,
+            sidecar=workload.sidecar,
             sidecar_problem="; ".join(keeper.problems),
         )
 
@@ -365,6 +402,31 @@ class Observation:
             problems=self.problems(),
         )
 
+    def observed(self, workloads: Iterable[Workload]) -> Observed:
+        """What the metrics tell of observation, as of the latest round; coverage is that of these workloads, in the
+        configured window."""
+        until = self._collected_at
+        since = until - self._config.window
+        return Observed(
+            traffic=tuple(
+                Traffic(*kind, total.connections, total.to_server, total.to_client)
+                for kind, total in self._ledger.totals.items()
+            ),
+            lost=self._lost,
+            coverage=tuple(
+                _share(self._ledger.coverage(one.key), max(since, one.created_at), until)
+                for one in workloads
+            ),
+            edges=self._ledger.held,
+            room=self._classifier.room,
+        )
+
+
+def _share(coverage: Iterable[Interval], since: float, until: float) -> float:
+    """How much of [since, until] is covered, 0 to 1."""
+    length = until - since
+    return intervals.total(intervals.clip(coverage, since, until)) / length if length > 0 else 1.0
+
 
 def _moved(key: EdgeKey, connections: int) -> Edge:
     """An edge to which that many connections came, or which they left."""
@@ -409,7 +471,7 @@ def published(keeper: Keeper, config: AgentConfig) -> Instance:
         inbound_port=keeper.policy.inbound.port if keeper.policy else DEFAULT_INBOUND_PORT,
         applied_index=keeper.applied_index,
         mode=keeper.mode,
-        agent_api=f"unix://{config.socket}",
+        agent_api=config.agent_api,
         seen_from=workload.created_at,
     )
 

@@ -13,13 +13,14 @@ from typing import TypeVar
 
 from tidegate.enforce.redirect import block
 from tidegate.enforce.redirect.backend import BackendName, Change
-from tidegate.enforce.redirect.engine import Engine
+from tidegate.enforce.redirect.engine import Applied, Engine
 from tidegate.enforce.redirect.foreign import Left
 from tidegate.intent.policy import Policy
 from tidegate.kernel import netns
 from tidegate.kernel.errors import KernelError
 from tidegate.node.config import OnFailure
 from tidegate.node.log import Log
+from tidegate.node.metrics import Metrics
 
 REPAIRS_KEPT = 1000
 LOOKED_S = 10.0
@@ -69,9 +70,18 @@ class WorkloadRedirection:
     Worked on by one thread at a time; what it tells may be read from any.
     """
 
-    def __init__(self, name: str, engine: Engine, *, on_failure: OnFailure, adopt: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        *,
+        on_failure: OnFailure,
+        adopt: bool,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.last_repair = ""
         """What was different when the rules were last repaired."""
+        self._metrics = metrics or Metrics()
         self._name = name
         self._engine = engine
         self._on_failure = on_failure
@@ -99,6 +109,8 @@ class WorkloadRedirection:
         """Since when it has not been looked at what somebody changed there, because the namespace rests."""
         self._removed_at: float | None = None
         """When the kernel was last seen without rules; None when it may have some."""
+        self.begun_at = 0.0
+        """When the first rules were loaded, where there were none; 0 where they were there already."""
         self._blocked_before: bool | None = None
         """Whether a block may be in place; None before the kernel was asked."""
 
@@ -250,15 +262,17 @@ class WorkloadRedirection:
         self.state = Redirection.FAILED
         self._removed_at = None
         if self._on_failure is OnFailure.BLOCK:
-            if block.block(netns_path) is not Change.UNCHANGED:
+            change = self._there(netns_path, lambda: block.block(netns.CURRENT))
+            if change is not Change.UNCHANGED:
                 log.warning("nothing passes: rules cannot be applied", workload=self._name)
             self._blocked_before = True
             self.state = Redirection.BLOCKED
 
     def remove(self, netns_path: str) -> None:
-        """Take the rules away, whoever applied them, in whatever namespace lies at the path.
+        """Take the rules away, whoever applied them.
 
-        KernelError when not all of them can be removed.
+        KernelError when not all of them can be removed. As `keep`, it touches no other namespace than that of `enter`;
+        before that, whatever lies at the path.
         """
         now = time.monotonic()
         if self._removed_at is not None and now - self._removed_at < LOOKED_S:
@@ -268,7 +282,10 @@ class WorkloadRedirection:
         self._applied_by = None
         try:
             with self._pacing(_Step.REMOVE):
-                change = self._engine.remove(netns_path)
+                if self._namespace is None:
+                    change = self._engine.remove(netns_path)
+                else:
+                    change = self._there(netns_path, lambda: self._engine.remove(netns.CURRENT))
         except Exception:
             if self.state is Redirection.APPLIED:
                 self.state = Redirection.FAILED
@@ -287,7 +304,7 @@ class WorkloadRedirection:
         return LOOKED_S if self._engine.choice.backend is BackendName.NFTABLES else 0.0
 
     def _apply(self, policy: Policy) -> None:
-        applied = self._engine.apply(netns.CURRENT, policy, adopt=self._adopt)
+        applied = self._engine_applies(policy)
         if applied.change is not Change.UNCHANGED:
             log.info(
                 "redirection applied",
@@ -296,6 +313,8 @@ class WorkloadRedirection:
                 backend=applied.backend,
                 adopted=list(map(str, applied.adopted)),
             )
+            if applied.change is Change.CREATED and self._applied_by is None:
+                self.begun_at = time.time()
         self.foreign = applied.foreign
 
     def _repair(self, policy: Policy) -> None:
@@ -303,15 +322,20 @@ class WorkloadRedirection:
         if not differences:
             self.foreign = ()
             return
-        applied = self._engine.apply(netns.CURRENT, policy, adopt=self._adopt)
+        applied = self._engine_applies(policy)
         self.foreign = applied.foreign
         if applied.change is Change.UNCHANGED and not applied.adopted:
             return
         self._count(_told(differences))
 
+    def _engine_applies(self, policy: Policy) -> Applied:
+        with self._metrics.applying():
+            return self._engine.apply(netns.CURRENT, policy, adopt=self._adopt)
+
     def _count(self, different: str) -> None:
         self.last_repair = different
         self._repairs.append(time.time())
+        self._metrics.repaired()
         log.warning(
             "redirection was not as it should be; repaired",
             workload=self._name,

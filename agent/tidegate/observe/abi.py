@@ -7,6 +7,7 @@ them with what the compiler makes of the headers. No behaviour, no I/O.
 import ctypes
 import enum
 
+FLOW_KEY_WORDS = 6
 EDGES_MAX = 65536
 SERVICE_PORTS = 16
 NAMES = 8
@@ -152,14 +153,17 @@ class FlowKey(ctypes.Structure):
         ("interface", Interface),
         ("local", _Address),
         ("peer", _Address),
-        ("local_port", _u16),
-        ("peer_port", _u16),
-        ("pad", _u32),
+        ("ports", _u64),
     )
+
+
+class FlowSeed(ctypes.Structure):
+    _fields_ = (("words", _u64 * FLOW_KEY_WORDS),)
 
 
 class Flow(ctypes.Structure):
     _fields_ = (
+        ("key", FlowKey),
         ("workload", _u64),
         ("opened", _u64),
         ("tally", _u64 * 3),

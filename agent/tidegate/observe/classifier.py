@@ -22,6 +22,7 @@ from tidegate.kernel.errors import KernelError
 from tidegate.model import CountedEdge, Direction, Edge, FlowClass, Hint
 from tidegate.observe import abi
 from tidegate.observe.edges import CLASSES, DIRECTIONS, HINTS, EdgeTable, address
+from tidegate.observe.flow_map import FlowMap, key_of
 from tidegate.observe.hold import BEST, HELLOS, HOST_SCOPE, PACKAGED_OBJECT, By, Hold, Way
 from tidegate.observe.pins import Pinned
 from tidegate.observe.private import Private
@@ -213,6 +214,7 @@ class Classifier:
         self._clock = _Clock()
         self._ring = RingBuffer(hold.maps[HELLOS]) if HELLOS in hold.maps else None
         self._table = EdgeTable(hold.maps)
+        self._flows = FlowMap(hold.maps)
 
     @classmethod
     def open(
@@ -290,9 +292,17 @@ class Classifier:
         return number
 
     def attach(
-        self, workload_key: int, ifindex: int, side: Side, service_ports: tuple[int, ...]
+        self,
+        workload_key: int,
+        ifindex: int,
+        side: Side,
+        service_ports: tuple[int, ...],
+        *,
+        elsewhere: bool = False,
     ) -> Attachment:
         """Observes an interface from now on, or goes on observing it: then only the ports change.
+
+        On the host's side that is one of the agent's own namespace, or, `elsewhere`, of another one.
 
         The calling thread has to be in the interface's network namespace. service_ports (at most 16) tell the
         direction of connections that were open before.
@@ -301,9 +311,9 @@ class Classifier:
             raise InputError(
                 f"{len(service_ports)} service ports", expected=f"at most {abi.SERVICE_PORTS}"
             )
-        interface = abi.Interface(
-            scope=HOST_SCOPE if side is Side.HOST else _OWN_NETNS.stat().st_ino, ifindex=ifindex
-        )
+        in_agents = side is Side.HOST and not elsewhere
+        scope = HOST_SCOPE if in_agents else _OWN_NETNS.stat().st_ino
+        interface = abi.Interface(scope=scope, ifindex=ifindex)
         known = self._attachment(interface)
         entry = abi.Attachment(
             workload=workload_key,
@@ -353,11 +363,7 @@ class Classifier:
 
         The last counts come with the next `changed_edges`.
         """
-        flows = self._maps["flows"]
-        at = slice(abi.Flow.workload.offset, abi.Flow.workload.offset + abi.Flow.workload.size)
-        workload = workload_key.to_bytes(abi.Flow.workload.size, sys.byteorder)
-        for key in [key for key, value in flows.items() if value[at] == workload]:
-            flows.delete(key)
+        self._flows.forget(workload_key)
         self._table.forget_all(lambda workload: workload == workload_key)
 
     def forget(self, slots: Iterable[tuple[int, int]]) -> None:
@@ -404,24 +410,25 @@ class Classifier:
     def flows(self) -> list[FlowRecord]:
         """The connections that the flow map holds, open and closed, for looking at."""
         self._clock.refresh()
-        return [self.flow_record(key, value) for key, value in self._maps["flows"].items()]
+        return [self.flow_record(value) for value in self._flows.values()]
 
-    def flow_record(self, key: bytes, value: bytes) -> FlowRecord:
-        """What an entry of the flow map says: struct tg_flow_key, struct tg_flow."""
-        where, flow = abi.FlowKey.from_buffer_copy(key), abi.Flow.from_buffer_copy(value)
+    def flow_record(self, value: bytes) -> FlowRecord:
+        """What an entry of the flow map says, a struct tg_flow."""
+        flow = abi.Flow.from_buffer_copy(value)
+        where = flow.key
         to_server, to_client = (
             flow.tally[role] & ((1 << abi.Place.SHIFT) - 1)
             for role in (abi.Role.CLIENT, abi.Role.SERVER)
         )
         return FlowRecord(
-            key=key,
+            key=key_of(value),
             interface=(where.interface.scope, where.interface.ifindex),
             workload=flow.workload,
             direction=DIRECTIONS[flow.direction],
             local=address(bytes(where.local)),
-            local_port=where.local_port,
+            local_port=where.ports >> 16,
             peer=address(bytes(where.peer)),
-            peer_port=where.peer_port,
+            peer_port=where.ports & 0xFFFF,
             flow_class=CLASSES[flow.verdict & abi.Verdict.CLASS],
             settled=bool(flow.verdict & abi.Verdict.SETTLED),
             decided=bool(flow.verdict & (abi.Verdict.SETTLED | abi.Verdict.DECIDED)),
@@ -436,14 +443,11 @@ class Classifier:
 
     def take_flow(self, key: bytes) -> bytes | None:
         """Takes a connection out of the flow map: its struct tg_flow, None where there is none."""
-        value = self._maps["flows"].lookup(key)
-        if value is not None:
-            self._maps["flows"].delete(key)
-        return value
+        return self._flows.take(key)
 
-    def put_flow(self, key: bytes, value: bytes) -> None:
+    def put_flow(self, value: bytes) -> None:
         """Puts back what take_flow gave."""
-        self._maps["flows"].update(key, value)
+        self._flows.put(value)
 
     def enter(
         self, workload_key: int, interface: tuple[int, int], service_ports: tuple[int, ...]

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable
 
 import msgspec
 
-from tidegate.model import CountedEdge, EdgeCount, EdgeKey, Hint
+from tidegate.model import CountedEdge, Direction, EdgeCount, EdgeKey, FlowClass, Hint
 
 HINT_BITS: dict[Hint, int] = {
     Hint.HTTP1: 1 << 0,
@@ -27,6 +27,17 @@ HINT_BITS: dict[Hint, int] = {
 
 NO_SLOT = -1
 """The slot of a counter that went away with its map, in what is stored of its last counts."""
+
+
+class Total(msgspec.Struct, gc=False):
+    """What was added to all edges of one direction and class since this process counts.
+
+    Connections leave a class when they turn out to be of another one: a sum can go down.
+    """
+
+    connections: int = 0
+    to_server: int = 0
+    to_client: int = 0
 
 
 class EdgeState(msgspec.Struct, gc=False):
@@ -48,6 +59,8 @@ class EdgeState(msgspec.Struct, gc=False):
     to_client: int = 0
     changed_at: int = 0
     """When that was last added to, in milliseconds."""
+    total: Total | None = None
+    """Of its direction and class, once anything was added to it."""
 
 
 class Counter(msgspec.Struct, gc=False):
@@ -81,6 +94,7 @@ class Counting:
         """Those of which something waits to be stored, in the order in which it was told."""
         self.altered: dict[EdgeKey, EdgeState] = {}
         """Edges whose row is to be made, or does not say the same as they do."""
+        self.totals: dict[tuple[Direction, FlowClass], Total] = {}
         self._held = 0
         """How many edges have counters."""
         self._ended: list[Counter] = []
@@ -113,7 +127,11 @@ class Counting:
             ):
                 continue
             edge = counter.edge
+            total = edge.total or self._total_of(edge)
+            total.to_server += count.bytes_to_server - counter.to_server
+            total.to_client += count.bytes_to_client - counter.to_client
             if count.connections != counter.connections:
+                total.connections += count.connections - counter.connections
                 moved.append((edge.key, count.connections - counter.connections))
                 counter.connections = count.connections
             counter.to_server = count.bytes_to_server
@@ -207,6 +225,10 @@ class Counting:
         """Edges without counters whose rows are gone leave memory."""
         for key in [key for key, edge in self.edges.items() if edge.number in numbers]:
             del self.edges[key]
+
+    def _total_of(self, edge: EdgeState) -> Total:
+        edge.total = self.totals.setdefault((edge.key.direction, edge.key.flow_class), Total())
+        return edge.total
 
     def _has_room(self, key: EdgeKey) -> bool:
         edge = self.edges.get(key)

@@ -24,11 +24,12 @@ from tidegate.model import (
     Edge,
     EdgeCount,
     EdgeKey,
+    FlowClass,
     Interval,
     Workload,
 )
 from tidegate.observe import budget, coverage, history, windows
-from tidegate.observe.counting import NO_SLOT, Counting, EdgeState, hints_of
+from tidegate.observe.counting import NO_SLOT, Counting, EdgeState, Total, hints_of
 from tidegate.observe.history import (
     DEFAULT_LIMITS,
     MINUTES,
@@ -181,6 +182,16 @@ class Ledger:
     def is_stored(self) -> bool:
         """Whether everything that was recorded is in the file, or in the memory that stands for it."""
         return not self._write_problem and not self._counting.waiting
+
+    @property
+    def totals(self) -> Mapping[tuple[Direction, FlowClass], Total]:
+        """What was added to all edges of a direction and class since this ledger was opened."""
+        return self._counting.totals
+
+    @property
+    def held(self) -> int:
+        """How many edges the kernel counts."""
+        return len(self._counting.counters)
 
     def dispensable(self, now: float, room: int) -> list[tuple[int, int]]:
         """Counters (slot and generation) that the kernel may give back, everything of them being stored: of

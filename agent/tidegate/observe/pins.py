@@ -281,6 +281,16 @@ def _entries(directory: Path) -> tuple[Path, ...]:
     return tuple(directory.iterdir()) if directory.exists() else ()
 
 
+def remove(directory: Path) -> None:
+    """Takes everything below a directory of `Pinned` out of the kernel, without loading anything; idempotent.
+
+    KernelError or OSError when the kernel refuses; the next call goes on.
+    """
+    if directory.exists():
+        _remove_all(directory)
+        directory.rmdir()
+
+
 def _remove_all(directory: Path) -> None:
     """Links first: a program must not run on an interface that it has no entry for."""
     for links in _entries(directory / "links"):

@@ -118,7 +118,7 @@ class Replay:
         for connection in self._connections.values():
             record = records.get(connection.key)
             if connection.parked is not None:
-                record = self._classifier.flow_record(connection.key, connection.parked)
+                record = self._classifier.flow_record(connection.parked)
             if record is not None:
                 told.append(_told(record, connection))
         losses = self._classifier.losses()
@@ -181,7 +181,7 @@ class Replay:
         self._resident.pop(connection, None)
         self._resident[connection] = None
         if connection.parked is not None:
-            self._classifier.put_flow(connection.key, connection.parked)
+            self._classifier.put_flow(connection.parked)
             connection.parked = None
         if len(self._resident) > FLOWS // 2:
             self._park()
@@ -197,8 +197,8 @@ class Replay:
         value = self._classifier.take_flow(key)
         if value is None:
             return None
-        self._classifier.put_flow(key, value)
-        return self._classifier.flow_record(key, value)
+        self._classifier.put_flow(value)
+        return self._classifier.flow_record(value)
 
     @staticmethod
     def _count(
@@ -241,8 +241,7 @@ def _flow_key(ends: _Ends) -> bytes:
             interface=abi.Interface(scope=0, ifindex=_LOOPBACK),
             local=address(*local),
             peer=address(*peer),
-            local_port=local_port,
-            peer_port=peer_port,
+            ports=local_port << 16 | peer_port,
         )
     )
 

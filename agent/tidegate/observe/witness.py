@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
+from tidegate.addresses import is_within
 from tidegate.model import Direction, Edge, FlowClass
-from tidegate.verdict import names
 from tidegate.verdict.evidence import ChainTotals, WitnessReading
 
 PERSISTENT_ROUNDS = 3
@@ -70,7 +70,7 @@ def count_chains(
     for edge in edges:
         port = edge.key.port
         excluded = any(first <= port <= last for first, last in excluded_ports)
-        excluded = excluded or names.is_within(edge.key.peer, excluded_sources)
+        excluded = excluded or is_within(edge.key.peer, excluded_sources)
         if edge.key.direction is not Direction.INBOUND or (excluded and port != inbound_port):
             continue
         chain = counts["permissive" if port in permissive_ports else "public"]

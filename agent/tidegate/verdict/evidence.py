@@ -9,7 +9,7 @@ import enum
 
 import msgspec
 
-from tidegate.model import Edge, FlowClass, Hint, Instance, Interval
+from tidegate.model import Edge, FlowClass, Hint, Instance, Interval, Sidecar
 
 
 class CallerKind(enum.StrEnum):
@@ -120,6 +120,8 @@ class InstanceEvidence(msgspec.Struct, frozen=True, kw_only=True):
     witness: WitnessReading = WitnessReading()
     node_addresses: tuple[str, ...] = ()
     """Addresses of the instance's own node: flows from them are probes."""
+    sidecar: Sidecar = Sidecar.TIDEGATE
+    """Whose sidecar it has. One of the workload's own tells the agent nothing: there is no second witness then."""
     sidecar_problem: str = ""
     """Why the sidecar does not run as it should, for a person; empty when it does."""
 

@@ -4,33 +4,14 @@ Addresses are reused, so a name depends on the moment: the rule is here, once, f
 for everything else that shows a flow to a person. And which services a workload has.
 """
 
-import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 
+from tidegate.addresses import canonical
 from tidegate.model import Instance, Workload
 
 SLACK_S = 5.0
 """A workload calls before its agent has published it, and its last packets arrive after it has
 gone."""
-
-
-def canonical(address: str) -> str:
-    """Canonical text of an address, IPv4-mapped IPv6 as IPv4; text that is no address stays as
-    it is."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
-    return str(mapped or parsed)
-
-
-def is_within(address: str, networks: Sequence[str]) -> bool:
-    """Whether an address lies in one of the networks (canonical, as 10.0.0.0/8)."""
-    if not networks:
-        return False
-    parsed = ipaddress.ip_address(canonical(address))
-    return any(parsed in ipaddress.ip_network(network) for network in networks)
 
 
 def by_address(instances: Iterable[Instance]) -> dict[str, tuple[Instance, ...]]:

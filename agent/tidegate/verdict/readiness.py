@@ -11,8 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from tidegate.addresses import canonical, is_within
 from tidegate.durations import ago, span
-from tidegate.model import FlowClass, Hint, Instance, Interval, MutualTLSMode, ServiceIntent
+from tidegate.model import (
+    FlowClass,
+    Hint,
+    Instance,
+    Interval,
+    MutualTLSMode,
+    ServiceIntent,
+    Sidecar,
+)
 from tidegate.verdict import intervals, names, steps
 from tidegate.verdict.evidence import (
     REDIRECTION_REPAIRED,
@@ -301,10 +310,10 @@ def effect_of(edge: EdgeEvidence, at: InstanceEvidence) -> Effect:
     """
     if edge.flow_class is FlowClass.EMPTY:
         return Effect.EMPTY
-    from_node = names.canonical(edge.peer) in {names.canonical(own) for own in at.node_addresses}
+    from_node = canonical(edge.peer) in {canonical(own) for own in at.node_addresses}
     to_sidecar_itself = edge.port == at.instance.inbound_port
     excluded = any(first <= edge.port <= last for first, last in at.excluded_inbound_ports)
-    excluded = excluded or names.is_within(edge.peer, at.excluded_sources)
+    excluded = excluded or is_within(edge.peer, at.excluded_sources)
     bypasses = not to_sidecar_itself and (excluded or not at.inbound_redirected)
     if from_node:
         on_service_port = at.instance.port in (0, edge.port) and not to_sidecar_itself
@@ -332,7 +341,7 @@ class _Seen(msgspec.Struct):
         who = (
             ("workload", self.instance.namespace, self.instance.name)
             if self.instance
-            else ("address", names.canonical(self.edge.peer))
+            else ("address", canonical(self.edge.peer))
         )
         return (*who, self.edge.flow_class, str(self.edge.port), self.effect)
 
@@ -370,7 +379,7 @@ def _caller_flow(group: Sequence[_Seen], intent: ServiceIntent) -> CallerFlow:
     is_let_in = latest.effect is Effect.BLOCKS and intent.mode is MutualTLSMode.PERMISSIVE
     denied = f", {_DENIED_BY[says]}" if is_let_in and says.would_be_denied else ""
     return CallerFlow(
-        caller=_caller(latest, {names.canonical(edge.peer) for edge in edges}),
+        caller=_caller(latest, {canonical(edge.peer) for edge in edges}),
         flow_class=latest.edge.flow_class,
         port=latest.edge.port,
         connections=max(sum(edge.connections for edge in edges), 0),
@@ -387,7 +396,7 @@ def _caller_flow(group: Sequence[_Seen], intent: ServiceIntent) -> CallerFlow:
 
 
 def _caller(latest: _Seen, addresses: set[str]) -> Caller:
-    address = names.canonical(latest.edge.peer)
+    address = canonical(latest.edge.peer)
     kind = CallerKind.PROBE if latest.effect is Effect.PROBE else None
     if latest.instance is None:
         return Caller(
@@ -553,7 +562,7 @@ def _missing(evidence: ServiceEvidence, place: Place) -> Iterator[Reason]:
 
 
 def _has_witness(each: InstanceEvidence) -> bool:
-    return each.instance.meshed and each.inbound_redirected
+    return each.instance.meshed and each.inbound_redirected and each.sidecar is Sidecar.TIDEGATE
 
 
 def _lost(evidence: ServiceEvidence, window_s: float) -> Iterator[Reason]:

@@ -2,6 +2,7 @@
 
 Whoever makes workloads replaces the files by rename. A file that cannot be used is told as a problem and
 leaves its workload as it was last understood: half-written input never takes a workload out of the mesh.
+A file says all of its workload: what it leaves out is as model.Workload has it, whatever other sources know.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 
 from tidegate.model import Workload
+from tidegate.workloads.source import Description, LeftAlone, Origin
 
 MAX_FILE_BYTES = 64 << 10
 MAX_FILES = 4096
@@ -31,7 +33,7 @@ class FileSource:
         self._known: dict[str, Workload] = {}
         self._problems: tuple[str, ...] = ()
 
-    def list(self) -> tuple[Workload, ...]:
+    def list(self) -> tuple[Description, ...]:
         """Read the directory; workloads in the order of their file names.
 
         A directory that is not there, or cannot be read, is a problem and leaves all as they were: an empty one has
@@ -46,7 +48,7 @@ class FileSource:
             )
         except OSError as error:
             self._problems = (f"{self._directory} cannot be read: {error.strerror}",)
-            return tuple(self._known.values())
+            return self._descriptions()
         if len(names) > MAX_FILES:
             problems.append(
                 f"{self._directory} has {len(names)} files; only the first {MAX_FILES} are used"
@@ -71,11 +73,29 @@ class FileSource:
             found[name] = workload
         self._known = found
         self._problems = tuple(problems)
-        return tuple(found.values())
+        return self._descriptions()
+
+    def _descriptions(self) -> tuple[Description, ...]:
+        return tuple(_description(workload) for workload in self._known.values())
+
+    def left_alone(self) -> tuple[LeftAlone, ...]:
+        """None: each file is a workload."""
+        return ()
+
+    @property
+    def is_complete(self) -> bool:
+        """A workload whose file cannot be read is not in the list of an agent that has just started."""
+        return not self._problems
 
     def problems(self) -> tuple[str, ...]:
         """One sentence for each file that the last `list` could not use."""
         return self._problems
+
+
+def _description(workload: Workload) -> Description:
+    said = msgspec.structs.asdict(workload)
+    del said["node"]
+    return Description(origin=Origin.FILES, **said)
 
 
 class _UnusableError(Exception):

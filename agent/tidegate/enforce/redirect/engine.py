@@ -92,6 +92,15 @@ class Engine:
         """Nothing is tried yet: the errors of `choose` come from whatever needs a backend first."""
         self._wanted = wanted
         self._chosen: Choice | None = None
+        self._given: Backend | None = None
+
+    @classmethod
+    def by(cls, backend: Backend, why: str) -> "Engine":
+        """One that works by this very backend, for the reason told: nothing is tried in a namespace made for that."""
+        engine = cls(backend.name)
+        engine._chosen = Choice(backend.name, why)
+        engine._given = backend
+        return engine
 
     @property
     def choice(self) -> Choice:
@@ -102,7 +111,7 @@ class Engine:
 
     @property
     def _backend(self) -> Backend:
-        return _backend(self.choice.backend)
+        return self._given or _backend(self.choice.backend)
 
     @property
     def _other(self) -> Backend:

@@ -8,24 +8,31 @@ The twin's own messages are what a workload's namespace gets, and what it has is
 the transactions of a namespace; where it still has the number that the last comparison or load ended with, nothing is
 read at all, and a load is taken only if nothing came since it was looked at.
 
+Who may not make network namespaces has the twin as a dormant table of another name, next to the workload's own: for an
+init container, which comes before whoever could put something there, and has nothing to lose but its pod.
+
 A pod may be allowed to change its own nftables, and libnftables parses what it finds. So there it only words what is
 different, in a child of its own (kernel/isolation.py); the messages need neither the library nor what others have.
 """
 
+import enum
 import errno
 import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import NamedTuple, assert_never
 
 from tidegate.enforce.redirect import nftables_listing, translations
 from tidegate.enforce.redirect.backend import BackendName, Change, InstalledLine
 from tidegate.enforce.redirect.families import HEADER
 from tidegate.enforce.redirect.nftables_rules import (
     BOTH,
+    DORMANT_TABLE,
     FAMILIES,
     TABLE,
+    dormant,
     rendered,
     table_family,
 )
@@ -72,6 +79,15 @@ _TIMES, _SLACK = 4, 4096
 _TWIN_BYTES = 2**24
 
 
+class Twins(enum.Enum):
+    """Where the kernel is asked what it makes of a text."""
+
+    APART = enum.auto()
+    """In a network namespace made for that, which takes CAP_SYS_ADMIN."""
+    BESIDE = enum.auto()
+    """In the workload's own, as a dormant table, which takes CAP_NET_ADMIN. libnftables then reads what is there."""
+
+
 class _Wanted(NamedTuple):
     """Rules as the kernel should have them."""
 
@@ -109,7 +125,8 @@ class NftablesBackend:
 
     name = BackendName.NFTABLES
 
-    def __init__(self) -> None:
+    def __init__(self, twins: Twins = Twins.APART) -> None:
+        self._made = twins
         self._twins: Recent[bytes, _Twin] = Recent(64)
         self._seen: Recent[int, _Seen] = Recent(4096)
 
@@ -257,7 +274,13 @@ class NftablesBackend:
     def _twin(self, wanted: _Wanted) -> _Twin:
         twin = self._twins.get(wanted.digest)
         if twin is None:
-            twin = netns.run_in_new(_make_twin, wanted)
+            match self._made:
+                case Twins.APART:
+                    twin = netns.run_in_new(_make_twin, wanted)
+                case Twins.BESIDE:
+                    twin = _make_dormant_twin(wanted)
+                case _:
+                    assert_never(self._made)
             self._twins.put(wanted.digest, twin)
         return twin
 
@@ -272,7 +295,7 @@ class NftablesBackend:
             return
         if self._equals(wanted, [wanted.family]):
             return
-        found = list(_differing(wanted))
+        found = list(_differing(wanted, self._made))
         yield from found[:_TOLD]
         if len(found) > _TOLD:
             yield f"{len(found) - _TOLD} more differences"
@@ -320,6 +343,28 @@ def _make_twin(wanted: _Wanted) -> _Twin:
         problem = f"the table {TABLE} cannot be read back after it was loaded"
         raise KernelError(problem, errno.EPROTO)
     return _Twin(made, tuple(nf_transaction.creation(wanted.family, made)))
+
+
+def _make_dormant_twin(wanted: _Wanted) -> _Twin:
+    with _dormant(wanted):
+        made = nf_tables.contents(wanted.family, DORMANT_TABLE, wanted.chains, _TWIN_BYTES)
+    if made is None or not made.complete:
+        problem = f"the table {DORMANT_TABLE} cannot be read back after it was loaded"
+        raise KernelError(problem, errno.EPROTO)
+    renamed = nf_transaction.renamed(made, TABLE)
+    return _Twin(renamed, tuple(nf_transaction.creation(wanted.family, renamed)))
+
+
+@contextmanager
+def _dormant(wanted: _Wanted) -> Iterator[None]:
+    """The rules as a table that packets do not come to, gone afterwards; one that was left behind goes first."""
+    if nf_tables.table_flags(wanted.family, DORMANT_TABLE) is not None:
+        nf_transaction.run([nf_transaction.deletion(wanted.family, DORMANT_TABLE)])
+    nftables.load(dormant(wanted.family, wanted.text))
+    try:
+        yield
+    finally:
+        nf_transaction.run([nf_transaction.deletion(wanted.family, DORMANT_TABLE)])
 
 
 def _list_twin(wanted: _Wanted) -> str:
@@ -373,7 +418,7 @@ def _translates(rules: Rules, family: Family) -> bool:
     )
 
 
-def _differing(wanted: _Wanted) -> Iterator[str]:
+def _differing(wanted: _Wanted, twins: Twins) -> Iterator[str]:
     """What is different in a table that is known to differ from its twin."""
     name = f"table {wanted.family} {TABLE}"
     flags = nf_tables.table_flags(wanted.family, TABLE)
@@ -391,6 +436,9 @@ def _differing(wanted: _Wanted) -> Iterator[str]:
         return
     if listed is None:
         yield f"{name} is missing"
+        return
+    if twins is Twins.BESIDE:
+        yield f"{name} is another one than the policy says"
         return
     should = netns.run_in_new(_list_twin, wanted)
     found = list(nftables_listing.differences(should, listed))

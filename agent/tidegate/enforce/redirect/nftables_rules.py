@@ -52,6 +52,8 @@ from tidegate.kernel.cgroups import Cgroup
 from tidegate.kernel.errors import KernelError
 
 TABLE = "tidegate"
+DORMANT_TABLE = "tidegate-dormant"
+"""What `dormant` calls it: packets never come to it."""
 
 BOTH = "inet"
 FAMILIES = (BOTH, *HEADER.values())
@@ -86,6 +88,12 @@ def rendered(rules: Rules, of_path: Mapping[str, Cgroup]) -> str:
     ]
     body = "\n".join((*writer.sets, *chains))
     return f"create table {family} {TABLE}\ntable {family} {TABLE} {{\n{body}}}\n"
+
+
+def dormant(family: str, text: str) -> str:
+    """What `rendered` wrote for a table of this family, as a table of another name that packets never come to."""
+    body = text.removeprefix(f"create table {family} {TABLE}\ntable {family} {TABLE} {{\n")
+    return f"table {family} {DORMANT_TABLE} {{\n\tflags dormant;\n{body}"
 
 
 class _Words(NamedTuple):

@@ -30,7 +30,7 @@ from tidegate.enforce.redirect.probing.attempts import (
 )
 from tidegate.enforce.redirect.probing.exclusions import exclusion_probes
 from tidegate.enforce.redirect.probing.judgement import Outcome, Probe, skipped
-from tidegate.enforce.redirect.probing.place import Place, Target, opened_device
+from tidegate.enforce.redirect.probing.place import Means, Place, Target, opened_device
 from tidegate.enforce.redirect.rules import (
     DNS_PORT,
     LEAVE,
@@ -50,21 +50,21 @@ _MAX_SERVICES = 8
 """How many of the ports that are served are tried: half a millisecond each."""
 
 
-def verify(netns_path: str, policy: Policy) -> tuple[Probe, ...]:
+def verify(netns_path: str, policy: Policy, means: Means = Means.SEGMENTS) -> tuple[Probe, ...]:
     """Try out what the policy says, in both directions and families: some milliseconds, 0.3 s per lost answer.
 
-    Needs CAP_NET_RAW and CAP_NET_ADMIN. KernelError when the namespace is gone, may not be entered, or is being
-    verified by somebody else all the time.
+    Needs the capabilities that the means are described with. KernelError when the namespace is gone, may not be
+    entered, or is being verified by somebody else all the time.
     """
-    return netns.run_in(netns_path, _verify, policy)
+    return netns.run_in(netns_path, _verify, policy, means)
 
 
-def _verify(policy: Policy) -> tuple[Probe, ...]:
+def _verify(policy: Policy, means: Means) -> tuple[Probe, ...]:
     rules = rules_for(policy)
-    with conntrack.beginnings() as beginnings, opened_device() as device:
+    with conntrack.beginnings() as beginnings, opened_device(means) as device:
         # Not before it is this verification's turn: another one's addresses are gone now.
         own = links.reach(netns.CURRENT).addresses
-        places = [Place(family, policy, rules, own, beginnings, device) for family in Family]
+        places = [Place(means, family, policy, rules, own, beginnings, device) for family in Family]
         probes = [probe for place in places for probe in _probes(place)]
     names: dict[str, list[str]] = {}
     for name, reason in itertools.chain.from_iterable(place.untried for place in places):
@@ -161,7 +161,7 @@ def _inbound(place: Place) -> Iterator[Probe]:
     yield from _services(place, device)
 
 
-def _services(place: Place, device: tun.Tun) -> Iterator[Probe]:
+def _services(place: Place, device: tun.Device) -> Iterator[Probe]:
     """Each port that is really served: rules of another program may take just that one elsewhere."""
     name = f"served-ports-{place.family}"
     services = place.services()

@@ -7,13 +7,14 @@ does one step at most. Knows nothing of what Envoy is configured to do.
 
 import contextlib
 import enum
+import errno
 import importlib.util
 import os
 import resource
 import select
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -119,6 +120,10 @@ class EnvoyProcess:
             last_exit=self._last_exit,
         )
 
+    def move(self, netns_path: str) -> None:
+        """The same namespace is to be found at another path."""
+        self._netns_path = netns_path
+
     def ensure(self, now: float, *, transparent: bool = False) -> State:
         """Adopt, start or, when its time has come, start again. `now` in seconds of a steady clock.
 
@@ -189,15 +194,20 @@ class EnvoyProcess:
 
     def _orphan(self) -> _Process | None:
         """An agent may die between starting Envoy and recording it."""
-        try:
-            candidates = netns.pids(self._netns_path)
-        except KernelError as error:
-            raise SidecarError(f"cannot look for Envoy: {error}") from error
-        for pid in candidates:
+        for pid in self._candidates():
             started = _start_time(pid)
             if started is not None and self._works_here(pid):
                 return _Process(pid, started)
         return None
+
+    def _candidates(self) -> Iterable[int]:
+        try:
+            return netns.pids(self._netns_path)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise SidecarError(f"cannot look for Envoy: {error}") from error
+        # The namespace has lost its path. As long as Envoy works there, it lives.
+        return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
 
     def _works_here(self, pid: int) -> bool:
         try:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tidegate.enforce.redirect.families import LABEL
 from tidegate.enforce.redirect.probing.judgement import Outcome, Probe, judged, skipped
-from tidegate.enforce.redirect.probing.place import INTERFACE, Place, Target, someone
+from tidegate.enforce.redirect.probing.place import INTERFACE, Means, Place, Target, someone
 from tidegate.enforce.redirect.probing.sending import (
     FIRST_PORT,
+    connect,
     let_arrive,
     send_query,
     send_syn,
@@ -81,7 +82,13 @@ def tried(place: Place, name: str, target: Target, sender: Sender) -> Probe:
     """Dial from inside the namespace, and say what became of it."""
     if target.stays:
         place.put_behind(target.connection.destination)
-    send = send_query if target.connection.protocol is Protocol.UDP else send_syn
+    if not place.can_send_as(sender):
+        who = f"user {sender.uid} and group {sender.gid}"
+        return skipped(name, f"this process may not send as {who}")
+    if target.connection.protocol is Protocol.UDP:
+        send = send_query
+    else:
+        send = send_syn if place.means is Means.SEGMENTS else connect
     try:
         fate = send(place, target, sender)
     except OSError as error:
@@ -94,7 +101,7 @@ def tried(place: Place, name: str, target: Target, sender: Sender) -> Probe:
     return judged(place, name, target, fate)
 
 
-def arrived(place: Place, device: tun.Tun, name: str, target: Target) -> Probe:
+def arrived(place: Place, device: tun.Device, name: str, target: Target) -> Probe:
     """Dial from outside, and say what became of it."""
     place.put_behind(target.connection.source)
     return judged(place, name, target, let_arrive(place, device, target))

@@ -103,7 +103,7 @@ def _includes_some(place: Place, direction: Direction) -> bool:
 
 def _excluded(
     place: Place,
-    device: tun.Tun,
+    device: tun.Device,
     name: str,
     kind: str,
     direction: Direction,

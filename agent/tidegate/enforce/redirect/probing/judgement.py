@@ -14,6 +14,7 @@ from tidegate.model import Direction
 
 LEFT_ALONE = "left alone, as the policy says"
 _OWN_LISTENER = "the port has a listener of its own: an answer tells nothing"
+_UNHEARD = "answers cannot be seen here (before Linux 6.5 only by TUN)"
 _UNTOLD = "connection tracking does not tell where it went (see net.netfilter.nf_conntrack_events)"
 
 
@@ -71,10 +72,17 @@ def _redirected(place: Place, target: Target, fate: Fate, port: int) -> tuple[Ou
         return _astray(place, target, fate, f"port {port}")
     if not place.owns(landed.address):
         return _astray(place, target, fate, "an address of the workload")
+    if _is_unheard(place, target):
+        return Outcome.PASSED, f"redirected to port {port}; {_UNHEARD}"
     if fate.answer is None:
         gone = f"redirected to port {port}, but no answer came back: something drops it"
         return Outcome.FAILED, gone
     return Outcome.PASSED, f"redirected to port {port}{_heard(fate.answer)}"
+
+
+def _is_unheard(place: Place, target: Target) -> bool:
+    """Whether an answer, if there is one, comes to where nobody sees it."""
+    return target.connection.direction is Direction.INBOUND and not place.hears
 
 
 def _heard(answer: Answer | None) -> str:
@@ -96,6 +104,8 @@ def _handed_over(place: Place, target: Target, fate: Fate, port: int) -> tuple[O
         return _astray(place, target, fate, f"port {port}")
     if place.listens(port) and not place.is_transparent(port):
         return Outcome.FAILED, f"the listener on port {port} is not transparent"
+    if _is_unheard(place, target):
+        return Outcome.SKIPPED, _UNHEARD
     if place.listens(target.connection.port) and fate.answer is not None:
         return Outcome.SKIPPED, _OWN_LISTENER
     if fate.answer is Answer.LISTENER:
@@ -123,6 +133,8 @@ def _let_in(place: Place, target: Target, fate: Fate) -> tuple[Outcome, str]:
     if fate.answer is Answer.LISTENER and not served:
         return Outcome.FAILED, "it should be left alone, but a listener of another port answered"
     if place.policy.mode is Mode.TPROXY:
+        if _is_unheard(place, target):
+            return Outcome.SKIPPED, _UNHEARD
         if fate.answer is None:
             dropped = "it should be left alone, but no answer came back: something drops it"
             return Outcome.FAILED, dropped

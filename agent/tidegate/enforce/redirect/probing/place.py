@@ -1,14 +1,18 @@
 """Where probes are made: one family of a network namespace, with a TUN interface that lets packets out and in.
 
-A place has far addresses, in which nobody lives, and can have them lie behind the interface.
+A place has far addresses, in which nobody lives, and can have them lie behind the interface. By which means probes are
+made there depends on what the process may do.
 """
 
+import enum
 import errno
 import ipaddress
+import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import assert_never
 
 import msgspec
 
@@ -23,14 +27,25 @@ from tidegate.enforce.redirect.rules import (
     Rules,
 )
 from tidegate.intent.policy import MAX_ID, Family, IdRange, Policy
-from tidegate.kernel import conntrack, rawtcp, sockets, tun
+from tidegate.kernel import conntrack, rawtcp, sockets, tun, tunnel
 from tidegate.kernel.conntrack import Endpoint, Original
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.rawtcp import Segment, Sender
 from tidegate.model import Direction
 
 INTERFACE = "tgverify"
-"""Name of the TUN interface; it is there only while a verification runs."""
+"""Name of the interface; it is there only while a verification runs."""
+
+
+class Means(enum.Enum):
+    """How probes are made."""
+
+    SEGMENTS = enum.auto()
+    """By hand, as whoever they should come from: CAP_NET_RAW, CAP_NET_ADMIN, CAP_SETUID, CAP_SETGID, and TUN."""
+    CONNECTIONS = enum.auto()
+    """By connecting as this process's user and group; what arrives comes through a tunnel: CAP_NET_ADMIN alone."""
+
+
 _TURN_S = 3.0
 """How long to wait for another verification of the same namespace."""
 _TURN_POLL_S = 0.02
@@ -42,20 +57,34 @@ DOCUMENTATION = {
 _USUAL_IDS = (65534, 1000, 0)
 _MAX_RANGES = 64
 """After how many ranges of ids a free one is looked for."""
-_NO_TUN = (errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.EPERM, errno.EACCES)
+_NO_DEVICE = (
+    errno.ENOENT,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EOPNOTSUPP,
+)
 _NO_FAMILY = (errno.EACCES, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EADDRNOTAVAIL)
 
 
 @contextmanager
-def opened_device() -> Iterator[tun.Tun | None]:
-    """The interface, when it is this verification's turn; None on a machine that gives no TUN."""
+def opened_device(means: Means) -> Iterator[tun.Device | None]:
+    """The interface, when it is this verification's turn; None on a machine that gives none."""
+    match means:
+        case Means.SEGMENTS:
+            make: Callable[[str], AbstractContextManager[tun.Device]] = tun.opened
+        case Means.CONNECTIONS:
+            make = tunnel.opened
+        case _:
+            assert_never(means)
     deadline = time.monotonic() + _TURN_S
     with ExitStack() as stack:
         while True:
             try:
-                device = stack.enter_context(tun.opened(INTERFACE))
+                device = stack.enter_context(make(INTERFACE))
             except KernelError as error:
-                if error.errno in _NO_TUN:
+                if error.errno in _NO_DEVICE:
                     yield None
                     return
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
@@ -71,13 +100,15 @@ class Place:
 
     def __init__(
         self,
+        means: Means,
         family: Family,
         policy: Policy,
         rules: Rules,
         own: tuple[str, ...],
         beginnings: conntrack.Beginnings,
-        device: tun.Tun | None,
+        device: tun.Device | None,
     ) -> None:
+        self.means = means
         self.family = family
         self.policy = policy
         self.rules = rules
@@ -89,7 +120,8 @@ class Place:
         """Addresses that can be had to lie behind the interface."""
         self.addresses = tuple(address for address in own if family_of(address) is family)
         """The workload's own."""
-        self.app = _somebody(rules.of(Direction.OUTBOUND))
+        self.app = self._somebody(rules.of(Direction.OUTBOUND))
+        """As whom the application's connections are tried."""
         self.untried: list[tuple[str, str]] = []
         """Exclusions that could not be tried, each with the reason."""
         self._near = near
@@ -100,6 +132,21 @@ class Place:
         ]
         self._beginnings = beginnings
         self._routed: set[str] = set()
+
+    def _somebody(self, lines: Sequence[Line]) -> Sender:
+        match self.means:
+            case Means.SEGMENTS:
+                return _somebody(lines)
+            case Means.CONNECTIONS:
+                return Sender(uid=os.geteuid(), gid=os.getegid())
+            case _:
+                assert_never(self.means)
+
+    def can_send_as(self, sender: Sender) -> bool:
+        """Whether probes can come from somebody."""
+        if self.means is Means.SEGMENTS:
+            return True
+        return (sender.uid, sender.gid) == (self.app.uid, self.app.gid)
 
     def listens(self, port: int) -> bool:
         """Whether somebody accepts connections from outside to a port."""
@@ -174,16 +221,25 @@ class Place:
         return found
 
     @property
+    def hears(self) -> bool:
+        """Whether what the namespace sends to the interface can be seen."""
+        return self.device is not None and self.device.hears
+
+    @property
     def knows(self) -> bool:
         """Whether what `landed` does not know of is not tracked."""
         return self._beginnings.complete
+
+    def would_see(self, target: "Target") -> bool:
+        """Whether a probe that leaves the namespace is seen as it comes out."""
+        return target.stays and self.hears
 
     def is_untouched(self, landed: Endpoint | None, target: "Target") -> bool:
         """Whether a probe is on its way to where it was sent."""
         return landed == target.dialled or (landed is None and self.knows)
 
 
-def _joins(device: tun.Tun, address: str) -> bool:
+def _joins(device: tun.Device, address: str) -> bool:
     """Give the interface an address; False when the namespace does not have this family."""
     try:
         device.add_address(address)

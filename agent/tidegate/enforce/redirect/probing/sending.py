@@ -1,7 +1,8 @@
 """Sending one packet with a token, and waiting for what becomes of it.
 
 Nothing is opened: a SYN is answered (by a SYN-ACK, or by an RST when nobody listens) with the token plus one, which
-nobody else can know, and is taken back by an RST.
+nobody else can know, and is taken back by an RST. Who may not send segments by hand opens connections in their place:
+the kernel chooses the token then, and whoever listens sees a connection that ends at once.
 """
 
 import enum
@@ -61,7 +62,7 @@ def send_syn(place: Place, target: Target, sender: Sender) -> Fate:
         )
         raw.send(rawtcp.pack(syn))
         landed = place.landed(_original(syn))
-        if not target.stays and place.is_untouched(landed, target):
+        if not place.would_see(target) and place.is_untouched(landed, target):
             return Fate(landed=landed, left=True)
 
         def fate() -> Fate | None:
@@ -71,6 +72,34 @@ def send_syn(place: Place, target: Target, sender: Sender) -> Fate:
             return Fate(landed=landed, answer=answer) if answer is not None else None
 
         return _awaited(fate, place, raw) or Fate(landed=landed)
+
+
+def connect(place: Place, target: Target, sender: Sender) -> Fate:
+    """As `send_syn`, by a connection that is opened, and reset."""
+    destination, port = target.connection.destination, target.connection.port
+    with rawtcp.open_tcp(destination, port, sender, hops=1) as tcp:
+        source, source_port, *_ = tcp.getsockname()
+        syn = Segment(
+            source=source,
+            source_port=source_port,
+            destination=destination,
+            destination_port=port,
+            sequence=0,
+            flags=SYN,
+        )
+        landed = place.landed(_original(syn))
+        if not place.would_see(target) and place.is_untouched(landed, target):
+            return Fate(landed=landed, left=True)
+
+        def fate() -> Fate | None:
+            if any(_original(segment) == _original(syn) for segment in place.came_out()):
+                return Fate(landed=landed, left=True)
+            connected = rawtcp.connected(tcp)
+            if connected is None:
+                return None
+            return Fate(landed=landed, answer=Answer.LISTENER if connected else Answer.NOBODY)
+
+        return _awaited(fate, place, tcp) or Fate(landed=landed)
 
 
 def send_query(place: Place, target: Target, sender: Sender) -> Fate:
@@ -89,7 +118,7 @@ def send_query(place: Place, target: Target, sender: Sender) -> Fate:
                 destination_port=port,
             )
         )
-        if not target.stays and place.is_untouched(landed, target):
+        if not place.would_see(target) and place.is_untouched(landed, target):
             return Fate(landed=landed, left=True)
 
         def fate() -> Fate | None:
@@ -103,7 +132,7 @@ def send_query(place: Place, target: Target, sender: Sender) -> Fate:
         return _awaited(fate, place, udp) or Fate(landed=landed)
 
 
-def let_arrive(place: Place, device: tun.Tun, target: Target) -> Fate:
+def let_arrive(place: Place, device: tun.Device, target: Target) -> Fate:
     connection = target.connection
     syn = Segment(
         source=connection.source,
@@ -149,6 +178,8 @@ def _awaited(
     for readable in (place.device, sender):
         if readable is not None:
             poll.register(readable.fileno(), select.POLLIN)
+    if sender is not None and sender.type is socket.SOCK_STREAM:
+        poll.modify(sender.fileno(), select.POLLOUT)
     deadline = time.monotonic() + _DEADLINE_S
     while (found := fate()) is None and (rest := deadline - time.monotonic()) > 0:
         poll.poll(rest * 1000)

@@ -1,0 +1,1 @@
+"""The API of Kubernetes, as far as an agent reads it: lists and watches; nothing of what is read."""

@@ -1,0 +1,1 @@
+"""Pods of this node, as the API of Kubernetes tells them."""

@@ -1,0 +1,1 @@
+"""Services of this machine that are no containers: where they are found, and how they are treated."""
