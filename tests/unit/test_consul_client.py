@@ -454,11 +454,11 @@ def test_what_the_agents_configuration_says_of_consul_is_checked_before_anything
     said = re.search(r"^```yaml\n(server: https.*?)^```$", document, re.MULTILINE | re.DOTALL)[1]
     file = tmp_path / "agent.yaml"
     file.write_text(f"node: n1\nworkloads: /w\ntrust_domain: a.consul\n{said}")
-    with pytest.raises(InputError, match=r"consul: /etc/tidegate/consul.token: No such file"):
+    with pytest.raises(InputError, match=r"consul.token_file: /etc/tidegate/consul.token: No such file"):
         load_config(file)
     file.write_text(file.read_text().replace("/etc/tidegate/", f"{tmp_path}/"))
     (tmp_path / "consul.token").write_text("secret")
-    with pytest.raises(InputError, match="consul: cannot be used: No such file"):
+    with pytest.raises(InputError, match="cannot be used: No such file"):
         load_config(file)
     kept = [
         line for line in file.read_text().splitlines() if ".pem" not in line and ".key" not in line

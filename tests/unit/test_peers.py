@@ -93,6 +93,7 @@ class Node:
             await task
 
     async def answers(self):
+        await self.intent.refresh()
         return await connects(self.config.agent_api)
 
     async def knows_both(self):
@@ -270,11 +271,12 @@ def test_a_port_that_is_taken_is_told_and_tried_again(server, tmp_path):
             node = Node("n1", server, catalog, tmp_path)
             place = node.config.agent_api.removeprefix("https://").rsplit(":", 1)
             stop = asyncio.Event()
+            await node.intent.refresh()
             with socket.create_server((place[0], int(place[1]))):
                 task = asyncio.create_task(node.peers.run(node.app, stop))
 
                 async def told():
-                    return any("cannot ask, or be asked" in problem for problem in node.problems)
+                    return any("are not answered at" in problem for problem in node.problems)
 
                 await eventually(told)
 

@@ -8,6 +8,7 @@ Leaves are renewed like those of sidecars; connections go on by the one they beg
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ RENEW_AT = 0.66
 LOOK_S = 1.0
 """How often it is asked whether it has to be renewed, and how soon a failure is tried again."""
 HANDSHAKE_S = 5.0
+MAX_HANDSHAKES = 64
+"""Of connections that have not shown yet that they are an agent's; further ones are closed."""
 
 log = Log("peers")
 
@@ -56,8 +59,8 @@ class Peers:
         """Of the root that the leaf was issued by."""
         self._towards: ssl.SSLContext | None = None
         self._from: ssl.SSLContext | None = None
-        self._listener: asyncio.Server | None = None
-        self._listens_by: ssl.SSLContext | None = None
+        """How they are answered."""
+        self._handshakes: set[asyncio.Task[None]] = set()
 
     def towards(self) -> ssl.SSLContext:
         """How agents of other machines are spoken to. TidegateError while this one has no certificate."""
@@ -72,27 +75,30 @@ class Peers:
             return
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
+        answering: asyncio.Task[None] | None = None
         try:
             while not stop.is_set():
                 with self._problems.defects_told("peers", "", "what other machines' agents ask"):
-                    await self._look(runner)
+                    await self._look()
+                    if self._from is not None and (answering is None or answering.done()):
+                        answering = asyncio.create_task(self._answer(runner))
                 await first_of(LOOK_S, stop)
         finally:
-            if self._listener is not None:
-                self._listener.close()
+            for task in (answering, *self._handshakes):
+                if task is not None:
+                    task.cancel()
             await runner.cleanup()
 
-    async def _look(self, runner: web.AppRunner) -> None:
+    async def _look(self) -> None:
         try:
-            if self._is_due():
+            # Before the server has answered nobody knows which root issues.
+            if self._intent.known and self._is_due():
                 await self._renew()
-            if self._listens_by is not self._from:
-                await self._listen(runner)
         except (TidegateError, OSError) as error:
             told = f"agents of other machines cannot ask, or be asked: {error}"
-            self._problems.tell("peers failed", told)
+            self._problems.tell("certificate for peers", told)
         else:
-            self._problems.clear("peers failed")
+            self._problems.clear("certificate for peers")
 
     def _is_due(self) -> bool:
         leaf = self._leaf
@@ -109,20 +115,38 @@ class Peers:
         self._leaf, self._leaf_from, self._root_id = leaf, time.time(), root_id
         log.info("certificate for other machines' agents", serial=leaf.serial)
 
-    async def _listen(self, runner: web.AppRunner) -> None:
-        """New connections come to a listener with the new certificate; the former one goes when that is there."""
+    async def _answer(self, runner: web.AppRunner) -> None:
+        """Takes connections, each by the certificate of its moment, until the socket fails."""
         place = Endpoint.of(self._config.peers)
-        listener = await asyncio.get_running_loop().create_server(
-            cast("web.Server", runner.server),
-            place.address,
-            place.port,
-            ssl=self._from,
-            ssl_handshake_timeout=HANDSHAKE_S,
-            reuse_port=True,
-        )
-        if self._listener is not None:
-            self._listener.close()
-        self._listener, self._listens_by = listener, self._from
+        family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
+        loop = asyncio.get_running_loop()
+        try:
+            with socket.create_server((place.address, place.port), family=family) as listener:
+                listener.setblocking(False)
+                self._problems.clear("listener for peers")
+                while True:
+                    connection, _ = await loop.sock_accept(listener)
+                    if len(self._handshakes) >= MAX_HANDSHAKES:
+                        connection.close()
+                        continue
+                    task = asyncio.create_task(self._take(runner, connection))
+                    self._handshakes.add(task)
+                    task.add_done_callback(self._handshakes.discard)
+        except OSError as error:
+            told = f"other machines' agents are not answered at {place}: {os.strerror(error.errno or 0)}"
+            self._problems.tell("listener for peers", told)
+
+    async def _take(self, runner: web.AppRunner, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                cast("web.Server", runner.server),
+                connection,
+                ssl=self._from,
+                ssl_handshake_timeout=HANDSHAKE_S,
+            )
+        except OSError:
+            # Who is no agent, or gave up, has been told so by TLS; the socket is closed with it.
+            connection.close()
 
     def _context(self, side: ssl._SSLMethod, leaf: LeafMaterial, roots_pem: str) -> ssl.SSLContext:
         """For connections to which the other end has to be an agent of this mesh."""
