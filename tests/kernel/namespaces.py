@@ -135,9 +135,9 @@ def echoes(connection: socket.socket) -> bool:
     return connection.recv(16) == b"ping\n"
 
 
-def eventually(condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
-    """Asks again and again until it is so; fails after the deadline."""
-    until = time.monotonic() + deadline_s
+def eventually(condition: Callable[[], object]) -> None:
+    """Asks again and again until it is so; fails after DEADLINE_S."""
+    until = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < until, "waited in vain"
 
