@@ -454,7 +454,9 @@ def test_what_the_agents_configuration_says_of_consul_is_checked_before_anything
     said = re.search(r"^```yaml\n(server: https.*?)^```$", document, re.MULTILINE | re.DOTALL)[1]
     file = tmp_path / "agent.yaml"
     file.write_text(f"node: n1\nworkloads: /w\ntrust_domain: a.consul\n{said}")
-    with pytest.raises(InputError, match=r"consul.token_file: /etc/tidegate/consul.token: No such file"):
+    with pytest.raises(
+        InputError, match=r"consul.token_file: /etc/tidegate/consul.token: No such file"
+    ):
         load_config(file)
     file.write_text(file.read_text().replace("/etc/tidegate/", f"{tmp_path}/"))
     (tmp_path / "consul.token").write_text("secret")
