@@ -9,9 +9,9 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agents import Agent
 from kubernetes_api import KubernetesApi
 from kubernetes_pods import annotated, pod
+from nodeagents import Agent
 from nodes import Node
 from plugins import TYPE
 from sandboxes import Answer, Sandbox

@@ -11,9 +11,9 @@ import pytest
 sys.path += [str(Path(__file__).parent.parent / name) for name in ("kernel", "unit")]
 
 import images
-from agents import intent_server
 from clusters import Cluster
 from containers import Containerd, Podman, Runtime, configure
+from nodeagents import intent_server
 from nodes import Node
 from plugins import install
 from worlds import World, world

@@ -3,9 +3,9 @@
 import random
 import threading
 
-from agents import Agent, intent_server
 from clusters import Cluster
 from containers import Runtime, configure
+from nodeagents import Agent, intent_server
 from nodes import Node, until
 from plugins import MESHED, TYPE, entry, install
 from sandboxes import Answer, Sandbox

@@ -13,9 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from agents import Agent
 from clusters import Cluster
 from namespaces import tell
+from nodeagents import Agent
 from nodes import until
 from sandboxes import Sandbox, greeted
 from worlds import PORT, Wire, World

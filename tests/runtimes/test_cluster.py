@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from agents import Agent
 from clusters import PLUGIN, Cluster
 from containers import Containerd, Cri, configure
+from nodeagents import Agent
 from nodes import until
 from plugins import FREEZER
 from sandboxes import Sandbox

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import images
 import pytest
-from agents import Agent, intent_server
 from containers import Podman, Runtime, configure
 from namespaces import landing
+from nodeagents import Agent, intent_server
 from nodes import Node, until
 from plugins import FREEZER, MESHED, install
 from worlds import ADDRESS, NODE_ADDRESS, PORT, Wire, World

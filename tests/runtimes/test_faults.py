@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agents import TIDEGATE, Agent, intent_server
 from clusters import PLUGIN, Cluster
 from containers import CONFLIST, Containerd, Cri, chain, configure
+from nodeagents import TIDEGATE, Agent, intent_server
 from nodes import REPOSITORY, Node, until
 from plugins import TYPE, install
 from sandboxes import Sandbox
