@@ -252,6 +252,9 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     """Services that its registration says it calls, in addition to those that intentions let it call."""
     registered_mode: MutualTLSMode | None = None
     """MutualTLSMode of its proxy's registration, which wins over config entries; None says nothing."""
+    of_another: bool = False
+    """Whether its sidecar, and its place in the catalog, are another's, such as Consul's on Kubernetes. Agents tell
+    each other of it, and no caller finds it by that."""
     agent_api: str = ""
     """Where the agent of this workload's node answers, such as unix:///run/tidegate/agent.sock."""
     seen_from: float = 0.0

@@ -324,6 +324,31 @@ def test_all_that_an_instance_is_survives_the_catalog_and_its_further_ports_are_
     with_server(config, scenario)
 
 
+def test_an_instance_of_another_mesh_is_known_among_agents_and_found_by_no_caller(config):
+    async def scenario(client):
+        theirs = pod("p", "10.1.0.1", service="east/billing/web", of_another=True)
+        theirs = msgspec.structs.replace(
+            theirs, meshed=True, inbound_port=15006, applied_index=7, mode=MutualTLSMode.PERMISSIVE
+        )
+        await client.register(NODE, [theirs])
+        (found,) = await client.instances()
+        assert msgspec.structs.replace(found, seen_from=0.0) == theirs
+        tenancy = "ns=billing&partition=east"
+        assert await get(config, f"/v1/catalog/service/web?{tenancy}") == []
+        assert await get(config, f"/v1/catalog/connect/web?{tenancy}") == []
+        assert await get(config, f"/v1/health/connect/web?{tenancy}") == []
+        # It gets a sidecar of tidegate's, and is one of the service's instances from then on.
+        own = msgspec.structs.replace(theirs, of_another=False)
+        await client.register(NODE, [own])
+        assert len(await get(config, f"/v1/catalog/connect/web?{tenancy}")) == 1
+        await client.register(NODE, [theirs])
+        assert await get(config, f"/v1/catalog/connect/web?{tenancy}") == []
+        await client.deregister("n1", "p")
+        assert not (await client.snapshot()).living()
+
+    with_server(config, scenario)
+
+
 def test_a_leaf_is_of_its_namespace_and_partition(config):
     async def scenario(client):
         leaf = await client.leaf("east/billing/web", 60)

@@ -249,6 +249,10 @@ def test_a_virtual_address_is_used_once_all_its_instances_are_called_with_mtls()
     assert [each.virtual_addresses for each in again.upstreams] == [("10.96.0.1",)], "it stays"
 
 
+def test_a_sidecar_of_another_mesh_is_not_called_with_mtls_of_this_one():
+    assert called(spec_for(api(of_another=True))) == set()
+
+
 def test_at_a_virtual_address_its_own_port_is_dialled_where_it_has_one():
     virtual = {"virtual_addresses": ("10.96.0.1",)}
     assert [one.virtual_ports for one in spec_for(api(**virtual)).upstreams] == [()]

@@ -363,6 +363,8 @@ def _said_tenancy(service: Service) -> dict[str, str]:
 
 def _parts(instance: Instance) -> dict[str, str]:
     """Ids, with the texts of their names, of the services that an instance has beside its application."""
+    if instance.of_another:
+        return {}
     parts = {further_id(instance.id, one): one.service for one in instance.more_ports}
     if instance.meshed:
         parts[proxy_id(instance.id)] = instance.service

@@ -22,6 +22,8 @@ from tidegate.model import (
 
 CONNECT_PROXY = "connect-proxy"
 PROXY_SUFFIX = "-sidecar-proxy"
+OBSERVED_SUFFIX = "-observed"
+"""Ends the name under which an instance stands that is another's: whoever looks for the service does not find it."""
 
 _META_NAME = "tidegate-name"
 _META_NAMESPACE = "tidegate-namespace"
@@ -34,6 +36,7 @@ _META_VIRTUAL = "tidegate-virtual-"
 _META_PORT = "tidegate-port-"
 _META_UPSTREAM = "tidegate-upstream-"
 _META_PART_OF = "tidegate-part-of"
+_META_OF_ANOTHER = "tidegate-of-another"
 
 _VIRTUAL_TAGS = ("virtual", "consul-virtual")
 """How the tags of addresses begin that stand for a whole service."""
@@ -110,6 +113,8 @@ def services_of(instance: Instance) -> tuple[Service, ...]:
 
     All that an instance is stands in the application and its sidecar. Those of further ports are for others to find.
     """
+    if instance.of_another:
+        return (_observed(instance),)
     name = ServiceName.of(instance.service)
     address = instance.addresses[0] if instance.addresses else ""
     application = Service(
@@ -146,6 +151,22 @@ def services_of(instance: Instance) -> tuple[Service, ...]:
         application,
         *((sidecar,) if instance.meshed else ()),
         *(_further(instance, one, address) for one in instance.more_ports),
+    )
+
+
+def _observed(instance: Instance) -> Service:
+    """One service, which nobody calls. It says what is known of the sidecar, which is not ours to register."""
+    name = ServiceName.of(instance.service)
+    state = f"{instance.meshed:d} {instance.inbound_port} {instance.applied_index} {instance.mode}"
+    return Service(
+        id=instance.id,
+        service=name.name + OBSERVED_SUFFIX,
+        namespace=name.namespace,
+        partition=name.partition,
+        address=instance.addresses[0] if instance.addresses else "",
+        tagged_addresses=_tagged(instance.addresses, instance.port),
+        port=instance.port,
+        meta=_meta_of(instance) | {_META_OF_ANOTHER: state},
     )
 
 
@@ -221,6 +242,8 @@ def instance_of(node: Node, application: Service, sidecar: Service | None) -> In
         agent_api=meta.get(_META_AGENT_API, node.meta.get(_META_AGENT_API, "")),
         seen_from=_number(meta.get(_META_SEEN_FROM, "")),
     )
+    if _META_OF_ANOTHER in meta:
+        return _of_another(instance, meta[_META_OF_ANOTHER])
     if sidecar is None:
         return instance
     return msgspec.structs.replace(
@@ -229,6 +252,20 @@ def instance_of(node: Node, application: Service, sidecar: Service | None) -> In
         inbound_port=sidecar.port or DEFAULT_INBOUND_PORT,
         applied_index=int(_number(sidecar.meta.get(_META_APPLIED_INDEX, ""))),
         mode=_mode(proxy.get("MutualTLSMode")) or MutualTLSMode.STRICT,
+    )
+
+
+def _of_another(instance: Instance, state: str) -> Instance:
+    """What `_observed` was made from."""
+    meshed, inbound_port, applied_index, mode, *_ = (*state.split(" "), "", "", "", "")
+    return msgspec.structs.replace(
+        instance,
+        of_another=True,
+        service=instance.service.removesuffix(OBSERVED_SUFFIX),
+        meshed=meshed == "1",
+        inbound_port=int(_number(inbound_port)) or DEFAULT_INBOUND_PORT,
+        applied_index=int(_number(applied_index)),
+        mode=_mode(mode) or MutualTLSMode.STRICT,
     )
 
 

@@ -21,6 +21,7 @@ from tidegate.model import (
     EdgeKey,
     Instance,
     Interval,
+    Sidecar,
     Workload,
 )
 from tidegate.node.config import AgentConfig
@@ -471,6 +472,7 @@ def published(keeper: Keeper, config: AgentConfig) -> Instance:
         inbound_port=keeper.policy.inbound.port if keeper.policy else DEFAULT_INBOUND_PORT,
         applied_index=keeper.applied_index,
         mode=keeper.mode,
+        of_another=workload.sidecar is Sidecar.OWN,
         agent_api=config.agent_api,
         seen_from=workload.created_at,
     )

@@ -90,7 +90,7 @@ def neighbours(instances: Iterable[Instance]) -> Neighbours:
 
 
 def _endpoints(instance: Instance, service: str, port: int) -> tuple[Endpoint, ...]:
-    if not instance.meshed or not port:
+    if not instance.meshed or instance.of_another or not port:
         return ()
     spiffe.service_name(service)
     return tuple(
