@@ -35,6 +35,7 @@ else
     # shellcheck disable=SC2086
     install_packages $build
     make --silent -C "$checkout/bpf"
+    make --silent -C "$checkout/init/cni"
     "$home/bin/pip" install --quiet --upgrade "$checkout[lab]"
 fi
 ln -sf "$home/bin/tidegate" /usr/local/bin/tidegate

@@ -8,7 +8,13 @@ import yaml
 from tidegate.enforce.redirect.engine import BackendChoice
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.policy import DEFAULT, Inbound, Mode, Policy, PortRange
-from tidegate.node.config import AgentConfig, OnFailure, RedirectConfig, load_config
+from tidegate.node.config import (
+    AgentConfig,
+    OnFailure,
+    Profile,
+    RedirectConfig,
+    load_config,
+)
 from tidegate.verdict.steps import Environment
 
 GOOD = {
@@ -239,3 +245,9 @@ def test_others_are_told_where_the_agent_can_be_reached(load):
     assert nowhere.field == "peers"
     assert fault(load, node | {"advertise": "here"}).field == "advertise"
     assert fault(load, node | {"peers": "20201"}).field == "peers"
+
+
+def test_whose_mtls_is_the_meshs_is_consuls_istios_or_kumas(load):
+    assert load(GOOD).profile is Profile.CONSUL
+    assert load(GOOD | {"profile": "istio"}).profile is Profile.ISTIO
+    fault(load, GOOD | {"profile": "linkerd"})

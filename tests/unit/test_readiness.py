@@ -199,6 +199,12 @@ def test_one_flow_of_a_blocking_class_makes_it_not_ready_and_names_the_caller(fl
         ),
         ("a port without a permissive chain", flow(port=9999), {}, Effect.REFUSED_ANYWAY),
         ("mesh traffic", flow(FlowClass.MESH, port=20000), {}, Effect.MESH),
+        (
+            "mesh traffic to the service's port, where sidecars dial it",
+            flow(FlowClass.MESH),
+            {"mesh_dials_service_port": True},
+            Effect.MESH,
+        ),
     ],
 )
 def test_flows_that_strict_mode_does_not_touch_are_listed_and_do_not_block(
@@ -217,6 +223,7 @@ def test_flows_that_strict_mode_does_not_touch_are_listed_and_do_not_block(
         ("beside an excluded range", flow(), {"excluded_inbound_ports": ((8081, 9000),)}),
         ("beside an excluded source", flow(), {"excluded_sources": ("192.0.2.0/24", "fd00:9::/64")}),
         ("TLS with the mesh's name that comes to the service's port", flow(FlowClass.MESH), {}),
+        ("to another port, where strict mode holds on all", flow(port=9999), {"mesh_dials_service_port": True}),
         ("from the node of another instance", flow(peer="10.2.0.1"), {}),
         ("to an instance whose port nobody knows", flow(port=5), {"of": msgspec.structs.replace(API, port=0)}),
     ],

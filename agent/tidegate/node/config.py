@@ -50,6 +50,17 @@ class OnFailure(enum.StrEnum):
     """Nothing of it passes but loopback."""
 
 
+class Profile(enum.StrEnum):
+    """Whose mTLS is the mesh's, and how it is recognised."""
+
+    CONSUL = "consul"
+    """By server names of the trust domain; sidecars dial a port of the sidecar's own."""
+    ISTIO = "istio"
+    """By Istio's ALPN names; sidecars dial the service's own port."""
+    KUMA = "kuma"
+    """By Kuma's ALPN name; as Istio's."""
+
+
 class RedirectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How workloads are redirected on this node."""
 
@@ -96,6 +107,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     bpffs: Path = Path("/sys/fs/bpf/tidegate")
     """Directory on a bpf file system below which maps, programs and links are pinned."""
     trust_domain: str
+    profile: Profile = Profile.CONSUL
     datacenter: str = "dc1"
     window: float = 86400.0
     """Observation window of a verdict where a request names none."""

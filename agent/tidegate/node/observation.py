@@ -7,6 +7,7 @@ belongs to one thread at a time: the daemon calls everything here from its one w
 import contextlib
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from typing import assert_never
 
 from tidegate.enforce.sidecar.envoy import Phase
 from tidegate.errors import TidegateError
@@ -24,14 +25,22 @@ from tidegate.model import (
     Sidecar,
     Workload,
 )
-from tidegate.node.config import AgentConfig
+from tidegate.node.config import AgentConfig, Profile
 from tidegate.node.flows import NamedEdge, named
 from tidegate.node.keeper import Keeper, policy_for
 from tidegate.node.log import Log
 from tidegate.node.mesh import NodeEvidence, NodeFlows
 from tidegate.node.metrics import Observed, Traffic
 from tidegate.node.wanted import service_ports
-from tidegate.observe.classifier import Attachment, Classifier, Side, consul_profile
+from tidegate.observe.classifier import (
+    ISTIO,
+    KUMA,
+    Attachment,
+    Classifier,
+    MeshProfile,
+    Side,
+    consul_profile,
+)
 from tidegate.observe.labels import Labels
 from tidegate.observe.ledger import Ledger
 from tidegate.observe.witness import (
@@ -66,7 +75,7 @@ class Observation:
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self._classifier = Classifier.open(config.bpffs)
-        self._classifier.set_profile(consul_profile(config.trust_domain))
+        self._classifier.set_profile(_profile(config))
         self._ledger = Ledger.open(config.state_dir / "ledger.sqlite")
         self._attachments: dict[int, Attachment] = {
             each.workload_key: each for each in self._classifier.attachments()
@@ -333,6 +342,7 @@ class Observation:
         policy = keeper.policy
         state = self._witnesses.get(workload.key, WitnessState())
         return InstanceEvidence(
+            mesh_dials_service_port=self._config.profile is not Profile.CONSUL,
             instance=published(keeper, self._config),
             created_at=workload.created_at,
             inbound_redirected=keeper.in_mesh and policy is not None and policy.inbound.enabled,
@@ -356,6 +366,7 @@ class Observation:
         except TidegateError:
             policy = self._config.redirect.policy
         return InstanceEvidence(
+            mesh_dials_service_port=self._config.profile is not Profile.CONSUL,
             instance=Instance(
                 id=workload.id,
                 name=workload.name,
@@ -427,6 +438,18 @@ def _share(coverage: Iterable[Interval], since: float, until: float) -> float:
     """How much of [since, until] is covered, 0 to 1."""
     length = until - since
     return intervals.total(intervals.clip(coverage, since, until)) / length if length > 0 else 1.0
+
+
+def _profile(config: AgentConfig) -> MeshProfile:
+    match config.profile:
+        case Profile.CONSUL:
+            return consul_profile(config.trust_domain)
+        case Profile.ISTIO:
+            return ISTIO
+        case Profile.KUMA:
+            return KUMA
+        case _:
+            assert_never(config.profile)
 
 
 def _moved(key: EdgeKey, connections: int) -> Edge:

@@ -120,6 +120,8 @@ class InstanceEvidence(msgspec.Struct, frozen=True, kw_only=True):
     witness: WitnessReading = WitnessReading()
     node_addresses: tuple[str, ...] = ()
     """Addresses of the instance's own node: flows from them are probes."""
+    mesh_dials_service_port: bool = False
+    """Whether sidecars of this mesh dial the service's own port, as Istio's do, and not one of the sidecar's."""
     sidecar: Sidecar = Sidecar.TIDEGATE
     """Whose sidecar it has. One of the workload's own tells the agent nothing: there is no second witness then."""
     sidecar_problem: str = ""

@@ -307,6 +307,8 @@ def effect_of(edge: EdgeEvidence, at: InstanceEvidence) -> Effect:
     permissive chain: match on LocalServicePort alone), so only flows to that port depend on the
     mode. Sidecars dial each other's own port: what comes to the service's port with the mesh's
     server name is somebody's own TLS, which the permissive chain hands to the application.
+
+    In meshes whose sidecars dial the service's own port, strict mode holds on every port alike.
     """
     if edge.flow_class is FlowClass.EMPTY:
         return Effect.EMPTY
@@ -320,6 +322,8 @@ def effect_of(edge: EdgeEvidence, at: InstanceEvidence) -> Effect:
         return Effect.REFUSED_PROBE if on_service_port and not bypasses else Effect.PROBE
     if bypasses:
         return Effect.UNPROTECTED
+    if at.mesh_dials_service_port:
+        return Effect.BLOCKS if edge.flow_class.blocks_strict else Effect.MESH
     if to_sidecar_itself:
         return Effect.REFUSED_ANYWAY if edge.flow_class.blocks_strict else Effect.MESH
     if at.instance.port not in (0, edge.port):
