@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 
 from tidegate.model import Direction, FlowClass, MutualTLSMode, Sidecar
 from tidegate.node.status import RedirectState, Status, WorkloadStatus
-from tidegate.workloads.source import Treatment
+from tidegate.workloads.source import Treatment, WatchState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_NAMED = 200
@@ -75,18 +75,6 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """How many edges the kernel counts."""
     room: int = 0
     """How many it can count."""
-
-
-class WatchState(msgspec.Struct, frozen=True, kw_only=True):
-    """How the watch of the Kubernetes API is doing."""
-
-    is_connected: bool
-    answered_at: float
-    """When the API server last said anything; 0 for never."""
-    failures: int
-    """How often a list or a watch failed since the agent runs."""
-    pods: int
-    """How many pods of this node are known."""
 
 
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):

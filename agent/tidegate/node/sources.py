@@ -11,9 +11,9 @@ from tidegate.errors import TidegateError
 from tidegate.intent.policy import Policy
 from tidegate.kernel import netns
 from tidegate.node.config import AgentConfig
-from tidegate.node.metrics import Metrics, WatchState
+from tidegate.node.metrics import Metrics
 from tidegate.workloads.files import FileSource
-from tidegate.workloads.source import Source
+from tidegate.workloads.source import Source, WatchState
 
 if TYPE_CHECKING:
     from tidegate.node.cni import CniServer
@@ -74,15 +74,7 @@ class Sources:
     @property
     def watch(self) -> WatchState | None:
         """How the watch of the Kubernetes API is doing; None where Kubernetes is not a source."""
-        watch = getattr(self.kubernetes, "watch", None)
-        if watch is None:
-            return None
-        return WatchState(
-            is_connected=watch.is_connected,
-            answered_at=watch.answered_at,
-            failures=watch.failures,
-            pods=watch.pods,
-        )
+        return self.kubernetes.watch if self.kubernetes else None
 
 
 def _attachments(config: AgentConfig) -> "Attachments":

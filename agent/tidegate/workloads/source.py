@@ -72,6 +72,18 @@ class LeftAlone(msgspec.Struct, frozen=True, kw_only=True):
     """One sentence for a person."""
 
 
+class WatchState(msgspec.Struct, frozen=True, kw_only=True):
+    """How it stands with a source that is followed over the network."""
+
+    is_connected: bool
+    answered_at: float
+    """When it last said anything; 0: never since this agent runs."""
+    failures: int
+    """How often asking has failed since this agent runs."""
+    pods: int
+    """How many of this node it has told of."""
+
+
 class Source(Protocol):
     """Where workloads come from. Methods are called from one thread, which they do not block for long."""
 

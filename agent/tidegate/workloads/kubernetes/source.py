@@ -21,7 +21,7 @@ from tidegate.state_files import write_atomically
 from tidegate.workloads.kubernetes.placing import FindAttachment, NotPlaced, Placed, Places
 from tidegate.workloads.kubernetes.pods import Kept, Key, Left, Pod, Unclear, read_pod, treat
 from tidegate.workloads.kubernetes.settings import KubernetesConfig
-from tidegate.workloads.source import Description, LeftAlone, Origin, Treatment
+from tidegate.workloads.source import Description, LeftAlone, Origin, Treatment, WatchState
 
 LOOK_UP_S = 2.0
 """How long a CNI call waits for what the API server says of its pod."""
@@ -32,18 +32,6 @@ ENDING_S = 10.0
 told so last."""
 _MAX_TOLD = 50
 """Most problems of pods that are told one by one."""
-
-
-class WatchState(msgspec.Struct, frozen=True, kw_only=True):
-    """How it stands with the API server."""
-
-    is_connected: bool
-    answered_at: float
-    """When it last said anything; 0: never since this agent runs."""
-    failures: int
-    """How often asking has failed since this agent runs."""
-    pods: int
-    """How many of this node it has told of."""
 
 
 class _Cache(msgspec.Struct, frozen=True, kw_only=True):
