@@ -39,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="examples:\n  tidegate cni install --keep\n  tidegate cni install --replace-consul-cni\n"
         "  tidegate cni install --no-chain    (for multus)",
     )
-    _add_directories(install)
+    add_directories(install)
     _add_settings(install)
     install.add_argument(
         "--keep",
@@ -53,14 +53,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="take the plugin away",
         description="Takes the plugin out of the network configuration, which is then as it was, and removes it.",
     )
-    _add_directories(uninstall)
+    add_directories(uninstall)
     uninstall.set_defaults(run=run_uninstall)
     status = commands.add_parser(
         "status",
         help="whether the plugin is there and in the chain",
         description="Exits 1 when containers do not go through the plugin of this version.",
     )
-    _add_directories(status)
+    add_directories(status)
     _add_settings(status)
     add_json(status)
     status.set_defaults(run=run_status)
@@ -103,7 +103,8 @@ def run_status(args: argparse.Namespace) -> int:
     return 0 if cni_install.is_as_wanted(state, settings) else 1
 
 
-def _add_directories(parser: argparse.ArgumentParser) -> None:
+def add_directories(parser: argparse.ArgumentParser) -> None:
+    """Adds --conf-dir and --bin-dir."""
     parser.add_argument(
         "--conf-dir",
         type=Path,

@@ -10,10 +10,11 @@ import msgspec
 
 from tidegate.cli.agent import DEFAULT_CONFIG
 from tidegate.cli.arguments import ExamplesFormatter, add_json
+from tidegate.cli.cni import add_directories
 from tidegate.cli.target import AGENT_SOCKET, require_root
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
-from tidegate.node import cni_install, uninstall
+from tidegate.node import uninstall
 from tidegate.node.config import AgentConfig, load_config
 from tidegate.node.uninstall import Options, Places, Remnant
 from tidegate.workloads.cni import DEFAULT_SOCKET
@@ -81,20 +82,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="FILE",
         help=f"the agent's configuration (default: {DEFAULT_CONFIG} if it is there, else the default places)",
     )
-    parser.add_argument(
-        "--conf-dir",
-        type=Path,
-        default=cni_install.DEFAULT_CONF_DIR,
-        metavar="DIRECTORY",
-        help="where the runtime looks for network configurations (%(default)s)",
-    )
-    parser.add_argument(
-        "--bin-dir",
-        type=Path,
-        default=cni_install.DEFAULT_BIN_DIR,
-        metavar="DIRECTORY",
-        help="where the runtime looks for CNI plugins (%(default)s)",
-    )
+    add_directories(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 

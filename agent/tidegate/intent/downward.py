@@ -4,28 +4,17 @@ Values are Go's quoted strings (kubernetes pkg/fieldpath, FormatMap: %q), so tha
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 from tidegate.errors import InputError
+from tidegate.intent.hcl import LETTER_ESCAPES
 from tidegate.intent.network_text import shown
 
 _LINE: Final = re.compile(r'(?P<name>[^=\s"]+)="(?P<value>(?:[^"\\]|\\.)*)"')
 _ESCAPE: Final = re.compile(
     r"\\(?:x(?P<byte>[0-9a-f]{2})|u(?P<short>[0-9a-f]{4})|U(?P<long>[0-9a-f]{8})|(?P<letter>.))"
 )
-_LETTERS: Final[Mapping[str, str]] = {
-    "a": "\a",
-    "b": "\b",
-    "f": "\f",
-    "n": "\n",
-    "r": "\r",
-    "t": "\t",
-    "v": "\v",
-    "\\": "\\",
-    '"': '"',
-}
-"""strconv.Quote of Go"""
 _EXPECTED: Final = 'name="value", as the downward API writes it'
 
 
@@ -53,9 +42,9 @@ def _unquoted(text: str, fault: Callable[[str], InputError]) -> str:
             if int(code, 16) > 0x10FFFF:
                 raise fault(escape[0])
             return chr(int(code, 16))
-        if escape["letter"] not in _LETTERS:
+        if escape["letter"] not in LETTER_ESCAPES:
             raise fault(escape[0])
-        return _LETTERS[escape["letter"]]
+        return LETTER_ESCAPES[escape["letter"]]
 
     return _ESCAPE.sub(meant, text)
 

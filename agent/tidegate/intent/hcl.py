@@ -117,7 +117,7 @@ _PUNCTUATION = {
     "]": _Kind.CLOSE_BRACKET,
     ",": _Kind.COMMA,
 }
-_ESCAPES = {
+LETTER_ESCAPES = {
     "a": "\a",
     "b": "\b",
     "f": "\f",
@@ -128,6 +128,7 @@ _ESCAPES = {
     "\\": "\\",
     '"': '"',
 }
+"""What letters mean behind a backslash (strconv.Quote of Go, which HCL and Kubernetes write by)."""
 _HEX_ESCAPES = {"x": 2, "u": 4, "U": 8}
 _OCTAL_ESCAPE = re.compile(r"[0-7]{3}")
 
@@ -297,9 +298,9 @@ class _Parser:
     def _escape(self) -> str:
         at = self._at
         letter = self._text[at + 1 : at + 2]
-        if letter in _ESCAPES:
+        if letter in LETTER_ESCAPES:
             self._at += 2
-            return _ESCAPES[letter]
+            return LETTER_ESCAPES[letter]
         if octal := _OCTAL_ESCAPE.match(self._text, at + 1):
             self._at = octal.end()
             return self._character(int(octal.group(), 8), at)
