@@ -10,6 +10,7 @@ from pathlib import Path
 import consul_rules
 import pytest
 from namespaces import DEADLINE_S, landing, serving
+from readable import for_everybody
 from verifying import listening, nft
 
 from tidegate.enforce.redirect.engine import Engine
@@ -44,7 +45,7 @@ def init(netns_path, *options, capabilities=NET_ADMIN, user=USER, **environment)
     ]
     process = netns.spawn(
         netns_path,
-        argv,
+        for_everybody(argv),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={"PATH": os.environ["PATH"], **environment},
