@@ -150,6 +150,8 @@ class Connection:
         self._has_headers = False
         """Whether the beginning is TLS by its headers."""
         self._sslv2 = False
+        self._differed_in_turn = False
+        """Whether bytes of a turn, which may lie too far behind a hole to be kept for the beginning, were others."""
         self.must_tell_overlap = False
         """Whether bytes that were being kept for a decision came again and were others."""
 
@@ -192,7 +194,7 @@ class Connection:
 
     @property
     def may_tell_overlap(self) -> bool:
-        return self._client.differences > 0
+        return self._client.differences > 0 or self._differed_in_turn
 
     @property
     def hello(self) -> bytes:
@@ -259,6 +261,7 @@ class Connection:
         for turn in (self._turn, self._upgraded):
             if turn is not None:
                 turn.add(segment.position, segment.payload)
+                self._differed_in_turn |= turn.differences > 0
         if segment.payload and not self._furthest[True] and not _is_probe(segment):
             # Not one of the bytes is of the stream that the SYN began.
             self._settled = FlowClass.UNKNOWN
