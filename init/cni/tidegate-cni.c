@@ -1,33 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * The CNI plugin: hands a call to the node's agent, and prints one JSON object or nothing, whatever happens. It knows
- * nothing of redirection and needs nothing of the host but the agent's socket. What it prints it has made itself, but
- * for the result of the plugins before it, which it passes on as it came.
+ * nothing of redirection and needs nothing of the host but the agent's socket. The agent's error, and the result of the
+ * plugins before it, it passes on byte for byte.
  *
  * Without an agent: what is taken away (DEL) is gone with its namespace; what starts (ADD) fails, unless the network
  * configuration says otherwise, or the pod's namespace is one that always starts.
  */
-#include <errno.h>
+#include <arpa/inet.h>
 #include <poll.h>
-#include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include "agent.h"
-#include "json.h"
+
+#define COUNT(array) (sizeof(array) / sizeof(*(array)))
 
 enum {
 	INPUT_MAX = 16 << 20,
 	INPUT_MS = 10 * 1000,
+	REQUEST_MAX = 256 << 10,	/* MAX_REQUEST_BYTES in agent/tidegate/workloads/cni.py */
+	HEADER = 8,			/* the magic number, and the length of what follows */
+	DETAILS_MAX = 1024,
 	SECONDS_MAX = 600,
-	SOCKET_MAX = sizeof(((struct sockaddr_un *)0)->sun_path),
 	ALWAYS_TIMEOUT_MS = 2 * 1000,	/* for an agent that does not answer, where it need not */
 };
 
-/* SPEC.md of CNI, "Well-known Error Codes" */
+/* SPEC.md of CNI, "Error" */
 enum {
 	INCOMPATIBLE_VERSION = 1,
 	INVALID_ENVIRONMENT = 4,
@@ -36,77 +38,59 @@ enum {
 	INVALID_CONFIG = 7,
 	TRY_AGAIN = 11,
 	NOT_AVAILABLE = 50,
+	CODE_MAX = 9999,
 };
 
-enum command {
-	ADD,
-	DEL,
-	CHECK,
-	STATUS,
-	GC,
-};
-
-/* Versions of the specification, the older first. */
-static const char *const versions[] = { "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0" };
-
+/* Where a call goes on without an agent. */
 enum {
-	VERSIONS = sizeof(versions) / sizeof(*versions),
-	NEWEST = VERSIONS - 1,
+	ANYWHERE = 1,
+	WHERE_OPEN = 2,			/* by on_agent_absent */
+	WHERE_ALWAYS = 4,		/* in the namespaces of always_start */
 };
 
-static const struct {
+static const struct command {
 	const char *name;
-	int since;		/* index of versions */
+	const char *since;		/* version of the specification */
+	int goes_on;
+	int otherwise;			/* the error, where it does not go on */
+	bool has_result;
 } commands[] = {
-	[ADD] = { "ADD", 0 },
-	[DEL] = { "DEL", 0 },
-	[CHECK] = { "CHECK", 2 },
-	[STATUS] = { "STATUS", 4 },
-	[GC] = { "GC", 4 },
+	{ "ADD", "0.3.0", WHERE_OPEN | WHERE_ALWAYS, TRY_AGAIN, true },
+	{ "DEL", "0.3.0", ANYWHERE, TRY_AGAIN, false },
+	{ "CHECK", "0.4.0", WHERE_ALWAYS, TRY_AGAIN, false },
+	{ "STATUS", "1.1.0", WHERE_OPEN, NOT_AVAILABLE, false },
+	{ "GC", "1.1.0", 0, TRY_AGAIN, false },
 };
 
-/* What the network configuration says to this plugin, below "tidegate". */
+/* The versions that are spoken, in their order, which is that of texts too; and the network configuration's. */
+static const char *const versions[] = { "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0" };
+static const char *version = "1.1.0";
+
 struct settings {
-	char socket[SOCKET_MAX];
-	bool open;		/* on_agent_absent */
-	bool always;		/* always_start has the pod's namespace */
-	long wait_s;
-	long timeout_s;
+	struct sockaddr_un socket;
+	struct patience patience;
+	int here;			/* ANYWHERE, and what else is so of the container */
 };
-
-static int version = NEWEST;
-
-static void put_text(const char *text)
-{
-	putchar('"');
-	for (; *text; text++) {
-		if (*text == '"' || *text == '\\')
-			putchar('\\');
-		putchar(*text < ' ' || *text > '~' ? '?' : *text);
-	}
-	putchar('"');
-}
-
-static void put_span(struct span span)
-{
-	fwrite(span.at, 1, span.length, stdout);
-}
 
 /* Ends the program; with an error if not all of the output was taken. */
 static _Noreturn void finish(int status)
 {
-	exit(fflush(stdout) ? 1 : status);
+	_exit(fflush(stdout) ? 1 : status);
 }
 
-static _Noreturn void fail(int code, const char *message, const char *details)
+__attribute__((format(printf, 3, 4)))
+static _Noreturn void fail(int code, const char *message, const char *format, ...)
 {
-	printf("{\"cniVersion\":\"%s\",\"code\":%d,\"msg\":", versions[version], code);
-	put_text(message);
-	if (details && *details) {
-		printf(",\"details\":");
-		put_text(details);
-	}
-	putchar('}');
+	char details[DETAILS_MAX];
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(details, sizeof(details), format, arguments);
+	va_end(arguments);
+	for (char *c = details; *c; c++)
+		if (*c < ' ' || *c > '~' || *c == '"' || *c == '\\')
+			*c = '?';
+	printf("{\"cniVersion\":\"%s\",\"code\":%d,\"msg\":\"%s\",\"details\":\"%s\"}", version, code, message, details);
 	finish(1);
 }
 
@@ -117,276 +101,163 @@ static const char *environment(const char *name)
 	return value ? value : "";
 }
 
-static void print_versions(void)
+static const struct command *read_command(void)
 {
-	printf("{\"cniVersion\":\"%s\",\"supportedVersions\":[", versions[NEWEST]);
-	for (int i = 0; i < VERSIONS; i++)
+	const char *name = environment("CNI_COMMAND");
+
+	for (size_t i = 0; i < COUNT(commands); i++)
+		if (!strcmp(name, commands[i].name))
+			return &commands[i];
+	if (strcmp(name, "VERSION"))
+		fail(INVALID_ENVIRONMENT, "CNI_COMMAND is missing or wrong", "expected ADD, DEL, CHECK, STATUS, GC or VERSION");
+	printf("{\"cniVersion\":\"%s\",\"supportedVersions\":[", version);
+	for (size_t i = 0; i < COUNT(versions); i++)
 		printf("%s\"%s\"", i ? "," : "", versions[i]);
 	printf("]}");
-}
-
-static enum command command_named(const char *name)
-{
-	for (enum command command = ADD; command <= GC; command++)
-		if (!strcmp(name, commands[command].name))
-			return command;
-	fail(INVALID_ENVIRONMENT, "CNI_COMMAND is missing or wrong", "expected ADD, DEL, CHECK, STATUS, GC or VERSION");
-}
-
-static struct span read_input(void)
-{
-	long long until = now_ms() + INPUT_MS;
-	size_t room = 64 << 10, have = 0;
-	char *text = malloc(room);
-
-	for (;;) {
-		ssize_t got;
-
-		if (!text)
-			fail(IO_FAILURE, "there is no memory for the network configuration", NULL);
-		if (!wait_for(STDIN_FILENO, POLLIN, until))
-			fail(IO_FAILURE, "the network configuration does not end on standard input", NULL);
-		got = read(STDIN_FILENO, text + have, room - have);
-		if (got == 0)
-			return (struct span){ text, have };
-		if (got < 0 && errno != EINTR && errno != EAGAIN)
-			fail(IO_FAILURE, "the network configuration cannot be read from standard input", strerror(errno));
-		have += got > 0 ? got : 0;
-		if (have == INPUT_MAX)
-			fail(DECODING, "the network configuration is too large", NULL);
-		if (have == room)
-			text = realloc(text, room *= 2);
-	}
-}
-
-static int version_of(struct span config)
-{
-	struct span said = json_member(config, "cniVersion");
-
-	for (int i = 0; i < VERSIONS; i++)
-		if (json_equals(said, versions[i], strlen(versions[i])))
-			return i;
-	fail(INCOMPATIBLE_VERSION, "the network configuration is of another version of CNI",
-	     "cniVersion: expected 0.3.0, 0.3.1, 0.4.0, 1.0.0 or 1.1.0");
-}
-
-/* The value of a pair in CNI_ARGS; none where there is no such pair. */
-static struct span argument(const char *arguments, const char *name)
-{
-	size_t length = strlen(name);
-
-	while (*arguments) {
-		size_t pair = strcspn(arguments, ";");
-
-		if (!strncmp(arguments, name, length) && arguments[length] == '=')
-			return (struct span){ arguments + length + 1, pair - length - 1 };
-		arguments += pair;
-		arguments += *arguments == ';';
-	}
-	return (struct span){ NULL, 0 };
-}
-
-static _Noreturn void fail_field(const char *field, const char *expected)
-{
-	char details[128];
-
-	snprintf(details, sizeof(details), "tidegate.%s: expected %s", field, expected);
-	fail(INVALID_CONFIG, "the plugin's network configuration is wrong", details);
-}
-
-static void read_seconds(struct span section, const char *field, long *seconds)
-{
-	struct span value = json_member(section, field);
-
-	if (value.at && !json_number(value, SECONDS_MAX, seconds))
-		fail_field(field, "seconds, 0 to 600");
-}
-
-static bool always_starts(struct span section, struct span namespace)
-{
-	static const char by_default[] = "[\"kube-system\",\"tidegate-system\"]";
-	struct span names = json_member(section, "always_start");
-
-	if (!names.at)
-		names = json_whole(by_default, sizeof(by_default) - 1);
-	if (*names.at != '[')
-		fail_field("always_start", "a list of namespaces");
-	if (!namespace.length)
-		return false;
-	for (struct span name = json_first(names); name.at; name = json_next(names, name))
-		if (json_equals(name, namespace.at, namespace.length))
-			return true;
-	return false;
-}
-
-static struct settings read_settings(struct span config)
-{
-	struct settings settings = { .socket = "/run/tidegate/cni.sock", .wait_s = 3, .timeout_s = 30 };
-	struct span section = json_member(config, "tidegate"), value;
-
-	if (section.at && !json_is_object(section))
-		fail(INVALID_CONFIG, "the plugin's network configuration is wrong", "tidegate: expected an object");
-	value = json_member(section, "socket");
-	if (value.at && !json_copy(value, settings.socket, sizeof(settings.socket)))
-		fail_field("socket", "a path of at most 107 bytes");
-	value = json_member(section, "on_agent_absent");
-	settings.open = json_equals(value, "open", 4);
-	if (value.at && !settings.open && !json_equals(value, "fail", 4))
-		fail_field("on_agent_absent", "fail or open");
-	read_seconds(section, "wait_s", &settings.wait_s);
-	read_seconds(section, "timeout_s", &settings.timeout_s);
-	settings.always = always_starts(section, argument(environment("CNI_ARGS"), "K8S_POD_NAMESPACE"));
-	return settings;
-}
-
-/* The result of the plugins before this one; none without, or with null. */
-static struct span previous_result(struct span config)
-{
-	struct span previous = json_member(config, "prevResult");
-
-	if (json_is_null(previous))
-		return (struct span){ NULL, 0 };
-	if (previous.at && !json_is_object(previous))
-		fail(INVALID_CONFIG, "the network configuration is wrong", "prevResult: expected an object");
-	return previous;
-}
-
-/* What is sent to the agent: the environment, each variable with its zero, and the configuration without prevResult. */
-static char *request(struct span config, struct span previous, size_t *length)
-{
-	static const char *const names[] = { "CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS" };
-	static const char nothing[] = "null";
-	struct span head = config, tail = { NULL, 0 };
-	size_t needed = config.length + sizeof(nothing), at = 0;
-	char *body;
-
-	if (previous.at) {
-		head.length = previous.at - config.at;
-		tail.at = previous.at + previous.length;
-		tail.length = config.length - head.length - previous.length;
-	}
-	for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
-		needed += strlen(environment(names[i])) + 1;
-	body = malloc(needed);
-	if (!body)
-		fail(IO_FAILURE, "there is no memory for the request to the agent", NULL);
-	for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++) {
-		const char *value = environment(names[i]);
-
-		memcpy(body + at, value, strlen(value) + 1);
-		at += strlen(value) + 1;
-	}
-	memcpy(body + at, head.at, head.length);
-	at += head.length;
-	if (previous.at) {
-		memcpy(body + at, nothing, sizeof(nothing) - 1);
-		at += sizeof(nothing) - 1;
-		memcpy(body + at, tail.at, tail.length);
-		at += tail.length;
-	}
-	if (at > REQUEST_MAX)
-		fail(INVALID_CONFIG, "the network configuration is too large", "expected at most 256 KiB beside prevResult");
-	*length = at;
-	return body;
-}
-
-/* The call was carried out, or may go on without it. */
-static _Noreturn void succeed(enum command command, struct span previous)
-{
-	if (command == ADD && previous.at)
-		put_span(previous);
-	else if (command == ADD)
-		printf("{\"cniVersion\":\"%s\",\"interfaces\":[],\"ips\":[],\"routes\":[],\"dns\":{}}", versions[version]);
 	finish(0);
 }
 
-/* Prints the agent's error; returns when the answer is none. */
+/* The network configuration, in a version that has the command. */
+static struct span read_configuration(const struct command *command)
+{
+	static char text[INPUT_MAX + 1];
+	long long until = now_ms() + INPUT_MS;
+	struct span config, said;
+	size_t length = 0;
+	ssize_t got;
+
+	do {
+		got = wait_for(STDIN_FILENO, POLLIN, until) ? read(STDIN_FILENO, text + length, INPUT_MAX - length) : -1;
+		if (got < 0)
+			fail(IO_FAILURE, "standard input cannot be read", "expected a network configuration that ends within 10 s");
+		length += got;
+	} while (got);
+	config = json_whole(text, length);
+	if (!json_is(config, '{'))
+		fail(DECODING, "the network configuration on standard input is wrong", "expected a JSON object below 16 MiB");
+	said = json_member(config, "cniVersion");
+	for (size_t i = 0; i < COUNT(versions); i++)
+		if (json_equals(said, versions[i]) && strcmp(versions[i], command->since) >= 0) {
+			version = versions[i];
+			return config;
+		}
+	fail(INCOMPATIBLE_VERSION, "the version of the network configuration is not spoken, or does not have the command",
+	     "cniVersion: expected 0.3.0, 0.3.1, 0.4.0, 1.0.0 or 1.1.0, of which %s has %s and later", command->name,
+	     command->since);
+}
+
+/* Whether the pod's namespace, as CNI_ARGS says it, is one of these, or of those that always start by default. */
+static bool always_starts(struct span namespaces)
+{
+	static const char by_default[] = "[\"kube-system\",\"tidegate-system\"]", name[] = "K8S_POD_NAMESPACE=";
+	char namespace[JSON_TEXT] = "";
+
+	for (const char *pair = environment("CNI_ARGS"); *pair; pair += strcspn(pair, ";"), pair += *pair == ';')
+		if (!strncmp(pair, name, strlen(name)))
+			snprintf(namespace, sizeof(namespace), "%s", pair + strlen(name));
+	namespace[strcspn(namespace, ";")] = '\0';
+	if (!json_is(namespaces, '['))
+		namespaces = json_whole(by_default, strlen(by_default));
+	return *namespace && json_has(namespaces, namespace);
+}
+
+/* What is said below "tidegate". A setting that is wrong counts as its default; that it is wrong tells the agent. */
+static struct settings read_settings(struct span config)
+{
+	static const struct sockaddr_un by_default = { .sun_family = AF_UNIX, .sun_path = "/run/tidegate/cni.sock" };
+	struct span section = json_member(config, "tidegate");
+	struct settings settings = { .socket = by_default, .here = ANYWHERE };
+	long wait_s = 3, timeout_s = 30;
+
+	if (!json_copy(json_member(section, "socket"), settings.socket.sun_path, sizeof(settings.socket.sun_path)))
+		settings.socket = by_default;
+	if (json_equals(json_member(section, "on_agent_absent"), "open"))
+		settings.here |= WHERE_OPEN;
+	if (always_starts(json_member(section, "always_start")))
+		settings.here |= WHERE_ALWAYS;
+	json_number(json_member(section, "wait_s"), SECONDS_MAX, &wait_s);
+	json_number(json_member(section, "timeout_s"), SECONDS_MAX, &timeout_s);
+	settings.patience = (struct patience){ wait_s * 1000, timeout_s * 1000 };
+	return settings;
+}
+
+static void append(char *request, size_t *length, const char *bytes, size_t more)
+{
+	if (more > HEADER + REQUEST_MAX - *length)
+		fail(INVALID_CONFIG, "the network configuration is too large", "expected at most 256 KiB beside prevResult");
+	memcpy(request + *length, bytes, more);
+	*length += more;
+}
+
+/* What is sent to the agent: the environment, each variable with its zero, and the configuration without prevResult. */
+static struct span make_request(struct span config, struct span previous)
+{
+	static const char *const names[] = { "CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS" };
+	static char request[HEADER + REQUEST_MAX];
+	const char *end = config.at + config.length;
+	size_t length = HEADER;
+	unsigned int follows;
+
+	for (size_t i = 0; i < COUNT(names); i++)
+		append(request, &length, environment(names[i]), strlen(environment(names[i])) + 1);
+	if (previous.at) {
+		append(request, &length, config.at, previous.at - config.at);
+		append(request, &length, "null", 4);
+		config.at = previous.at + previous.length;
+	}
+	append(request, &length, config.at, end - config.at);
+	follows = htonl(length - HEADER);
+	memcpy(request, "TGC1", 4);
+	memcpy(request + 4, &follows, 4);
+	return (struct span){ request, length };
+}
+
+/* The call was carried out, or may go on without it. */
+static _Noreturn void succeed(const struct command *command, struct span previous)
+{
+	if (command->has_result && json_is(previous, '{'))
+		fwrite(previous.at, 1, previous.length, stdout);
+	else if (command->has_result)
+		printf("{\"cniVersion\":\"%s\",\"interfaces\":[],\"ips\":[],\"routes\":[],\"dns\":{}}", version);
+	finish(0);
+}
+
+/* Prints the agent's error, behind the version that it is to name; returns when the answer is none. */
 static void pass_error_on(struct span answer)
 {
-	struct span message = json_member(answer, "msg"), details = json_member(answer, "details");
 	long code;
 
-	if (!json_number(json_member(answer, "code"), 9999, &code) || !code || !message.at || *message.at != '"')
+	if (!json_number(json_member(answer, "code"), CODE_MAX, &code) || !code || !json_is(json_member(answer, "msg"), '"'))
 		return;
-	printf("{\"cniVersion\":\"%s\",\"code\":%ld,\"msg\":", versions[version], code);
-	put_span(message);
-	if (details.at && *details.at == '"') {
-		printf(",\"details\":");
-		put_span(details);
-	}
-	putchar('}');
+	printf("{\"cniVersion\":\"%s\",", version);
+	fwrite(answer.at + 1, 1, answer.length - 1, stdout);
 	finish(1);
-}
-
-static bool goes_on_without_agent(enum command command, const struct settings *settings)
-{
-	switch (command) {
-	case DEL:
-		return true;
-	case ADD:
-		return settings->open || settings->always;
-	case STATUS:
-		return settings->open;
-	case CHECK:
-		return settings->always;
-	case GC:
-		return false;
-	}
-	return false;
-}
-
-static _Noreturn void go_without_agent(enum command command, const struct settings *settings, struct span previous,
-				       const char *why)
-{
-	char details[WHY_MAX + 256];
-
-	if (goes_on_without_agent(command, settings))
-		succeed(command, previous);
-	snprintf(details, sizeof(details),
-		 "%s; see that the agent runs on this node and listens there. Containers start without it in the"
-		 " namespaces of tidegate.always_start, and everywhere with tidegate.on_agent_absent \"open\", in the"
-		 " network configuration", why);
-	if (command == ADD)
-		fail(TRY_AGAIN, "the tidegate agent does not answer, and without it this container would start outside the mesh",
-		     details);
-	fail(command == STATUS ? NOT_AVAILABLE : TRY_AGAIN, "the tidegate agent does not answer", details);
 }
 
 int main(void)
 {
-	struct span text, config, previous, answer;
-	char why[WHY_MAX] = "its answer is not understood";
-	struct settings settings;
-	struct patience patience;
-	enum command command;
-	size_t length;
-	char *body;
+	const struct command *command = read_command();
+	struct span config = read_configuration(command);
+	struct span previous = json_member(config, "prevResult"), answer;
+	struct settings settings = read_settings(config);
+	const char *why = "its answer is not understood";
 
-	signal(SIGPIPE, SIG_IGN);
-	if (!strcmp(environment("CNI_COMMAND"), "VERSION")) {
-		print_versions();
-		finish(0);
-	}
-	command = command_named(environment("CNI_COMMAND"));
-	text = read_input();
-	config = json_whole(text.at, text.length);
-	if (!json_is_object(config))
-		fail(DECODING, "the network configuration on standard input is not a JSON object", NULL);
-	version = version_of(config);
-	if (version < commands[command].since)
-		fail(INCOMPATIBLE_VERSION, "the version of the network configuration does not have this command",
-		     commands[command].name);
-	settings = read_settings(config);
-	previous = previous_result(config);
-	body = request(config, previous, &length);
-	patience = (struct patience){ settings.wait_s * 1000, settings.timeout_s * 1000 };
-	if (settings.always || command == DEL)
-		patience.wait_ms = 0;
-	if (settings.always && patience.timeout_ms > ALWAYS_TIMEOUT_MS)
-		patience.timeout_ms = ALWAYS_TIMEOUT_MS;
-	answer = agent_ask(settings.socket, body, length, patience, why);
-	if (json_is_true(json_member(answer, "done")))
+	if (previous.at && !json_is(previous, '{') && !json_is(previous, 'n'))
+		fail(INVALID_CONFIG, "the network configuration is wrong", "prevResult: expected an object");
+	if (command->goes_on & settings.here & ~WHERE_OPEN)
+		settings.patience.wait_ms = 0;
+	if (settings.here & WHERE_ALWAYS && settings.patience.timeout_ms > ALWAYS_TIMEOUT_MS)
+		settings.patience.timeout_ms = ALWAYS_TIMEOUT_MS;
+	answer = agent_ask(&settings.socket, make_request(config, previous), settings.patience, &why);
+	if (json_is(json_member(answer, "done"), 't'))
 		succeed(command, previous);
 	pass_error_on(answer);
-	go_without_agent(command, &settings, previous, why);
+	if (command->goes_on & settings.here)
+		succeed(command, previous);
+	fail(command->otherwise,
+	     command->has_result ? "the tidegate agent does not answer, and without it this container would start outside the mesh"
+				 : "the tidegate agent does not answer",
+	     "%s: %s; see that the agent runs on this node and listens there. Containers start without it in the namespaces"
+	     " of tidegate.always_start, and everywhere with tidegate.on_agent_absent 'open', in the network configuration",
+	     settings.socket.sun_path, why);
 }

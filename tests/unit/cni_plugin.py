@@ -95,7 +95,9 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def agent(path: Path, *behaviours: Callable[[socket.socket], object]) -> Iterator[list[bytes]]:
+def agent(
+    path: Path, *behaviours: Callable[[socket.socket], object], reads: bool = True
+) -> Iterator[list[bytes]]:
     """An agent that treats its first call by the first behaviour and so on, and all others by the last; the requests
     that it read.
     """
@@ -112,7 +114,8 @@ def agent(path: Path, *behaviours: Callable[[socket.socket], object]) -> Iterato
             with connection:
                 if stopping.is_set():
                     return
-                requests.append(read_request(connection))
+                if reads:
+                    requests.append(read_request(connection))
                 behaviours[min(calls, len(behaviours) - 1)](connection)
                 calls += 1
 

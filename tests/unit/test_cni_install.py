@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from tidegate.cli.main import main
 from tidegate.errors import TidegateError
+from tidegate.kernel.errors import KernelError
 from tidegate.node import cni_install
 from tidegate.node.cni_install import PLUGIN, Chained, Settings, Upkeep, packaged_plugin
 
@@ -138,6 +140,86 @@ def test_a_chain_that_the_plugin_would_break_is_left_alone(
     assert plugins(path) == ["bridge"]
 
 
+def test_a_link_comes_back_as_a_link(settings: Settings, tmp_path: Path) -> None:
+    target = tmp_path / "pods.conflist"
+    target.write_bytes(CHAIN)
+    path = settings.conf_dir / "10-pods.conflist"
+    path.symlink_to("../pods.conflist")
+    cni_install.install(settings)
+    assert plugins(path) == ["bridge", PLUGIN]
+    newer = CHAIN.replace(b"1450", b"9000")
+    target.write_bytes(newer)
+    uninstall(settings)
+    assert path.readlink() == Path("../pods.conflist")
+    assert listing(settings.conf_dir) == {"10-pods.conflist": newer}
+
+
+def test_a_link_to_a_chain_that_names_the_plugin_does_not_come_back(
+    settings: Settings, tmp_path: Path
+) -> None:
+    chain = {**json.loads(CHAIN), "plugins": [{"type": PLUGIN}, {"type": "bridge"}]}
+    (tmp_path / "pods.conflist").write_text(json.dumps(chain))
+    path = settings.conf_dir / "10-pods.conflist"
+    path.symlink_to("../pods.conflist")
+    cni_install.install(settings)
+    uninstall(settings)
+    assert plugins(path) == ["bridge"]
+
+
+def test_a_chain_that_lay_behind_a_single_plugin_of_its_name_comes_back_too(
+    settings: Settings,
+) -> None:
+    (settings.conf_dir / "10-pods.conf").write_bytes(SINGLE)
+    (settings.conf_dir / "10-pods.conflist").write_bytes(CHAIN)
+    before = listing(settings.conf_dir)
+    cni_install.install(settings)
+    assert plugins(settings.conf_dir / "10-pods.conflist") == ["ptp", PLUGIN]
+    uninstall(settings)
+    assert listing(settings.conf_dir) == before
+
+
+def test_what_somebody_says_in_the_plugins_entry_stays(settings: Settings) -> None:
+    path = settings.conf_dir / "10-pods.conflist"
+    said = {"mesh": True, "service": "web", "wait_s": 9, "on_agent_absent": "open"}
+    theirs = {"type": PLUGIN, "capabilities": {"aliases": True}, "tidegate": said}
+    chain = {**json.loads(CHAIN), "plugins": [{"type": "bridge"}, theirs, {"type": "tuning"}]}
+    path.write_text(json.dumps(chain))
+    state = cni_install.install(settings)
+    assert state.chained is Chained.LAST
+    entry = json.loads(path.read_bytes())["plugins"][-1]
+    assert entry["capabilities"] == {"aliases": True}
+    assert entry["tidegate"] == {**said, **settings.entry["tidegate"]}
+    uninstall(settings)
+    assert plugins(path) == ["bridge", "tuning"]
+
+
+def test_a_chain_of_nothing_else_is_left_as_it_is(settings: Settings) -> None:
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_text(json.dumps({**json.loads(CHAIN), "plugins": [settings.entry]}))
+    before = path.read_bytes()
+    assert "names no plugin but tidegate-cni" in uninstall(settings)[0]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_consuls_plugin_comes_back_if_it_was_taken_out_and_not_if_it_went(
+    settings: Settings, replace: bool
+) -> None:
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_text(json.dumps({**json.loads(CHAIN), "plugins": [{"type": "bridge"}, CONSUL]}))
+    settings = Settings(
+        conf_dir=settings.conf_dir, bin_dir=settings.bin_dir, replace_consul=replace
+    )
+    cni_install.install(settings)
+    document = json.loads(path.read_bytes())
+    others = [one for one in document["plugins"] if one != CONSUL]
+    if replace:
+        others.insert(0, {"type": "loopback"})
+    path.write_text(json.dumps({**document, "plugins": others}))
+    uninstall(settings)
+    assert plugins(path) == (["loopback", "bridge", "consul-cni"] if replace else ["bridge"])
+
+
 @pytest.mark.parametrize("replace", [False, True])
 def test_consuls_plugin_is_named_and_replaced_only_when_asked(
     settings: Settings, replace: bool
@@ -202,6 +284,101 @@ def test_a_directory_that_cannot_be_written_is_named_with_the_option(
         cni_install.install(settings)
 
 
+def test_a_disk_that_is_full_leaves_everything_as_it_was(settings: Settings) -> None:
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_bytes(CHAIN)
+    cni_install.install(settings)
+    (settings.bin_dir / PLUGIN).write_bytes(b"older")
+    path.write_bytes(CHAIN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room, what in ((100, "tidegate-cni"), (len(CHAIN) + 10, "10-pods.conflist")):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+            with pytest.raises(TidegateError, match=f"{what} cannot be changed: File too large"):
+                cni_install.install(settings)
+            assert path.read_bytes() == CHAIN
+            assert not list(settings.conf_dir.glob(".*"))
+            assert [*listing(settings.bin_dir)] == [PLUGIN]
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            cni_install._install_plugin(settings.bin_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_installers_of_two_versions_do_not_disturb_each_other(settings: Settings) -> None:
+    """As during an upgrade: each file is at any time one that somebody has written to the end."""
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_bytes(CHAIN)
+    other = Settings(conf_dir=settings.conf_dir, bin_dir=settings.bin_dir, always_start=("infra",))
+    problems: list[Exception] = []
+
+    def install_again_and_again(wanted: Settings) -> None:
+        for _ in range(30):
+            try:
+                (settings.bin_dir / PLUGIN).unlink(missing_ok=True)
+                cni_install.install(wanted)
+                assert plugins(path) == ["bridge", PLUGIN]
+            except (TidegateError, OSError, ValueError, AssertionError) as problem:
+                problems.append(problem)
+
+    threads = [
+        threading.Thread(target=install_again_and_again, args=(wanted,))
+        for wanted in (settings, other)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [one for one in problems if "changes all the time" not in str(one)] == []
+    assert (settings.bin_dir / PLUGIN).read_bytes() == packaged_plugin().read_bytes()
+    uninstall(settings)
+    assert listing(settings.conf_dir) == {"10-pods.conflist": CHAIN}
+
+
+def test_what_an_installer_that_was_killed_left_is_no_trouble_and_goes(settings: Settings) -> None:
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_bytes(CHAIN)
+    left = settings.conf_dir / ".10-pods.conflist.0badcafe.tidegate-new"
+    left.write_bytes(CHAIN[:9])
+    cni_install.install(settings)
+    assert left in cni_install.traces(settings.conf_dir, settings.bin_dir)
+    uninstall(settings)
+    assert listing(settings.conf_dir) == {"10-pods.conflist": CHAIN}
+
+
+def test_a_pipe_between_the_files_is_not_waited_for(settings: Settings) -> None:
+    os.mkfifo(settings.conf_dir / "00-pipe.conf")
+    (settings.conf_dir / "01-directory.conf").mkdir()
+    (settings.conf_dir / "02-dangling.conf").symlink_to("nowhere")
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_bytes(CHAIN)
+    assert cni_install.install(settings).configuration == path
+
+
+def test_a_change_while_the_new_file_is_written_is_not_lost(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_bytes(CHAIN)
+    cni_install._install_plugin(settings.bin_dir)
+    newer = [CHAIN.replace(b"1450", b"9000"), CHAIN.replace(b"1450", b"1500")]
+    fsync = os.fsync
+
+    def rewrite_then_fsync(descriptor: int) -> None:
+        if newer:
+            path.write_bytes(newer.pop())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", rewrite_then_fsync)
+    cni_install.install(settings)
+    assert json.loads(path.read_bytes())["plugins"] == [
+        {"type": "bridge", "mtu": 9000},
+        settings.entry,
+    ]
+    uninstall(settings)
+    assert path.read_bytes() == CHAIN.replace(b"1450", b"9000")
+
+
 def test_a_file_that_somebody_replaces_meanwhile_is_read_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,9 +401,11 @@ def test_a_file_that_somebody_replaces_meanwhile_is_read_again(
 
 
 @contextmanager
-def kept(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Installed and kept by another thread, which looks only when the kernel tells it that something has changed."""
-    monkeypatch.setattr(cni_install, "LOOK_S", 3600.0)
+def kept(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, look_s: float = 3600.0
+) -> Iterator[None]:
+    """Installed and kept by another thread, which by default looks only when the kernel tells it of a change."""
+    monkeypatch.setattr(cni_install, "LOOK_S", look_s)
     monkeypatch.setattr(cni_install, "CHANGES", 100)
     stop, told = os.pipe()
     upkeep = threading.Thread(target=Upkeep(settings).run, args=(stop,))
@@ -276,6 +455,43 @@ def test_it_waits_for_a_configuration_and_comes_back_when_others_rewrite_it(
     assert (settings.bin_dir / PLUGIN).is_file()
 
 
+def test_it_comes_back_when_the_directories_are_made_anew(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = settings.conf_dir / "10-pods.conflist"
+    path.write_bytes(CHAIN)
+    with kept(settings, monkeypatch, look_s=0.05):
+        eventually(lambda: is_last(path))
+        settings.conf_dir.rename(settings.conf_dir.with_name("old-net.d"))
+        settings.bin_dir.rename(settings.bin_dir.with_name("old-bin"))
+        eventually((settings.bin_dir / PLUGIN).is_file)
+        settings.conf_dir.mkdir()
+        (settings.conf_dir / "10-pods.conf").write_bytes(SINGLE)
+        eventually(lambda: is_last(path))
+        path.write_bytes(CHAIN[:40])
+        path.write_bytes(CHAIN)
+        eventually(lambda: is_last(path))
+        path.unlink()
+        path.write_bytes(CHAIN)
+        eventually(lambda: is_last(path))
+    uninstall(settings)
+    assert listing(settings.conf_dir) == {"10-pods.conflist": CHAIN}
+
+
+def test_where_the_kernel_lets_nobody_watch_it_is_looked_at_now_and_then(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise KernelError("cannot watch files: Too many open files", errno.EMFILE)
+
+    monkeypatch.setattr(cni_install, "Watch", refuse)
+    path = settings.conf_dir / "10-pods.conflist"
+    with kept(settings, monkeypatch, look_s=0.05):
+        eventually((settings.bin_dir / PLUGIN).is_file)
+        path.write_bytes(CHAIN)
+        eventually(lambda: is_last(path))
+
+
 def test_a_plugin_that_somebody_removes_comes_back(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,3 +534,5 @@ def test_the_commands_say_what_is_there(
     assert main(["cni", "uninstall", *where]) == 0
     assert main(["cni", "uninstall", *where]) == 0
     assert "nothing was installed" in capsys.readouterr().out
+    assert main(["cni", "install", *where, "--cni-socket", "cni.sock"]) == 2
+    assert "--cni-socket: 'cni.sock' depends on" in capsys.readouterr().err

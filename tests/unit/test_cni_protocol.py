@@ -71,6 +71,17 @@ def test_gc_says_what_is_valid_by_either_name(field: str) -> None:
         ({"tidegate": {"mash": True}}, Code.INVALID_CONFIG, "mash"),
         ({"tidegate": {"sidecar": "mine"}}, Code.INVALID_CONFIG, "sidecar"),
         ({"tidegate": {"annotations": {"a": 5}}}, Code.INVALID_CONFIG, "annotations"),
+        ({"tidegate": {"socket": 5}}, Code.INVALID_CONFIG, "tidegate.socket"),
+        ({"tidegate": {"socket": "run/cni.sock"}}, Code.INVALID_CONFIG, "tidegate.socket"),
+        ({"tidegate": {"socket": "/" + "x" * 107}}, Code.INVALID_CONFIG, "tidegate.socket"),
+        ({"tidegate": {"socket": "/a\0b"}}, Code.INVALID_CONFIG, "tidegate.socket"),
+        ({"tidegate": {"on_agent_absent": "Open"}}, Code.INVALID_CONFIG, "tidegate.on_agent"),
+        ({"tidegate": {"wait_s": -1}}, Code.INVALID_CONFIG, "tidegate.wait_s"),
+        ({"tidegate": {"wait_s": "3"}}, Code.INVALID_CONFIG, "tidegate.wait_s"),
+        ({"tidegate": {"timeout_s": 601}}, Code.INVALID_CONFIG, "tidegate.timeout_s"),
+        ({"tidegate": {"timeout_s": 1.5}}, Code.INVALID_CONFIG, "tidegate.timeout_s"),
+        ({"tidegate": {"timeout_s": 10**30}}, Code.INVALID_CONFIG, "tidegate.timeout_s"),
+        ({"tidegate": {"always_start": "infra"}}, Code.INVALID_CONFIG, "tidegate.always_start"),
     ],
 )
 def test_a_call_that_is_wrong_is_refused_by_what_is_wrong(
@@ -79,6 +90,14 @@ def test_a_call_that_is_wrong_is_refused_by_what_is_wrong(
     with pytest.raises(CniError, match=re.escape(told)) as refusal:
         cni.parse(request(**wrong))
     assert refusal.value.code is code
+
+
+def test_settings_that_are_wrong_keep_no_container_from_ending() -> None:
+    wrong = {"wait_s": "3", "mash": True}
+    assert cni.parse(request(command="DEL", netns="", tidegate=wrong)).key == ("net", "c1", "eth0")
+    for command in ("ADD", "CHECK", "GC", "STATUS"):
+        with pytest.raises(CniError):
+            cni.parse(request(command=command, tidegate=wrong))
 
 
 @given(st.binary(max_size=300))
@@ -95,15 +114,14 @@ def test_errors_can_be_told_whatever_is_in_them() -> None:
 
 def test_the_plugin_and_the_agent_agree() -> None:
     """On what is written in both languages."""
-    plugin, agent = (SOURCES / "tidegate-cni.c").read_text(), (SOURCES / "agent.c").read_text()
-    header = (SOURCES / "agent.h").read_text()
-    assert f"REQUEST_MAX = {cni.MAX_REQUEST_BYTES >> 10} << 10" in header
-    assert ", ".join(f"'{chr(byte)}'" for byte in cni.MAGIC) in agent
+    plugin = (SOURCES / "tidegate-cni.c").read_text()
+    assert f"REQUEST_MAX = {cni.MAX_REQUEST_BYTES >> 10} << 10" in plugin
+    assert f'memcpy(request, "{cni.MAGIC.decode()}", 4);' in plugin
     assert ", ".join(f'"{name}"' for name in cni.FIELDS) in plugin
     assert ", ".join(f'"{version}"' for version in cni_install.VERSIONS) in plugin
     assert str(cni.DEFAULT_SOCKET) in plugin
     defaults = cni.PluginConfig()
-    assert f".wait_s = {defaults.wait_s}, .timeout_s = {defaults.timeout_s}" in plugin
+    assert f"wait_s = {defaults.wait_s}, timeout_s = {defaults.timeout_s};" in plugin
     namespaces = ",".join(f'\\"{name}\\"' for name in cni.ALWAYS_START)
     assert f"[{namespaces}]" in plugin
     for code in (Code.INVALID_ENVIRONMENT, Code.DECODING, Code.INVALID_CONFIG, Code.TRY_AGAIN):

@@ -13,7 +13,13 @@ from tidegate.cli.arguments import ExamplesFormatter, add_json
 from tidegate.errors import TidegateError
 from tidegate.node import cni_install, log
 from tidegate.node.cni_install import Chained, Settings, State
-from tidegate.workloads.cni import ALWAYS_START, DEFAULT_SOCKET, OnAgentAbsent
+from tidegate.workloads.cni import (
+    ALWAYS_START,
+    DEFAULT_SOCKET,
+    CniConfig,
+    OnAgentAbsent,
+    check,
+)
 
 _WORDS = {
     Chained.LAST: "has the plugin as the last of its chain",
@@ -157,6 +163,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
+    check(CniConfig(socket=args.cni_socket), "--cni-socket")
     return Settings(
         conf_dir=args.conf_dir,
         bin_dir=args.bin_dir,

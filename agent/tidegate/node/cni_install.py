@@ -3,18 +3,20 @@
 The configuration is the one that the container runtime takes: the first usable file of its directory, in the order of
 names (libcni's ConfFiles). tidegate's entry is the last of that file's chain; a single plugin's file becomes a chain.
 What was there before is kept beside it, under a name that runtimes don't read, so that it can come back byte for byte.
-All files are replaced by rename, the plugin before it is named and after it was. Nothing is taken away but by
-`uninstall`: whoever stops or replaces the agent must not let containers start outside the mesh.
+A link is replaced by a file, and comes back as a link. All files are replaced by rename, the plugin before it is named
+and after it was, and several installers do not disturb each other. Nothing is taken away but by `uninstall`: whoever
+stops or replaces the agent must not let containers start outside the mesh.
 """
 
 import contextlib
 import enum
 import json
 import os
+import secrets
 import select
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ import msgspec
 
 import tidegate
 from tidegate.errors import TidegateError
+from tidegate.kernel.errors import KernelError
 from tidegate.kernel.inotify import Watch
 from tidegate.node.log import Log
 from tidegate.workloads.cni import ALWAYS_START, DEFAULT_SOCKET, OnAgentAbsent
@@ -39,7 +42,10 @@ SAVED: Final = ".tidegate-saved"
 _NEW: Final = ".tidegate-new"
 _SUFFIXES: Final = (".conf", ".conflist", ".json")
 _MAX_BYTES: Final = 4 << 20
+_PROGRAM_MODE: Final = 0o755
 _TRIES: Final = 5
+_REPLACES: Final = "replaces"
+"""Field of the plugin's entry: what was taken out of the chain for it, and comes back when it goes."""
 
 LOOK_S = 10.0
 """How often it is looked at what is there, whatever the kernel tells."""
@@ -65,9 +71,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def entry(self) -> dict[str, Any]:
         """The plugin's entry of a chain."""
+        return self.entry_instead_of({})
+
+    def entry_instead_of(self, there: dict[str, Any]) -> dict[str, Any]:
+        """The plugin's entry with what somebody else has said in the one that is there, such as `mesh`."""
+        section = there.get("tidegate")
         return {
+            **there,
             "type": PLUGIN,
             "tidegate": {
+                **(section if isinstance(section, dict) else {}),
                 "socket": str(self.socket),
                 "on_agent_absent": self.on_agent_absent.value,
                 "always_start": list(self.always_start),
@@ -145,7 +158,7 @@ def look(settings: Settings) -> State:
         plugin_is_there=installed is not None,
         plugin_is_ours=installed == packaged_plugin().read_bytes(),
         configuration=found.path if found else None,
-        chained=_chained(found, settings.entry),
+        chained=_chained(found, settings),
         consul=consul,
         problems=problems,
     )
@@ -177,20 +190,33 @@ class Upkeep:
         self._settings = settings
         self._told: object = None
         self._changed: list[float] = []
+        self._watch: Watch | None = None
+        self._refusal = ""
 
     def run(self, stop: int) -> None:
-        """Until the descriptor `stop` is readable. KernelError when files cannot be watched."""
-        watch = Watch()
+        """Until the descriptor `stop` is readable."""
         try:
-            while True:
-                for directory in (self._settings.conf_dir, self._settings.bin_dir):
-                    watch.cover(directory)
+            while not _is_readable(stop):
+                self._cover()
                 self.step()
-                watch.wait(self._pause_s(), stop)
-                if _is_readable(stop):
-                    return
+                if self._watch is None:
+                    select.select((stop,), (), (), self._pause_s())
+                else:
+                    self._watch.wait(self._pause_s(), stop)
         finally:
-            watch.close()
+            if self._watch is not None:
+                self._watch.close()
+
+    def _cover(self) -> None:
+        """Has the kernel tell of changes. Where it refuses (fs.inotify has limits), they are seen at the next look."""
+        try:
+            self._watch = self._watch or Watch()
+            for directory in (self._settings.conf_dir, self._settings.bin_dir):
+                self._watch.cover(directory)
+        except KernelError as error:
+            if str(error) != self._refusal:
+                self._refusal = str(error)
+                log.warning(f"changes are noticed only within {LOOK_S:.0f} s", reason=self._refusal)
 
     def step(self) -> None:
         """Looks, and installs what is missing, unless that was just done too often."""
@@ -246,8 +272,8 @@ def uninstall(conf_dir: Path, bin_dir: Path) -> tuple[str, ...]:
         if path.suffix == ".conflist" and (sentence := _take_out(path)):
             done.append(sentence)
     with _refusals_told(conf_dir):
-        for saved in sorted(conf_dir.glob(f"*{SAVED}")) if conf_dir.is_dir() else ():
-            saved.unlink()
+        for left in _left_behind(conf_dir):
+            left.unlink()
     plugin = bin_dir / PLUGIN
     with _refusals_told(plugin):
         if plugin.is_file():
@@ -262,20 +288,24 @@ def traces(conf_dir: Path, bin_dir: Path) -> tuple[Path, ...]:
     named = [
         path for path in chains if (found := _read(path)[0]) and any(map(_is_ours, found.plugins))
     ]
-    saved = sorted(conf_dir.glob(f"*{SAVED}")) if conf_dir.is_dir() else ()
     plugin = bin_dir / PLUGIN
-    return (*named, *saved, *((plugin,) if plugin.is_file() else ()))
+    return (*named, *_left_behind(conf_dir), *((plugin,) if plugin.is_file() else ()))
 
 
-def _chained(found: _Found | None, entry: dict[str, Any]) -> Chained:
+def _left_behind(conf_dir: Path) -> list[Path]:
+    """What runtimes do not read: what was saved, and what an installer that was killed was writing."""
+    return sorted((*conf_dir.glob(f"*{SAVED}"), *conf_dir.glob(f".*{_NEW}")))
+
+
+def _chained(found: _Found | None, settings: Settings) -> Chained:
     if found is None:
         return Chained.NO_CHAIN
     ours = [plugin for plugin in found.plugins if _is_ours(plugin)]
     if not ours:
         return Chained.MISSING
-    if ours != [entry]:
+    if ours != [settings.entry_instead_of(ours[-1])]:
         return Chained.OTHER
-    return Chained.LAST if found.plugins[-1] == entry else Chained.NOT_LAST
+    return Chained.LAST if _is_ours(found.plugins[-1]) else Chained.NOT_LAST
 
 
 def _install_plugin(bin_dir: Path) -> None:
@@ -284,7 +314,7 @@ def _install_plugin(bin_dir: Path) -> None:
     with _refusals_told(plugin, "--bin-dir names where the runtime looks for plugins"):
         bin_dir.mkdir(parents=True, exist_ok=True)
         if _content(plugin) != content:
-            _replace(plugin, content, 0o755)
+            _replace(plugin, content)
 
 
 def _put_in(found: _Found, settings: Settings) -> bool:
@@ -293,19 +323,22 @@ def _put_in(found: _Found, settings: Settings) -> bool:
     if document == found.document:
         return True
     path = found.path.with_suffix(".conflist")
-    with _refusals_told(
-        path, "--conf-dir names where the runtime looks for network configurations"
+    with (
+        _refusals_told(path, "--conf-dir names where the runtime looks for network configurations"),
+        contextlib.suppress(FileNotFoundError),
     ):
-        if not _is_unchanged(found):
+        for before in {found.path, path}:
+            if before.is_file():
+                _save(before)
+        if not _replace(
+            path, _text(document), like=found.path, only_if=lambda: _is_unchanged(found)
+        ):
             return False
-        if not any(map(_is_ours, found.plugins)):
-            _copy(found.path, found.path.with_name(found.path.name + SAVED))
-        there = found.path.stat()
-        _replace(path, _text(document), stat.S_IMODE(there.st_mode), (there.st_uid, there.st_gid))
         if not found.is_chain:
             # Only after the chain is there: runtimes take this one as long as it lies in front.
             found.path.unlink()
-    return True
+        return True
+    return False
 
 
 def _with_entry(found: _Found, settings: Settings) -> dict[str, Any]:
@@ -325,7 +358,11 @@ def _with_entry(found: _Found, settings: Settings) -> dict[str, Any]:
         for plugin in found.plugins
         if not _is_ours(plugin) and not (settings.replace_consul and _is_consul(plugin))
     ]
-    return {**found.document, "plugins": [*kept, settings.entry]}
+    ours = [plugin for plugin in found.plugins if _is_ours(plugin)]
+    entry = settings.entry_instead_of(ours[-1] if ours else {})
+    if settings.replace_consul and any(map(_is_consul, found.plugins)):
+        entry[_REPLACES] = CONSUL_PLUGIN
+    return {**found.document, "plugins": [*kept, entry]}
 
 
 def _take_out(path: Path) -> str:
@@ -333,38 +370,68 @@ def _take_out(path: Path) -> str:
     found, _problem = _read(path)
     if found is None or not any(map(_is_ours, found.plugins)):
         return ""
+    kept = [plugin for plugin in found.plugins if not _is_ours(plugin)]
+    replaced = [plugin.get(_REPLACES) for plugin in found.plugins if _is_ours(plugin)]
     with _refusals_told(path):
         for before in _saved_of(path):
-            saved = before.with_name(before.name + SAVED)
+            saved = _saved(before)
             original, _problem = _read_as(saved, before)
-            if original is not None and _others(original) == _others(found):
+            if original is None or any(map(_is_ours, original.plugins)):
+                continue
+            if saved.is_symlink() or _others(original, replaced) == _others(found, replaced):
                 saved.rename(before)
                 if before != path:
-                    path.unlink()
+                    _bring_back_or_remove(path)
                 return f"{before} is as it was before"
-        kept = [plugin for plugin in found.plugins if not _is_ours(plugin)]
-        there = path.stat()
-        _replace(
-            path,
-            _text({**found.document, "plugins": kept}),
-            stat.S_IMODE(there.st_mode),
-            (there.st_uid, there.st_gid),
-        )
+            there = {plugin["type"] for plugin in kept}
+            kept += (
+                one
+                for one in original.plugins
+                if one["type"] in replaced and one["type"] not in there
+            )
+        if not kept:
+            return f"{path} names no plugin but {PLUGIN}: it is left as it is"
+        _replace(path, _text({**found.document, "plugins": kept}), like=path)
     return f"{path} does not name {PLUGIN} any more"
+
+
+def _saved(path: Path) -> Path:
+    return path.with_name(path.name + SAVED)
 
 
 def _saved_of(path: Path) -> Iterator[Path]:
     """The files that this one may have been made of."""
     for suffix in (".conflist", ".conf", ".json"):
         before = path.with_suffix(suffix)
-        if before.with_name(before.name + SAVED).is_file():
+        if _saved(before).is_file():
             yield before
 
 
-def _others(found: _Found) -> list[dict[str, Any]]:
-    """The plugins that are not redirection, as a chain has them."""
+def _save(path: Path) -> None:
+    """Keeps a file that does not have the plugin as it is, and a link as a link."""
+    if path.is_symlink():
+        temporary = _temporary(path)
+        temporary.symlink_to(path.readlink())
+        temporary.rename(_saved(path))
+        return
+    identity, content = _identity(path), path.read_bytes()
+    found, _problem = _parsed(content, path, identity)
+    if found is None or not any(map(_is_ours, found.plugins)):
+        _replace(_saved(path), content, like=path)
+
+
+def _bring_back_or_remove(path: Path) -> None:
+    """A chain that was put in the place of another file: what it overwrote, if anything."""
+    if _saved(path).is_file():
+        _saved(path).rename(path)
+    else:
+        path.unlink()
+
+
+def _others(found: _Found, replaced: list[Any]) -> list[dict[str, Any]]:
+    """The plugins that have nothing to do with tidegate's, as a chain has them."""
     if found.is_chain:
-        return [one for one in found.plugins if not _is_ours(one) and not _is_consul(one)]
+        return [one for one in found.plugins if not _is_ours(one) and one["type"] not in replaced]
     return [
         {key: value for key, value in found.document.items() if key not in ("cniVersion", "name")}
     ]
@@ -420,10 +487,17 @@ def _read(path: Path) -> tuple[_Found | None, str]:
 def _read_as(file: Path, path: Path) -> tuple[_Found | None, str]:
     """The content of a file, as if it lay at `path`; or what is wrong with it."""
     try:
-        identity = _identity(file)
-        document = msgspec.json.decode(_content(file) or b"")
+        identity, content = _identity(file), _content(file) or b""
     except OSError as error:
         return None, error.strerror or str(error)
+    return _parsed(content, path, identity)
+
+
+def _parsed(
+    content: bytes, path: Path, identity: tuple[int, int, int, int]
+) -> tuple[_Found | None, str]:
+    try:
+        document = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return None, str(error)
     found = _Found(path, document, identity)
@@ -454,7 +528,8 @@ def _is_unchanged(found: _Found) -> bool:
 def _content(path: Path) -> bytes | None:
     """None where there is no such file."""
     try:
-        with path.open("rb") as stream:
+        # A pipe that nobody writes to is empty, and not waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
             return stream.read(_MAX_BYTES)
     except FileNotFoundError:
         return None
@@ -464,28 +539,42 @@ def _text(document: dict[str, Any]) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _copy(path: Path, other: Path) -> None:
-    there = path.stat()
-    content = path.read_bytes()
-    _replace(other, content, stat.S_IMODE(there.st_mode), (there.st_uid, there.st_gid))
+def _temporary(path: Path) -> Path:
+    """A name beside a file that no other installer takes, such as that of the version before."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_NEW}")
 
 
-def _replace(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None = None) -> None:
-    """By rename, and on the disk before that: after a crash there is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}{_NEW}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def _replace(
+    path: Path,
+    content: bytes,
+    *,
+    like: Path | None = None,
+    only_if: Callable[[], bool] = lambda: True,
+) -> bool:
+    """By rename, and on the disk before that: after a crash there is the old file or the new one.
+
+    With owner and mode of the file `like`; without one as a program. `only_if` is asked right before the rename, which
+    is not done without. Whether it was.
+    """
+    temporary = _temporary(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
-            os.fchmod(stream.fileno(), mode)
-            if owner is not None:
-                os.fchown(stream.fileno(), *owner)
+            if like is None:
+                os.fchmod(descriptor, _PROGRAM_MODE)
+            else:
+                there = like.stat()
+                os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
+                os.fchown(descriptor, there.st_uid, there.st_gid)
             stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
-    except BaseException:
+            os.fsync(descriptor)
+        replaced = only_if()
+        if replaced:
+            temporary.rename(path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+    return replaced
 
 
 def _is_readable(descriptor: int) -> bool:

@@ -2,14 +2,14 @@
 
 The plugin sends one request: MAGIC, the length of what follows (4 bytes, the highest first), the environment variables
 of FIELDS, each ended by a zero byte, and the network configuration that it was given, without its prevResult. It gets
-one JSON object: `done`, or `code`, `msg` and `details` of a CNI error. What comes out of the plugin is the
-plugin's own making. CNI's words are those of its specification (github.com/containernetworking/cni, SPEC.md).
+one JSON object: `done`, or `code`, `msg` and `details` of a CNI error, which it passes on. CNI's words are those of its
+specification (github.com/containernetworking/cni, SPEC.md).
 """
 
 import enum
 import re
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
@@ -50,18 +50,18 @@ class CniConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Kubernetes namespaces whose pods are left alone."""
 
 
-def check(config: CniConfig) -> None:
-    """InputError, with the field of this section, when the agent could not work by it."""
+def check(config: CniConfig, field: str = "socket") -> None:
+    """InputError, with the field of this section, or what else it was said by, when the agent could not work by it."""
     if not config.socket.is_absolute():
         raise InputError(
             f"{str(config.socket)!r} depends on where the agent is started",
-            field="socket",
+            field=field,
             expected="/...",
         )
     if len(bytes(config.socket)) > _LONGEST_SOCKET_PATH:
         raise InputError(
             f"{str(config.socket)!r} is too long for a unix socket",
-            field="socket",
+            field=field,
             expected=f"at most {_LONGEST_SOCKET_PATH} bytes",
         )
 
@@ -111,14 +111,17 @@ class OnAgentAbsent(enum.StrEnum):
 class PluginConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What stands below `tidegate` in the plugin's entry of a network configuration.
 
-    The first five are the plugin's own (init/cni); the others say what Kubernetes says elsewhere.
+    The first five are the plugin's own (init/cni), which takes one that is wrong as its default, and leaves it to the
+    agent to refuse the call. The others say what Kubernetes says elsewhere.
     """
 
-    socket: str = str(DEFAULT_SOCKET)
+    socket: Annotated[str, msgspec.Meta(max_length=_LONGEST_SOCKET_PATH, pattern="^/[^\0]*$")] = (
+        str(DEFAULT_SOCKET)
+    )
     on_agent_absent: OnAgentAbsent = OnAgentAbsent.FAIL
     always_start: tuple[str, ...] = ALWAYS_START
-    wait_s: int = 3
-    timeout_s: int = 30
+    wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 3
+    timeout_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 30
     mesh: bool = False
     """Whether the network's containers are redirected to a sidecar."""
     sidecar: Sidecar = Sidecar.TIDEGATE
@@ -141,10 +144,15 @@ class _Valid(msgspec.Struct, frozen=True):
     interface: str = msgspec.field(name="ifname")
 
 
-class _Network(msgspec.Struct, frozen=True):
-    """What the agent reads of a network configuration."""
+class _Named(msgspec.Struct, frozen=True):
+    """All that DEL reads of a network configuration: settings that are wrong keep no container from ending."""
 
     name: str = ""
+
+
+class _Network(_Named, frozen=True):
+    """What the agent reads of a network configuration."""
+
     plugin: PluginConfig = msgspec.field(name="tidegate", default=PluginConfig())
     valid: tuple[_Valid, ...] | None = msgspec.field(name="cni.dev/valid-attachments", default=None)
     attachments: tuple[_Valid, ...] | None = msgspec.field(name="cni.dev/attachments", default=None)
@@ -209,7 +217,7 @@ def parse(body: bytes) -> CniRequest:
         command = Command(fields["CNI_COMMAND"])
     except ValueError as error:
         raise _invalid("CNI_COMMAND", f"one of {', '.join(Command)}") from error
-    network = _network(configuration)
+    network = _network(command, configuration)
     key = AttachmentKey(network.name, fields["CNI_CONTAINERID"], fields["CNI_IFNAME"])
     _check_environment(command, key, fields["CNI_NETNS"])
     attachments = network.attachments if network.valid is None else network.valid
@@ -243,8 +251,10 @@ def _encodable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _network(configuration: bytes) -> _Network:
+def _network(command: Command, configuration: bytes) -> _Network:
     try:
+        if command is Command.DEL:
+            return _Network(name=msgspec.json.decode(configuration, type=_Named).name)
         return msgspec.json.decode(configuration, type=_Network)
     except msgspec.ValidationError as error:
         problem = str(error).replace("`$.", "`")
