@@ -1,5 +1,6 @@
 """CNI calls through the real plugin: containers are redirected before they start, and nothing is left of them."""
 
+import errno
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ from tidegate.intent.policy import DEFAULT, Policy
 from tidegate.kernel import links, netns, nftables
 from tidegate.model import Sidecar
 from tidegate.node.metrics import CniResult
-from tidegate.workloads.attachments import Attachments
+from tidegate.workloads.attachments import Attachment, Attachments
+from tidegate.workloads.cni import AttachmentKey
 from tidegate.workloads.source import Description, LeftAlone, Origin, Treatment
 
 AT_ONCE = 50
@@ -189,6 +191,48 @@ def test_gc_ends_what_the_runtime_does_not_know(
     assert rules(lost) == ""
     assert rules_of(DEFAULT, kept) == ()
     assert [one.netns for one in agent.attachments.list()] == [kept]
+
+
+def test_gc_goes_on_after_what_it_cannot_clear_away_and_names_it(
+    agent: Agent,
+    runtime: Runtime,
+    new_namespace: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stuck, lost = new_namespace(), new_namespace()
+    assert runtime.call("ADD", stuck, "stuck") == {}
+    assert runtime.call("ADD", lost, "lost") == {}
+    remove = agent.attachments.remove
+
+    def refuse(key: AttachmentKey) -> Attachment | None:
+        if key.container_id == "stuck":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return remove(key)
+
+    monkeypatch.setattr(agent.attachments, "remove", refuse)
+    answer = runtime.call("GC", "", **{"cni.dev/valid-attachments": []})
+    assert "Read-only file system" in answer["details"]
+    assert rules(lost) == ""
+    assert [one.netns for one in agent.attachments.list()] == [stuck]
+
+
+def test_while_no_more_files_can_be_opened_calls_wait(
+    agent: Agent,
+    runtime: Runtime,
+    new_namespace: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusals = [OSError(errno.EMFILE, "Too many open files")] * 3
+    accept = socket.socket.accept
+
+    def refuse(listener: socket.socket) -> tuple[socket.socket, object]:
+        if refusals:
+            raise refusals.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", refuse)
+    assert runtime.call("ADD", new_namespace()) == {}
+    assert refusals == []
 
 
 def test_many_containers_start_at_once(

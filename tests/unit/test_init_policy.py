@@ -1,6 +1,8 @@
 """An init container's policy is what its pod is told, by environment, labels and annotations."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -128,4 +130,10 @@ class TestThePod:
 class TestExitCodes:
     def test_are_all_in_the_help_with_their_numbers(self):
         told = [line.split()[0] for line in command._CODES.splitlines()]
+        assert told == [str(code) for code in (0, *map(int, Failure))]
+
+    def test_are_all_in_the_document(self):
+        text = (Path(__file__).parents[2] / "docs" / "kubernetes.md").read_text()
+        _, table = text.split("| exit code | meaning |\n| --- | --- |\n")
+        told = re.findall(r"^\| (\d) \| \S", table, re.MULTILINE)
         assert told == [str(code) for code in (0, *map(int, Failure))]

@@ -179,7 +179,7 @@ _VERSION = {Family.IPV4: 4, Family.IPV6: 6}
 _EVERYWHERE = {Family.IPV4: "0.0.0.0/0", Family.IPV6: "::/0"}
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
+class Policy(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """What to redirect for one workload. InputErrors when parts are wrong or contradictory."""
 
     proxy: Proxy = Proxy()

@@ -330,6 +330,8 @@ class Draft:
 
     def _made(self) -> Policy:
         base = self._base
+        if not self._values:
+            return base
         parts: dict[str, dict[str, Any]] = {
             "": {},
             "proxy": {},

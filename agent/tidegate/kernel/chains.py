@@ -189,6 +189,11 @@ def _base(family: str, chain: dict[int, bytes]) -> Base | None:
     )
 
 
+def any_legacy() -> bool:
+    """Whether the legacy tables have a chain, or may have one that cannot be seen."""
+    return of_legacy_tables() != Listing((), ())
+
+
 def of_legacy_tables(most: int = MOST_LEGACY_BYTES) -> Listing:
     """Those that iptables-legacy and ip6tables-legacy would list, of all tables with at most so many bytes of rules."""
     found: list[Chain] = []

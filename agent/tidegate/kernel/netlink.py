@@ -27,7 +27,9 @@ NLM_F_ACK_TLVS = 0x200
 NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
 NLM_F_APPEND = 0x800
+NLM_F_DUMP = 0x300
 NLMSG_ERROR = 2
+NLMSG_DONE = 3
 NLMSGERR_ATTR_MSG = 1
 SOL_NETLINK = 270
 NETLINK_CAP_ACK = 10
@@ -45,8 +47,6 @@ HEAD = struct.Struct("=IHHII")
 """struct nlmsghdr"""
 
 _NLM_F_DUMP_INTR = 0x010
-_NLM_F_DUMP = 0x300
-_NLMSG_DONE = 3
 _NETLINK_ADD_MEMBERSHIP = 1
 _NLA_TYPE_MASK = 0x3FFF
 _NLATTR = struct.Struct("=HH")
@@ -166,7 +166,7 @@ class Netlink:
 
         No other question while it runs, or after it unless it came to its end.
         """
-        self._send(kind, _NLM_F_DUMP, body)
+        self._send(kind, NLM_F_DUMP, body)
         while True:
             heard = self._heard()
             if self._left < 0:
@@ -175,7 +175,7 @@ class Netlink:
                 if message.flags & _NLM_F_DUMP_INTR:
                     problem = f"cannot {self._what}: they change faster than they can be listed"
                     raise Disturbed(problem, errno.EAGAIN)
-                if message.kind in (NLMSG_ERROR, _NLMSG_DONE):
+                if message.kind in (NLMSG_ERROR, NLMSG_DONE):
                     if message.error:
                         raise self._refusal(message.error)
                     return
@@ -262,7 +262,7 @@ def open_monitor(protocol: int, group: int, what: str, buffer: int | None = None
         try:
             monitor.setblocking(False)
             if buffer is not None:
-                monitor.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
+                _make_room(monitor, buffer)
             monitor.setsockopt(SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
         except OSError:
             monitor.close()
@@ -270,6 +270,14 @@ def open_monitor(protocol: int, group: int, what: str, buffer: int | None = None
     except OSError as error:
         raise refusal(f"listen to {what}", error.errno) from error
     return monitor
+
+
+def _make_room(monitor: socket.socket, wanted: int) -> None:
+    try:
+        monitor.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, wanted)
+    except PermissionError:
+        # In a user namespace of one's own there is only what the machine lets everybody have.
+        monitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)
 
 
 _P = ParamSpec("_P")

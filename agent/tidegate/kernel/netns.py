@@ -10,6 +10,7 @@ namespace is for.
 import concurrent.futures
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import socket
@@ -34,6 +35,8 @@ CURRENT = "/proc/thread-self/ns/net"
 _CLONE_NEWNET = 0x40000000
 # asm-generic/socket.h
 _SO_NETNS_COOKIE = 71
+# linux/nsfs.h
+_NS_GET_USERNS = 0xB701
 _INITIAL_COOKIE = 1
 """The first that is given out (net/core/net_namespace.c, net_ns_init)."""
 _INITIAL_INODE = 0xEFFFFFF9
@@ -45,6 +48,8 @@ _MNT_DETACH = 2
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_setns = ctypes.PyDLL(None, use_errno=True).setns
+"""Without letting other threads of Python go on meanwhile: having to wait for them then takes longer than this does."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -103,7 +108,8 @@ def delete(name: str) -> None:
 def identity(netns_path: str) -> Identity:
     """Which namespace lies at a path. KernelError when nothing does."""
     try:
-        found = Path(netns_path).stat()
+        # Not by Path: this is part of every look, and would take thrice as long.
+        found = os.stat(netns_path)  # noqa: PTH116
     except OSError as error:
         raise _failure(f"no network namespace at {netns_path}", error.errno or 0) from error
     return Identity(found.st_dev, found.st_ino)
@@ -134,6 +140,20 @@ def is_initial(netns_path: str) -> bool:
     if identity(netns_path).inode == _INITIAL_INODE:
         return True
     return cookie(netns_path) == _INITIAL_COOKIE
+
+
+def is_of_other_users(netns_path: str) -> bool:
+    """Whether it belongs to another user namespace than the calling process is in. KernelError when it is gone."""
+    with opened(netns_path) as descriptor:
+        try:
+            owner = fcntl.ioctl(descriptor, _NS_GET_USERNS)
+        except PermissionError:
+            # One that is above the caller's own (ioctl_ns(2)).
+            return True
+        try:
+            return not os.path.samestat(os.fstat(owner), Path("/proc/self/ns/user").stat())
+        finally:
+            os.close(owner)
 
 
 def path_of(inode: int) -> str | None:
@@ -305,7 +325,8 @@ class Visitors:
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self._executor = concurrent.futures.ThreadPoolExecutor(threads, name, _make_for_this)
+        self._homes: list[int] = []
+        self._executor = concurrent.futures.ThreadPoolExecutor(threads, name, self._settle)
 
     def submit(
         self, netns_path: str, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
@@ -313,19 +334,25 @@ class Visitors:
         """Have `function` called inside the namespace; KernelError when that is gone or may not be entered."""
 
         def visit() -> _T:
-            with opened() as home:
-                _enter(netns_path)
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    # Whoever stays keeps the namespace alive.
-                    _set(home, CURRENT)
+            _enter(netns_path)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                # Whoever stays keeps the namespace alive.
+                _set(_this_thread.home, CURRENT)
 
         return self._executor.submit(visit)
 
     def close(self) -> None:
         """Waits for the work that was begun; the rest is not done."""
         self._executor.shutdown(cancel_futures=True)
+        while self._homes:
+            os.close(self._homes.pop())
+
+    def _settle(self) -> None:
+        _make_for_this()
+        _this_thread.home = os.open(CURRENT, os.O_RDONLY | os.O_CLOEXEC)
+        self._homes.append(_this_thread.home)
 
 
 _this_thread = threading.local()
@@ -371,7 +398,7 @@ def _enter(netns_path: str) -> None:
 
 
 def _set(descriptor: int, netns_path: str) -> None:
-    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+    if _setns(descriptor, _CLONE_NEWNET) != 0:
         raise _failure(f"cannot enter network namespace {netns_path}", ctypes.get_errno())
 
 

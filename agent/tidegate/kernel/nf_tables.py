@@ -213,11 +213,16 @@ def _read(reading: _Reading, kernel: Conversation, name: str, chains: tuple[str,
     reading.sets.extend(_dumped(kernel, h.NFT_MSG_GETSET, text_attribute(h.NFTA_SET_TABLE, name)))
     for found in reading.sets:
         set_name = dict(attributes_in(found))[h.NFTA_SET_NAME]
-        asked = text_attribute(h.NFTA_SET_ELEM_LIST_TABLE, name)
-        asked += attribute(h.NFTA_SET_ELEM_LIST_SET, set_name)
+        asked = elements_of(name, set_name)
         # A hash table has an order that means nothing.
         elements = sorted(_elements(_dumped(kernel, h.NFT_MSG_GETSETELEM, asked)), key=_place)
         reading.elements.append(Elements(set_name, tuple(elements)))
+
+
+def elements_of(table: str, set_name: bytes) -> bytes:
+    """What a question for the elements of a set says, as attributes."""
+    asked = text_attribute(h.NFTA_SET_ELEM_LIST_TABLE, table)
+    return asked + attribute(h.NFTA_SET_ELEM_LIST_SET, set_name)
 
 
 def _elements(answers: Iterable[bytes]) -> Iterator[bytes]:

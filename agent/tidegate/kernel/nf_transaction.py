@@ -78,6 +78,12 @@ def run(steps: Sequence[Step], generation: int | None = None) -> None:
         raise _refused(steps, refusal)
 
 
+def packed(steps: Iterable[Step], generation: int) -> bytes:
+    """The message by which `run` has the steps taken, for who takes them again and again."""
+    requests = [step.request for step in steps]
+    return nfnetlink.packed(nfnetlink.SUBSYSTEM_NFTABLES, requests, generation)
+
+
 def creation(family: str, contents: Contents) -> Iterator[Step]:
     """Make a table that is not there, with all that it holds: chains, rules with their counts, sets of plain keys."""
     parts = dict(attributes_in(contents.table))

@@ -21,6 +21,7 @@ from tidegate.kernel.netlink import (
     MOST_S,
     NETLINK_NETFILTER,
     NLM_F_ACK,
+    NLM_F_DUMP,
     NLM_F_REQUEST,
     NLMSG_ERROR,
     Message,
@@ -145,6 +146,20 @@ def transact(
 
     With a `generation`, only if that is still the number of what the namespace has (NFNL_BATCH_GENID).
     """
+    batch = packed(subsystem, requests, generation)
+    try:
+        with netlink.connected(NETLINK_NETFILTER) as taker:
+            taker.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_CAP_ACK, 1)
+            taker.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_EXT_ACK, 1)
+            _make_room(taker, len(batch))
+            taker.send(batch)
+            return _outcome(taker, len(requests))
+    except OSError as error:
+        return Refusal(None, error.errno or 0, "")
+
+
+def packed(subsystem: int, requests: Sequence[Request], generation: int | None = None) -> bytes:
+    """The message by which `transact` has the requests taken."""
     expected = b""
     if generation is not None:
         expected = attribute(_NFNL_BATCH_GENID, _GENERATION.pack(generation))
@@ -159,16 +174,14 @@ def transact(
         parts.append(NFGENMSG.pack(request.family, 0, 0))
         parts.append(request.attributes)
     parts.append(_frame(_NFNL_MSG_BATCH_END, subsystem, b""))
-    batch = b"".join(parts)
-    try:
-        with netlink.connected(NETLINK_NETFILTER) as taker:
-            taker.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_CAP_ACK, 1)
-            taker.setsockopt(netlink.SOL_NETLINK, netlink.NETLINK_EXT_ACK, 1)
-            _make_room(taker, len(batch))
-            taker.send(batch)
-            return _outcome(taker, last)
-    except OSError as error:
-        return Refusal(None, error.errno or 0, "")
+    return b"".join(parts)
+
+
+def question(subsystem: int, kind: int, family: int, attributes: bytes) -> bytes:
+    """The message that asks for all objects of a kind, for who speaks to a socket himself."""
+    length = HEAD.size + NFGENMSG.size + len(attributes)
+    head = HEAD.pack(length, subsystem << 8 | kind, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
+    return head + NFGENMSG.pack(family, 0, 0) + attributes
 
 
 def _frame(kind: int, subsystem: int, attributes: bytes) -> bytes:

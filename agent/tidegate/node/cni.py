@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar, assert_never, cast
+from typing import ParamSpec, Protocol, TypeVar, assert_never
 
 import msgspec
 
@@ -24,11 +24,11 @@ from tidegate.intent.policy import Policy
 from tidegate.kernel import netns, sockets
 from tidegate.kernel.errors import KernelError
 from tidegate.model import Sidecar, Workload
-from tidegate.node.api import listen
+from tidegate.node.api import serving_at
 from tidegate.node.config import RedirectConfig
-from tidegate.node.keeper import policy_for
 from tidegate.node.log import Log
 from tidegate.node.metrics import CniResult, Metrics
+from tidegate.node.policies import policy_for
 from tidegate.workloads import cni
 from tidegate.workloads.attachments import Attachment, Attachments
 from tidegate.workloads.cni import CniConfig, CniError, CniRequest, Code, Command, OnAgentAbsent
@@ -56,6 +56,12 @@ FAILURES_KEPT = 200
 FAILURE_KEPT_S = 600.0
 """A runtime that goes on trying tries again long before that."""
 DIFFERENCES_TOLD = 10
+
+_WELCOMED = 8
+"""How many calls are taken in before those that were are gone on with."""
+_READ_BYTES = 1 << 16
+_NO_ROOM_S = 0.2
+"""How long calls wait where none can be taken in."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -117,25 +123,28 @@ class CniServer:
 
         Calls that are not answered at its end are broken off: the plugin repeats them, to the next agent.
         """
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            listener = listen(self._config.socket)
-            stack.callback(_hang_up, self._config.socket, listener)
-            server = await loop.create_unix_server(
-                lambda: _Connection(self), sock=listener, backlog=BACKLOG
-            )
+        async with serving_at(self._config.socket, self._serve):
             self._is_open = True
             try:
                 yield
             finally:
                 self._is_open = False
-                server.close()
                 calls = [one.call for one in self._connections if one.call is not None]
                 for connection in tuple(self._connections):
                     connection.hang_up()
                 await asyncio.gather(*calls, return_exceptions=True)
                 await asyncio.to_thread(self._threads.shutdown)
                 await asyncio.to_thread(self._visitors.close)
+
+    @contextlib.asynccontextmanager
+    async def _serve(self, listener: socket.socket) -> AsyncIterator[None]:
+        listener.setblocking(False)
+        listener.listen(BACKLOG)
+        self._look_out(listener)
+        try:
+            yield
+        finally:
+            asyncio.get_running_loop().remove_reader(listener)
 
     def problems(self) -> tuple[str, ...]:
         """One sentence for each container that could not be attached, as long as nothing better is known of it."""
@@ -161,17 +170,34 @@ class CniServer:
         self._metrics.cni_call(command, result, time.monotonic() - began)
         return answer
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it takes calls, and does not end just now."""
-        return self._is_open
+    def _look_out(self, listener: socket.socket) -> None:
+        """Takes in who calls from now on, unless it has been closed."""
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener, self._welcome, listener)
 
-    def connected(self, connection: "_Connection") -> bool:
-        """Takes a connection in; whether there is room for it."""
-        if len(self._connections) >= MAX_CALLS:
-            return False
-        self._connections.add(connection)
-        return True
+    def _welcome(self, listener: socket.socket) -> None:
+        """Takes in some of those who call."""
+        for _ in range(_WELCOMED):
+            try:
+                caller, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # Too many files are open, and nothing tells when that is over.
+                log.warning("CNI calls have to wait", reason=str(error))
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener)
+                loop.call_later(_NO_ROOM_S, self._look_out, listener)
+                return
+            connection = _Connection(self, caller)
+            if not self._is_open:
+                connection.hang_up()
+            elif len(self._connections) >= MAX_CALLS:
+                busy = f"the agent works on {MAX_CALLS} calls already"
+                connection.refuse(Code.TRY_AGAIN, busy)
+            else:
+                self._connections.add(connection)
+                connection.read()
 
     def disconnected(self, connection: "_Connection") -> None:
         self._connections.discard(connection)
@@ -295,9 +321,9 @@ class CniServer:
     def _redirect_here(self, request: CniRequest, policy: Policy) -> None:
         """Puts the rules in place in the current namespace, and proves it."""
         with self._metrics.applying():
-            applied = self._engine.apply(netns.CURRENT, policy, adopt=self._redirect.adopt)
-        others = {str(left.found) for left in applied.foreign}
-        different = [one for one in self._engine.check(netns.CURRENT, policy) if one not in others]
+            applied, different = self._engine.establish(
+                netns.CURRENT, policy, adopt=self._redirect.adopt
+            )
         if different:
             raise CniError(
                 Code.NOT_REDIRECTED,
@@ -417,9 +443,17 @@ class CniServer:
                 "GC does not say what is valid",
                 "expected cni.dev/valid-attachments",
             )
+        failures: list[CniError] = []
         for attachment in self._attachments.of_network(request.key.network):
-            if (attachment.key.container_id, attachment.key.interface) not in request.valid:
+            if (attachment.key.container_id, attachment.key.interface) in request.valid:
+                continue
+            try:
                 await self._end(attachment)
+            except CniError as error:
+                failures.append(error)
+        if failures:
+            told = _told([str(error) for error in failures])
+            raise CniError(failures[0].code, "not all could be cleared away", told)
         return CniResult.OK
 
     async def _inside(
@@ -479,72 +513,87 @@ class _Turn:
         self.wanted = 0
 
 
-class _Connection(asyncio.Protocol):
-    """One call: a request, an answer."""
+class _Connection:
+    """One call: a request, an answer. As a rule all of the request is there at once, and nothing is waited for."""
 
-    def __init__(self, server: CniServer) -> None:
+    def __init__(self, server: CniServer, caller: socket.socket) -> None:
         self.call: asyncio.Task[None] | None = None
         self._server = server
+        self._caller = caller
         self._received = bytearray()
+        self._patience: asyncio.TimerHandle | None = None
+        """While more is waited for."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._patience = asyncio.get_running_loop().call_later(REQUEST_S, self.hang_up)
-        if not self._server.is_open:
-            self.hang_up()
-        elif not self._server.connected(self):
-            self._refuse(Code.TRY_AGAIN, f"the agent works on {MAX_CALLS} calls already")
-
-    def data_received(self, data: bytes) -> None:
-        if self.call is not None or self._transport.is_closing():
+    def read(self) -> None:
+        """Takes in what the plugin has said by now."""
+        try:
+            said = self._caller.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._wait()
             return
-        self._received += data
+        except OSError:
+            said = b""
+        if not said:
+            self.hang_up()
+            return
+        self._received += said
         head = len(cni.MAGIC) + cni.LENGTH_BYTES
         if self._received[: len(cni.MAGIC)] != cni.MAGIC[: len(self._received)]:
-            self._refuse(
+            self.refuse(
                 Code.TRY_AGAIN,
                 "the tidegate-cni plugin speaks another language than the agent",
                 "install the plugin of the agent's version: tidegate cni install",
             )
             return
         if len(self._received) < head:
+            self._wait()
             return
         length = int.from_bytes(self._received[len(cni.MAGIC) : head])
         if length > cni.MAX_REQUEST_BYTES:
-            self._refuse(Code.DECODING, "the plugin's request is too large")
-        elif len(self._received) >= head + length:
-            self._patience.cancel()
+            self.refuse(Code.DECODING, "the plugin's request is too large")
+        elif len(self._received) < head + length:
+            self._wait()
+        else:
+            self._wait_no_longer()
             body = bytes(self._received[head : head + length])
             self._received.clear()
             self.call = asyncio.get_running_loop().create_task(self._answer(body))
 
-    def eof_received(self) -> bool:
-        """Whether the connection stays open for the answer."""
-        return self.call is not None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._patience.cancel()
-        self._server.disconnected(self)
+    def refuse(self, code: Code, message: str, details: str = "") -> None:
+        """Says why, and hangs up."""
+        self._say(cni.failed(CniError(code, message, details)))
 
     def hang_up(self) -> None:
         """Without an answer."""
         if self.call is not None:
             self.call.cancel()
-        self._transport.abort()
+        self._close()
 
     async def _answer(self, body: bytes) -> None:
-        answer = await self._server.answer(body)
-        self._transport.write(answer)
-        self._transport.close()
+        self._say(await self._server.answer(body))
 
-    def _refuse(self, code: Code, message: str, details: str = "") -> None:
-        self._transport.write(cni.failed(CniError(code, message, details)))
-        self._transport.close()
+    def _say(self, answer: bytes) -> None:
+        # Answers are shorter than what a socket takes without waiting, and who has gone away is told nothing.
+        with contextlib.suppress(OSError):
+            self._caller.send(answer, socket.MSG_DONTWAIT)
+        self._close()
 
+    def _wait(self) -> None:
+        if self._patience is None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(REQUEST_S, self.hang_up)
+            loop.add_reader(self._caller, self.read)
 
-def _hang_up(path: Path, listener: socket.socket) -> None:
-    listener.close()
-    path.unlink(missing_ok=True)
+    def _wait_no_longer(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+            asyncio.get_running_loop().remove_reader(self._caller)
+
+    def _close(self) -> None:
+        self._wait_no_longer()
+        self._server.disconnected(self)
+        self._caller.close()
 
 
 def _as_its_network_says(request: CniRequest) -> Description:

@@ -58,6 +58,13 @@ class Backend(Protocol):
         when the namespace is gone or the kernel refuses; the rules are then what they were.
         """
 
+    def create(self, netns_path: str, rules: Rules) -> bool:
+        """Have exactly these rules in a namespace that has none of anybody, and compare; whether that is so then.
+
+        The short way for new workloads. Where it leads nowhere, `apply` and `check` do all that it may have left.
+        KernelError as of `apply`.
+        """
+
     def check(self, netns_path: str, rules: Rules) -> tuple[str, ...]:
         """How the kernel differs from the rules, one sentence each; () when it does not.
 

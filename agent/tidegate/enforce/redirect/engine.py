@@ -9,7 +9,7 @@ kernel decides on each connection once, by whichever rules it meets first.
 import enum
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -22,7 +22,7 @@ from tidegate.enforce.redirect.nftables import NftablesBackend
 from tidegate.enforce.redirect.rules import Rules, rules_for
 from tidegate.errors import InputError
 from tidegate.intent.policy import Family, Outbound, Policy, PortRange
-from tidegate.kernel import netns
+from tidegate.kernel import chains, netns
 from tidegate.kernel.errors import KernelError
 
 
@@ -67,6 +67,14 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True):
     """What another mesh had and is gone."""
     foreign: tuple[Left, ...] = ()
     """What another mesh has and is still there, whether it was to be adopted or not."""
+
+
+class Established(NamedTuple):
+    """What `Engine.establish` did."""
+
+    applied: Applied
+    differences: tuple[str, ...]
+    """How the namespace differs from the policy all the same, one sentence each, without what is told in `applied`."""
 
 
 def choose(wanted: str) -> Choice:
@@ -168,6 +176,16 @@ class Engine:
             *map(str, found.foreign),
         )
 
+    def establish(self, netns_path: str, policy: Policy, *, adopt: bool = False) -> Established:
+        """`apply`, and `check` whether it is as it should be then; at once in a namespace where nobody's rules are."""
+        rules = _rules(policy)
+        if netns.run_in(netns_path, self._create, rules):
+            return Established(Applied(change=Change.CREATED, backend=self._backend.name), ())
+        applied = self.apply(netns_path, policy, adopt=adopt)
+        told = {str(left.found) for left in applied.foreign}
+        differences = self.check(netns_path, policy)
+        return Established(applied, tuple(one for one in differences if one not in told))
+
     def backend_of(self, netns_path: str) -> BackendName | None:
         """Whose rules the namespace has; of both, this engine's; None without any."""
         owners = inventory.taken(netns_path).backends
@@ -211,6 +229,10 @@ class Engine:
             *gaps.of_unseen(found),
             *gaps.of_namespace(netns_path, policy, _rules(policy)),
         )
+
+    def _create(self, rules: Rules) -> bool:
+        """Whether the current namespace has the rules, and nothing of anybody else, by the short way."""
+        return self._backend.create(netns.CURRENT, rules) and not chains.any_legacy()
 
     def _apply(self, rules: Rules) -> tuple[Change, Inventory]:
         """Apply by this engine's backend in the current namespace; what is there then."""

@@ -8,6 +8,7 @@ A table is replaced as a whole. Several tables cannot be replaced in one step: w
 so that no connection goes around the sidecar in between, and when a table is refused the others become what they were.
 """
 
+import errno
 import functools
 import itertools
 import secrets
@@ -62,6 +63,10 @@ class IptablesBackend:
         if not text:
             return self.remove(netns_path)
         return netns.run_in(netns_path, _apply, _wanted(text), translations.resolvers(rules))
+
+    def create(self, netns_path: str, rules: Rules) -> bool:
+        """False: the legacy tables cannot be compared any shorter than by `check`."""
+        return False
 
     def check(self, netns_path: str, rules: Rules) -> tuple[str, ...]:
         """See Backend."""
@@ -333,8 +338,18 @@ def _load(present: _Present, wanted: _Wanted) -> None:
             done.append(step)
     except KernelError as error:
         _undo(present, done, made, error)
+        if error.errno == errno.EINVAL and netns.is_of_other_users(netns.CURRENT):
+            raise KernelError(f"{error}: {_OTHER_USERS}", error.errno) from error
         raise
     _destroy_strays(present)
+
+
+# net/netfilter/xt_owner.c, owner_check.
+_OTHER_USERS = (
+    "the legacy tables do not tell users apart in a network namespace of another user namespace"
+    " (a pod with hostUsers: false); expected a kernel with nf_tables and backend: auto or nftables,"
+    " or a pod without hostUsers: false"
+)
 
 
 def _steps(present: _Present, wanted: _Wanted) -> list[_Step]:

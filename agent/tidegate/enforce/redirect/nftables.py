@@ -52,12 +52,14 @@ from tidegate.kernel import (
     isolation,
     netlink,
     netns,
+    nf_exchange,
     nf_tables,
     nf_transaction,
     nftables,
 )
 from tidegate.kernel.cgroups import Cgroup
 from tidegate.kernel.errors import KernelError
+from tidegate.kernel.nf_exchange import Exchange
 from tidegate.kernel.nf_tables import Contents
 from tidegate.kernel.nf_transaction import Step
 
@@ -128,6 +130,7 @@ class NftablesBackend:
     def __init__(self, twins: Twins = Twins.APART) -> None:
         self._made = twins
         self._twins: Recent[bytes, _Twin] = Recent(64)
+        self._exchanges: Recent[bytes, Exchange] = Recent(64)
         self._seen: Recent[int, _Seen] = Recent(4096)
 
     def render(self, rules: Rules) -> str:
@@ -149,6 +152,16 @@ class NftablesBackend:
             return self.remove(netns_path)
         return netns.run_in(netns_path, self._apply, wanted)
 
+    def create(self, netns_path: str, rules: Rules) -> bool:
+        """Have exactly these rules in a namespace that has none of anybody, and compare; whether that is so then.
+
+        KernelError as of `apply`.
+        """
+        wanted = _wanted(rules)
+        if wanted is None or self._made is not Twins.APART:
+            return False
+        return netns.run_in(netns_path, self._create, wanted)
+
     def check(self, netns_path: str, rules: Rules) -> tuple[str, ...]:
         """How the kernel differs from the rules, one sentence each; () when it does not.
 
@@ -167,6 +180,12 @@ class NftablesBackend:
     def remove(self, netns_path: str) -> Change:
         """Take the tables away. Connections that run through the sidecar end with them."""
         return netns.run_in(netns_path, self._remove)
+
+    def _create(self, wanted: _Wanted) -> bool:
+        if not nf_exchange.repeated(self._exchange(wanted)):
+            return False
+        self._seen.put(netns.cookie(netns.CURRENT), _seen(nf_tables.UNTOUCHED + 1, wanted))
+        return True
 
     def _apply(self, wanted: _Wanted) -> Change:
         cookie = netns.cookie(netns.CURRENT)
@@ -284,6 +303,13 @@ class NftablesBackend:
             self._twins.put(wanted.digest, twin)
         return twin
 
+    def _exchange(self, wanted: _Wanted) -> Exchange:
+        exchange = self._exchanges.get(wanted.digest)
+        if exchange is None:
+            exchange = netns.run_in_new(_rehearse, wanted, self._twin(wanted))
+            self._exchanges.put(wanted.digest, exchange)
+        return exchange
+
     def _differences(self, wanted: _Wanted | None, there: Sequence[str]) -> Iterator[str]:
         for family in there:
             if wanted is None or family != wanted.family:
@@ -343,6 +369,15 @@ def _make_twin(wanted: _Wanted) -> _Twin:
         problem = f"the table {TABLE} cannot be read back after it was loaded"
         raise KernelError(problem, errno.EPROTO)
     return _Twin(made, tuple(nf_transaction.creation(wanted.family, made)))
+
+
+def _rehearse(wanted: _Wanted, twin: _Twin) -> Exchange:
+    sets = [one.set_name for one in twin.contents.elements]
+    exchange = nf_exchange.recorded(twin.creation, wanted.family, TABLE, sets)
+    if twin.contents == nf_tables.contents(wanted.family, TABLE, wanted.chains, _TWIN_BYTES):
+        return exchange
+    problem = f"the table {TABLE} does not read back as it was loaded"
+    raise KernelError(problem, errno.EPROTO)
 
 
 def _make_dormant_twin(wanted: _Wanted) -> _Twin:

@@ -14,6 +14,7 @@ somebody made up with a single segment. Lists of their own drop such a SYN where
 """
 
 import enum
+import functools
 import ipaddress
 import itertools
 from collections.abc import Iterable, Iterator
@@ -284,7 +285,7 @@ SENDING = frozenset(hook for hook, point in POINTS.items() if point.hook == "out
 """Lists of what the workload sends: a packet there has the interface that it leaves by."""
 
 
-class Rules(msgspec.Struct, frozen=True, kw_only=True):
+class Rules(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """The decision lists of a workload. Lists that have no line are not there."""
 
     families: tuple[Family, ...]
@@ -399,13 +400,12 @@ def lines_of_family(lines: Iterable[Line], family: Family) -> tuple[Line, ...]:
     return tuple(kept)
 
 
-def cgroup_paths(rules: Rules) -> Iterator[str]:
+@functools.lru_cache(256)
+def cgroup_paths(rules: Rules) -> tuple[str, ...]:
     """The cgroups that are spoken of."""
-    for _, lines in rules.lists:
-        for match in itertools.chain.from_iterable(line.matches for line in lines):
-            criterion = match.criterion if isinstance(match, Not) else match
-            if isinstance(criterion, InCgroup):
-                yield criterion.path
+    matches = (match for _, lines in rules.lists for line in lines for match in line.matches)
+    criteria = (match.criterion if isinstance(match, Not) else match for match in matches)
+    return tuple(criterion.path for criterion in criteria if isinstance(criterion, InCgroup))
 
 
 _FAMILY_CRITERIA = (OfFamily, ToNetwork, FromNetwork)
