@@ -67,10 +67,13 @@ class Node:
         log = (self.directory / "agent.log").open("wb")
         argv = [sys.executable, "-m", "tidegate.cli.main", "agent", "run", "--config", str(file)]
         with log:
-            self.agent = subprocess.Popen(argv, stderr=log, stdin=subprocess.DEVNULL)
+            self.agent = self.spawn(argv, stderr=log, stdin=subprocess.DEVNULL)
         until = time.monotonic() + START_S
         while not self.is_settled():
             assert time.monotonic() < until, (self.directory / "agent.log").read_text()
+
+    def spawn(self, argv, **popen):
+        return subprocess.Popen(argv, **popen)
 
     def is_settled(self):
         assert self.agent.poll() is None, (self.directory / "agent.log").read_text()

@@ -148,6 +148,13 @@ def test_a_pod_is_found_by_its_uid_however_kubelet_and_runtime_lay_out_cgroups(
         assert isinstance(node.place(pod(uid=STATIC_UID)), NotPlaced)
 
 
+def test_a_pod_with_an_address_of_ipv6_alone_is_found_by_it(node: Node) -> None:
+    node.run(f"{POD}/0-first-by-name", "unshare", "--net")
+    pid = node.run(f"{POD}/1-second", "unshare", "--net")
+    links.add_address(path_of(pid), "lo", "fd00:42:0:1::7/128")
+    assert node.place(pod(addresses=("fd00:42:0:1::7",))) == Placed(path_of(pid))
+
+
 def test_a_static_pod_is_found_by_the_kubelets_uid(node: Node) -> None:
     pid = node.run(f"kubepods/burstable/pod{STATIC_UID}/{SANDBOX}", "unshare", "--net")
     give_address(path_of(pid))
@@ -219,6 +226,67 @@ def test_a_sandbox_that_is_made_anew_is_found_anew(node: Node) -> None:
     second = node.run(f"{POD}/second", "unshare", "--net")
     give_address(path_of(second))
     assert node.place() == Placed(path_of(second))
+
+
+def test_a_pod_that_took_its_address_away_is_found_where_it_was_when_its_sandbox_ends(
+    node: Node,
+) -> None:
+    """One with CAP_NET_ADMIN can, and would be left unredirected."""
+    sandbox = node.run(f"{POD}/sandbox", "unshare", "--net")
+    give_address(path_of(sandbox))
+    # Another namespace that it made, to be taken for its own: it is older than what is left of the pod.
+    decoy = node.run(f"{POD}/decoy", "unshare", "--net")
+    give_address(path_of(decoy))
+    application = node.run(f"{POD}/application", netns_path=path_of(sandbox))
+    assert node.place() == Placed(path_of(sandbox))
+    taken = ["ip", "address", "delete", f"{ADDRESS}/32", "dev", "lo"]
+    assert netns.spawn(path_of(sandbox), taken).wait() == 0
+    os.kill(sandbox, signal.SIGKILL)
+    _remove(node.root / POD / "sandbox")
+    assert node.place() == Placed(path_of(application))
+
+
+def test_a_pod_that_cannot_be_looked_at_stays_where_it_was(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = node.run(f"{POD}/{SANDBOX}", "unshare", "--net")
+    give_address(path_of(pid))
+    assert node.place() == Placed(path_of(pid))
+
+    def refuse(path: str) -> netns.Identity:
+        raise KernelError("not allowed", errno.EACCES)
+
+    monkeypatch.setattr(netns, "identity", refuse)
+    assert node.place() == Placed(path_of(pid))
+
+
+def test_a_pod_whose_only_container_is_started_again_stays_until_its_cgroup_goes(
+    node: Node, new_namespace: Callable[[], str]
+) -> None:
+    """Sandboxes of CRI-O have no process, and their namespaces have names."""
+    namespace = new_namespace()
+    give_address(namespace)
+    pid = node.run(f"{POD}/first", netns_path=namespace)
+    assert node.place() == Placed(namespace)
+    os.kill(pid, signal.SIGKILL)
+    _remove(node.root / POD / "first")
+    assert node.place() == Placed(namespace)
+    node.run(f"{POD}/second", netns_path=namespace)
+    assert node.place() == Placed(namespace)
+    assert isinstance(node.place(pod(uid=STATIC_UID)), NotPlaced)
+
+
+def test_a_pod_that_ended_is_not_kept_by_the_name_of_its_namespace(
+    node: Node, new_namespace: Callable[[], str]
+) -> None:
+    namespace = new_namespace()
+    give_address(namespace)
+    pid = node.run(f"{POD}/only", netns_path=namespace)
+    assert node.place() == Placed(namespace)
+    os.kill(pid, signal.SIGKILL)
+    _remove(node.root / POD / "only")
+    _remove(node.root / POD)
+    assert isinstance(node.place(), NotPlaced)
 
 
 def test_a_number_that_is_another_processs_by_now_leads_nowhere(node: Node) -> None:
@@ -310,6 +378,7 @@ def test_the_legacy_tables_cannot_tell_a_sidecar_in_a_user_namespace_and_are_ref
     # The kernel takes an owner match only from the user namespace of the network namespace (xt_owner.c, owner_check).
     pid = run_in_user_namespace(node)
     engine = Engine(BackendChoice.IPTABLES)
-    with pytest.raises(KernelError, match="cannot change the legacy table"):
+    with pytest.raises(KernelError, match="cannot change the legacy table") as refused:
         engine.apply(path_of(pid), DEFAULT)
+    assert "(a pod with hostUsers: false); expected a kernel with nf_tables" in str(refused.value)
     assert engine.current(path_of(pid)) is None

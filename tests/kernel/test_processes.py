@@ -14,7 +14,7 @@ from namespaces import namespace
 
 from tidegate.kernel import netns
 from tidegate.model import Sidecar
-from tidegate.workloads.processes import source
+from tidegate.workloads.processes import settings, source
 from tidegate.workloads.processes.settings import ProcessConfig
 from tidegate.workloads.processes.source import ProcessSource
 from tidegate.workloads.source import Description, Origin, Treatment
@@ -66,6 +66,13 @@ def looking(*processes: dict[str, Any]) -> ProcessSource:
     return ProcessSource(tuple(msgspec.convert(one, ProcessConfig) for one in configured), "n1")
 
 
+def looking_in_vain(*processes: dict[str, Any]) -> str:
+    found = looking(*processes)
+    assert found.list() == ()
+    assert not found.is_complete
+    return found.problems()[0]
+
+
 def only(found: ProcessSource) -> Description:
     (description,) = found.list()
     assert found.problems() == ()
@@ -99,7 +106,38 @@ def test_a_service_is_found_by_its_port_at_the_path_that_outlasts_it(
     found._finder._looked_at.clear()
     assert only(found).netns == place
     end(process)
+    with namespace() as other:
+        serving(other, 7321)
+        found._finder._looked_at.clear()
+        assert only(found).netns == other
+
+
+@pytest.mark.parametrize("how", ["unit", "pid", "pid file", "listens"])
+def test_a_service_that_is_restarted_stays_where_it_was_while_its_namespace_is_there(
+    how: str, serving: Serving, slices: Path
+) -> None:
+    with namespace() as place:
+        process, file = serving(place, 7321), slices / "web.pid"
+        file.write_text(f"{process.pid}")
+        unit(slices / "system.slice" / "web.service", process.pid)
+        ways = {
+            "unit": {"unit": "web.service"},
+            "pid": {"pid": process.pid},
+            "pid file": {"pid": str(file)},
+            "listens": {"listens": 7321},
+        }
+        found = looking(ways[how])
+        before = only(found)
+        end(process)
+        assert found.list() == (before,)
+        assert len(found.problems()) == 1
+        assert found.is_complete
+        if how == "listens":
+            serving(place, 7321)
+            found._finder._looked_at.clear()
+            assert only(found) == before, "another process, and the same workload"
     assert found.list() == ()
+    assert len(found.problems()) == 1
 
 
 def test_a_port_on_which_two_listen_is_no_answer(place: str, serving: Serving) -> None:
@@ -126,20 +164,29 @@ def test_a_service_is_found_by_its_pid_or_by_the_file_that_has_it(
     assert (by_pid.netns, by_file.netns) == (place, place)
     assert by_pid.created_at == by_file.created_at
     end(process)
-    assert found.list() == ()
-    assert len(found.problems()) == 2
+    found.list()
+    assert found.problems() == (
+        f"web: process {process.pid} has ended",
+        f"web: process {process.pid} has ended",
+    )
 
 
 def test_a_number_that_another_process_has_by_now_is_not_the_service(
-    place: str, serving: Serving, monkeypatch: pytest.MonkeyPatch
+    place: str, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = serving(place, 7324)
-    found = looking({"pid": process.pid})
-    only(found)
-    known = found._finder._identified[process.pid]
-    monkeypatch.setattr(known, "is_running", lambda: False)
-    assert found.list() == ()
-    assert found.problems() == (f"web: process {process.pid} has ended",)
+    process, file = serving(place, 7324), tmp_path / "web.pid"
+    file.write_text(f"{process.pid}")
+    for said in (process.pid, str(file)):
+        found = looking({"pid": said})
+        only(found)
+        known = found._finder._identified["web"].process
+        monkeypatch.setattr(known, "is_running", lambda: False)
+        found._found.clear()
+        assert found.list() == ()
+        assert found.problems() == (f"web: process {process.pid} has ended",)
+    # Written anew, the same number is that of the process that has it now.
+    os.utime(file, ns=(1, 1))
+    assert only(found).netns == place
 
 
 @pytest.fixture
@@ -191,16 +238,31 @@ def test_a_service_in_the_hosts_namespace_is_left_alone_and_told_why(slices: Pat
     assert found.list() == ()
     (left,) = found.left_alone()
     assert (left.name, left.treatment) == ("web", Treatment.HOST_NETWORK)
+    assert left.reason.endswith("or say host_network")
     assert found.problems() == ()
     assert found.is_complete
+    beside = looking({"unit": "web.service"}, {"service": "db", "host_network": {"user": "nobody"}})
+    assert [one.service for one in beside.list()] == ["db"]
+    assert beside.left_alone()[0].reason.endswith("or put it among the more_ports of db")
 
 
-def test_the_hosts_namespace_is_a_workload_where_the_configuration_says_so() -> None:
-    found = only(looking({"host_network": {"user": "nobody"}}))
+def test_the_hosts_namespace_is_a_workload_where_the_configuration_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = looking({"host_network": {"user": "nobody"}})
+    found = only(looked)
     assert found.netns == "/proc/self/ns/net"
     assert found.annotations is not None
     assert found.annotations["tidegate.io/include-inbound-ports"] == "8080"
     assert found.annotations["tidegate.io/exclude-uids"] == "0-65533,65535-4294967294"
+
+    def unknown(name: str) -> None:
+        raise KeyError(name)
+
+    # As of a directory service that is restarted.
+    monkeypatch.setattr(settings.pwd, "getpwnam", unknown)
+    assert only(looked) == found
+    assert "there is no user 'nobody'" in looking_in_vain({"host_network": {"user": "nobody"}})
 
 
 def test_a_namespace_that_is_made_anew_is_another_workload() -> None:
@@ -217,13 +279,16 @@ def test_a_namespace_that_is_made_anew_is_another_workload() -> None:
 
 
 def test_what_cannot_be_looked_for_is_told_and_nothing_is_taken_for_gone(
-    monkeypatch: pytest.MonkeyPatch,
+    place: str, serving: Serving, slices: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(_unit: str) -> Iterator[Path]:
+    def refused(_directory: Path) -> Iterator[int]:
         raise PermissionError(13, "Permission denied", "/sys/fs/cgroup")
 
-    monkeypatch.setattr(source, "_cgroups_of", refused)
+    unit(slices / "system.slice" / "web.service", serving(place, 7327).pid)
     found = looking({"unit": "web.service"})
-    assert found.list() == ()
+    before = only(found)
+    monkeypatch.setattr(source, "_members", refused)
+    assert found.list() == (before,)
     assert "web cannot be looked for" in found.problems()[0]
     assert not found.is_complete
+    assert looking({"unit": "web.service"}).list() == ()

@@ -4,6 +4,7 @@ A pod is an object of the API and a sandbox (sandboxes.py). It comes to life in 
 """
 
 import asyncio
+import copy
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -47,13 +48,17 @@ class Cluster:
         self._thread.join()
         self._loop.close()
 
-    def agent(self) -> Agent:
-        """The node's agent, which answers the plugin and knows this cluster; it does not run yet."""
+    def agent(self, **settings: object) -> Agent:
+        """The node's agent, which answers the plugin and knows this cluster; it does not run yet.
+
+        `settings` are those of its section `kubernetes`.
+        """
         kubernetes = {
             "server": self.api.address,
             "token_file": str(_TOKEN),
             "ca_file": str(_TOKEN),
             "node": NODE_NAME,
+            **settings,
         }
         return Agent(self.node, cni={}, kubernetes=kubernetes)
 
@@ -70,6 +75,16 @@ class Cluster:
     def runs(self, sandbox: Sandbox, **annotations: str) -> None:
         """The kubelet tells that the pod runs."""
         self.do(self.api.put(annotated(_object(sandbox), **(annotations or OWN_SIDECAR))))
+
+    def runs_as(self, sandbox: Sandbox, shape: Any) -> None:
+        """There is a pod of this shape (tests/unit/kubernetes_pods.py), and the sandbox is its own."""
+        made = copy.deepcopy(shape)
+        made["metadata"] |= {"name": sandbox.name, "namespace": sandbox.namespace}
+        made["spec"]["nodeName"] = NODE_NAME
+        if "kubernetes.io/config.mirror" not in made["metadata"]["annotations"]:
+            made["metadata"]["uid"] = sandbox.uid
+        made["status"] |= {"podIP": sandbox.address, "podIPs": [{"ip": sandbox.address}]}
+        self.do(self.api.put(made))
 
     def gone(self, sandbox: Sandbox) -> None:
         """The pod is deleted."""

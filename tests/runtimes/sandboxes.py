@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nodes import Node
+from nodes import Node, until
 from worlds import ADDRESS, PORT
 
 from tidegate.kernel import links, netns
@@ -74,7 +74,19 @@ class Sandbox:
         """Its namespace with an interface that leads to the node; and a process in its cgroup, as a pause container."""
         self.node.run(self._make)
         if process:
-            self.node.run(self._start_process)
+            self.start_process()
+
+    def start_process(self) -> None:
+        """One in the pod's cgroup."""
+        self.node.run(self._start_process)
+
+    def end_process(self) -> None:
+        """It is killed, and its cgroup goes; the pod's stays, and the namespace."""
+        cgroup = self.node.path(self._pod_cgroup) / self.container_id
+        (cgroup / "cgroup.kill").write_text("1")
+        self._process.wait()
+        until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text(), "it is gone")
+        cgroup.rmdir()
 
     def remove(self) -> None:
         """Ends its process and takes its namespace away."""

@@ -5,12 +5,13 @@ import threading
 
 from clusters import Cluster
 from containers import Runtime, configure
+from namespaces import dial, echoes
 from nodeagents import Agent, intent_server
 from nodes import Node, until
 from plugins import MESHED, TYPE, entry, install
 from sandboxes import Answer, Sandbox
 from test_containers import CALL
-from worlds import Wire, World
+from worlds import ADDRESS, PORT, Wire, World
 
 PODS = 20
 OPEN = {"type": TYPE, "tidegate": {"wait_s": 0, "on_agent_absent": "open"}}
@@ -59,7 +60,10 @@ def test_pods_that_may_not_start_without_an_agent_start_when_it_is_back(
 def test_pods_that_started_without_an_agent_are_found_in_place_and_redirected_live(
     node: Node, outside: World, cluster: Cluster
 ) -> None:
-    """Nobody has told the agent where they are but Kubernetes, and the kernel by their cgroups."""
+    """Nobody has told the agent where they are but Kubernetes, and the kernel by their cgroups.
+
+    What was open then goes on as it was, and how late they were redirected is told.
+    """
     pods = []
     for number in range(PODS):
         sandbox = Sandbox(node, f"web-{number}")
@@ -69,7 +73,8 @@ def test_pods_that_started_without_an_agent_are_found_in_place_and_redirected_li
         cluster.runs(sandbox)
         assert sandbox.reaches() == "world"
         pods.append(sandbox)
-    with cluster.agent().running() as agent:
+    (before, _) = node.run(dial, pods[0].netns, ADDRESS, PORT)
+    with before, cluster.agent().running() as agent:
         until(
             lambda: redirected(agent) == {pod.name for pod in pods},
             "all are redirected",
@@ -77,11 +82,38 @@ def test_pods_that_started_without_an_agent_are_found_in_place_and_redirected_li
         )
         with Wire(node) as wire:
             assert {pod.reaches() for pod in pods} == {"refused"}
+            assert echoes(before)
         assert wire.begun_by_pods() == []
+        reasons = [one["reason"] for one in agent.workloads().values()]
+        assert all("; it had run for " in reason for reason in reasons), reasons
+        logged = [line for line in agent.lines() if "redirected while it ran" in line]
+        assert len(logged) == PODS, logged
         inodes = {node.run(lambda pod=pod: pod.netns) for pod in pods}
         assert {workload["netns"] for workload in agent.workloads().values()} == inodes
     for pod in pods:
         pod.remove()
+
+
+def test_a_pod_whose_only_container_is_started_again_stays_redirected(
+    node: Node, outside: World, cluster: Cluster
+) -> None:
+    """Its namespace goes on without a process, as under CRI-O, and no plugin has told of it."""
+    pod = Sandbox(node, "web-0")
+    cluster.bind(pod)
+    pod.make(process=True)
+    cluster.runs(pod)
+    with cluster.agent().running() as agent, Wire(node) as wire:
+        until(lambda: redirected(agent) == {"web-0"}, "it is redirected", agent.last_words)
+        pod.end_process()
+        round_at = agent.status()["round_at"]
+        until(lambda: agent.status()["round_at"] > round_at + 2, "rounds go by")
+        pod.start_process()
+        assert pod.reaches() == "refused"
+        assert redirected(agent) == {"web-0"}
+        pod.remove()
+        cluster.gone(pod)
+        until(lambda: agent.workloads() == {}, "it is forgotten", agent.last_words)
+    assert wire.begun_by_pods() == []
 
 
 def test_an_agent_that_is_killed_during_an_add_lets_nothing_start(

@@ -28,6 +28,12 @@ SECONDS = 300 if os.environ.get("TIDEGATE_SOAK") else 20
 KUBELETS_HANDS = 4
 """How many pods are started and stopped at a time."""
 MEGABYTES = 100
+OF_WORKLOADS = (
+    "/run/tidegate/attachments",
+    "/run/tidegate/sidecars",
+    "/sys/fs/bpf/tidegate/classifier/links",
+)
+"""Where the agent keeps something for each workload."""
 GROWTH_MEGABYTES = 3
 """Less than what 250 pods that nobody forgets would hold."""
 
@@ -69,6 +75,9 @@ def test_250_pods_with_a_churn_of_ten_a_second(
         for pod in living:
             pod.result().remove()
         until(lambda: agent.workloads() == {}, "all are forgotten", agent.last_words)
+        for directory in OF_WORKLOADS:
+            left = cluster.node.path(directory)
+            until(lambda left=left: [*left.iterdir()] == [], f"nothing is left in {directory}")
     observed = {
         line["workload"]
         for line in map(json.loads, agent.lines())
@@ -76,6 +85,7 @@ def test_250_pods_with_a_churn_of_ten_a_second(
     }
     assert observed == {f"web-{number}" for number in range(PODS + PER_SECOND * SECONDS)}
     assert wire.begun_by_pods() == []
+    assert [line for line in agent.lines() if "redirected while it ran" in line] == []
     assert max(held) < MEGABYTES, held
     early, late = _quarters(held)
     assert late < early + GROWTH_MEGABYTES, held

@@ -1,8 +1,9 @@
 """A Kubernetes API server for some kinds of objects, as its documentation describes it, with every fault at will.
 
-Lists in pages by limit and continue, not older than a version; watches from a version on, with bookmarks and a time
-limit; what was compacted away is answered with 410, by an ERROR event or by the status; tokens that expire; rights that
-are missing; field selectors. Versions are opaque to clients: they are numbers here, and grow by more than one.
+Lists in pages by limit and continue, not older than a version; all at once where any version will do; watches from a
+version on, with bookmarks and a time limit; what was compacted away is answered with 410, by an ERROR event or by the
+status; tokens that expire; rights that are missing; field selectors. Versions are opaque to clients: they are numbers
+here, and grow by more than one.
 """
 
 import asyncio
@@ -77,12 +78,14 @@ class KubernetesApi:
         self._bell = asyncio.Condition()
         self._cuts = 0
         self._ends = 0
+        self.host = "127.0.0.1"
+        """Where it listens."""
         self._runner = None
         self._port = 0
 
     @property
     def address(self):
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self._port}"
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self._port}"
 
     async def start(self):
         app = web.Application()
@@ -90,7 +93,7 @@ class KubernetesApi:
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)
         await self._runner.setup()
         site = web.TCPSite(
-            self._runner, "127.0.0.1", self._port, reuse_address=True, ssl_context=self.tls
+            self._runner, self.host, self._port, reuse_address=True, ssl_context=self.tls
         )
         await site.start()
         self._port = self._runner.addresses[0][1]
@@ -262,6 +265,15 @@ class KubernetesApi:
                 text = f"Too large resource version: {asked}, current: {self.version}"
                 return self._refuse(status(504, "Timeout", text, ["ResourceVersionTooLarge"]))
         items = self._selected(request, [self.objects[key] for key in sorted(self.objects)])
+        if asked == "0":
+            # From the watch cache, which has no pages (kubernetes issue 118394).
+            limit = len(items)
+        if request.path.startswith("/api/"):
+            # What a list of a built-in kind has is of the list's kind, and does not say so.
+            items = [
+                {name: one[name] for name in one if name not in ("kind", "apiVersion")}
+                for one in items
+            ]
         more = ""
         if len(items) > begin + limit:
             more = base64.urlsafe_b64encode(json.dumps([version, begin + limit]).encode()).decode()

@@ -275,14 +275,55 @@ def dual_stack():
     return made
 
 
+def ipv6_only():
+    made = pod("six-6d9-aaaaa", ip="fd00:42:0:1::7")
+    made["status"] |= {"hostIP": "fd00:10::17", "hostIPs": [{"ip": "fd00:10::17"}]}
+    return made
+
+
+def unknown():
+    """On a node of which the API server has not heard for long."""
+    made = pod("lost-6d9-aaaaa")
+    made["status"] |= {
+        "phase": "Unknown",
+        "reason": "NodeLost",
+        "message": "Node which was running pod lost-6d9-aaaaa is unresponsive",
+        "conditions": [{"type": "Ready", "status": "Unknown"}],
+    }
+    return made
+
+
+def debugged(made, name="debugger-8xzrl"):
+    """With a container that `kubectl debug` has added while it ran."""
+    made = copy.deepcopy(made)
+    added = container(name, image="registry.local/netshoot:1")
+    del added["ports"], added["resources"]
+    made["spec"]["ephemeralContainers"] = [
+        added | {"stdin": True, "tty": True, "targetContainerName": "web"}
+    ]
+    made["status"]["ephemeralContainerStatuses"] = [container_status(name)]
+    return made
+
+
 def user_namespaced():
     made = pod("rootless-6d9-aaaaa")
     made["spec"]["hostUsers"] = False
     return made
 
 
-def consul(*, cni=True):
-    """Injected by consul-k8s, with its CNI plugin or with the init container that redirects."""
+def _native(made, name):
+    """Its proxy is an init container that stays."""
+    containers, statuses = made["spec"]["containers"], made["status"]["containerStatuses"]
+    (proxy,) = (one for one in containers if one["name"] == name)
+    containers.remove(proxy)
+    made["spec"]["initContainers"].append(proxy | {"restartPolicy": "Always"})
+    made["status"]["containerStatuses"] = [one for one in statuses if one["name"] != name]
+    made["status"]["initContainerStatuses"] = [container_status(name)]
+    return made
+
+
+def consul(*, cni=True, native=False):
+    """Injected by consul-k8s, with its CNI plugin or with the init container that redirects; `native` as of 1.8."""
     made = pod("frontend-7c4d8-b8x2v")
     made["metadata"]["labels"] |= {
         "app": "frontend",
@@ -306,7 +347,7 @@ def consul(*, cni=True):
     made["spec"]["initContainers"] = [container("consul-connect-inject-init")]
     made["spec"]["containers"].append(container("consul-dataplane", ports=[(20200, "prometheus")]))
     made["status"]["containerStatuses"].append(container_status("consul-dataplane"))
-    return made
+    return _native(made, "consul-dataplane") if native else made
 
 
 def consul_without_transparent_proxy():
@@ -343,6 +384,7 @@ def consul_gateway():
 
 def istio(*, native=False, cni=True):
     """Injected by Istio; `native`: the proxy is an init container that stays."""
+    first = "istio-validation" if cni else "istio-init"
     made = pod("reviews-v1-5b5d-m2kqz")
     made["metadata"]["labels"] |= {
         "app": "reviews",
@@ -355,18 +397,25 @@ def istio(*, native=False, cni=True):
         "prometheus.io/port": "15020",
         "prometheus.io/scrape": "true",
         "sidecar.istio.io/status": json.dumps(
-            {"initContainers": ["istio-validation"], "containers": ["istio-proxy"]}
+            {
+                "initContainers": [first, "istio-proxy"] if native else [first],
+                "containers": None if native else ["istio-proxy"],
+                "volumes": [
+                    "workload-socket",
+                    "credential-socket",
+                    "workload-certs",
+                    "istio-envoy",
+                ],
+                "imagePullSecrets": None,
+                "revision": "default",
+            }
         ),
     }
     proxy = container("istio-proxy", ports=[(15090, "http-envoy-prom")])
-    made["spec"]["initContainers"] = [container("istio-validation" if cni else "istio-init")]
-    if native:
-        made["spec"]["initContainers"].append(proxy | {"restartPolicy": "Always"})
-        made["status"]["initContainerStatuses"] = [container_status("istio-proxy")]
-    else:
-        made["spec"]["containers"].insert(0, proxy)
-        made["status"]["containerStatuses"].append(container_status("istio-proxy"))
-    return made
+    made["spec"]["initContainers"] = [container(first)]
+    made["spec"]["containers"].insert(0, proxy)
+    made["status"]["containerStatuses"].append(container_status("istio-proxy"))
+    return _native(made, "istio-proxy") if native else made
 
 
 def istio_gateway():
@@ -384,7 +433,7 @@ def istio_ambient():
     return made
 
 
-def linkerd():
+def linkerd(*, native=False):
     made = pod("voting-5b5d-m2kqz")
     made["metadata"]["annotations"] |= {
         "linkerd.io/created-by": "linkerd/proxy-injector stable-2.14.10",
@@ -395,7 +444,12 @@ def linkerd():
     made["spec"]["containers"].insert(
         0, container("linkerd-proxy", ports=[(4143, "linkerd-proxy")])
     )
-    return made
+    made["status"]["containerStatuses"].append(container_status("linkerd-proxy"))
+    if native:
+        made["metadata"]["annotations"]["config.alpha.linkerd.io/proxy-enable-native-sidecar"] = (
+            "true"
+        )
+    return _native(made, "linkerd-proxy") if native else made
 
 
 def kuma():

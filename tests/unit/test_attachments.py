@@ -1,5 +1,7 @@
 """The record of CNI's attachments: what is told of them, and when they end."""
 
+import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +49,18 @@ def test_the_next_agent_knows_what_this_one_knew(tmp_path: Path) -> None:
     assert Attachments(tmp_path / "attachments").list() == ()
 
 
+def test_records_that_somebody_cleared_away_are_written_again(tmp_path: Path) -> None:
+    known, directory = Attachments(tmp_path / "attachments"), tmp_path / "attachments"
+    for container in ("c1", "c2"):
+        known.put(attachment(container))
+        shutil.rmtree(directory)
+    known.list()
+    assert {one.key for one in Attachments(directory).all} == {one.key for one in known.all}
+    shutil.rmtree(directory)
+    known.put(attachment("c3"))
+    assert [one.key.container_id for one in Attachments(directory).all] == ["c3"]
+
+
 def test_a_namespace_is_told_once_as_its_oldest_attachment_has_it(tmp_path: Path) -> None:
     known = Attachments(tmp_path)
     for interface, at in (("net1", 1.0), ("eth0", 2.0)):
@@ -76,6 +90,19 @@ def test_pods_are_found_by_uid_and_by_name_only_where_no_uid_is_known(tmp_path: 
     assert known.find("", "", "") is None
     known.remove(AttachmentKey("net", "a", "eth0"))
     assert known.find("u1", "shop", "web") is None
+
+
+def test_of_two_sandboxes_of_a_pod_the_later_is_the_pods(tmp_path: Path) -> None:
+    """The runtime may have lost the DEL of the first."""
+    known = Attachments(tmp_path)
+    paths = [HERE, "/proc/thread-self/ns/net", f"/proc/{os.getpid()}/ns/net"]
+    for number, path in enumerate(paths):
+        one = attachment(f"c{number}", path=path, uid="u1", pod=("shop", "web"))
+        known.put(one)
+        os.utime(known._path(one.key), ns=(number, number))
+    assert known.find("u1", "shop", "web") == paths[-1]
+    assert known.find("", "shop", "web") == paths[-1]
+    assert Attachments(tmp_path).find("u1", "shop", "web") == paths[-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff", b"[" * 100_000])

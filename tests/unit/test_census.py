@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tidegate.kernel import netns
@@ -198,6 +199,16 @@ def test_a_pod_in_the_agents_own_namespace_is_left_alone(site, places):
     assert census.take() == ()
     (left,) = census.left_alone
     assert (left.name, left.treatment) == ("api-1", Treatment.HOST_NETWORK)
+
+
+def test_what_is_excluded_by_now_is_no_workload_although_a_call_once_told_of_it(site, places):
+    excluded = msgspec.structs.replace(LEFT, id="uid-1", treatment=Treatment.EXCLUDED)
+    calls = Source(told(Origin.CNI, meshed=True))
+    census = site.census(pods=Source(left=(excluded,)), calls=calls)
+    assert census.take() == ()
+    ended = msgspec.structs.replace(excluded, treatment=Treatment.FINISHED)
+    (workload,) = site.census(pods=Source(left=(ended,)), calls=calls).take()
+    assert workload.meshed, "one that ends is let go by its own DEL"
 
 
 def test_a_namespace_that_cannot_be_looked_at_is_not_gone(site, places, monkeypatch):

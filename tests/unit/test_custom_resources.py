@@ -169,7 +169,9 @@ async def test_before_everything_is_known_nothing_is(cluster):
         404, "NotFound", "the server could not find the requested resource"
     )
     async with cluster.following():
-        await cluster.until(lambda: len(cluster.resources.problems()) == 1)
+        await cluster.until(lambda: len(cluster.resources.problems()) == 4)
+        for path, problem in zip(KINDS, cluster.resources.problems(), strict=True):
+            assert problem.endswith(f"could not find the requested resource ({path})")
         with pytest.raises(CatalogUnreachable, match="could not find the requested resource"):
             cluster.resources.overlay(Snapshot())
         cluster.api.failing = None

@@ -166,7 +166,7 @@ async def test_a_list_in_pages_is_one_list():
         api.page = 4
         for one in pods(10):
             await api.put(one)
-        async with following(access_to(api)) as (mirror, _):
+        async with following(access_to(api), version="900") as (mirror, _):
             await mirror.until(lambda: len(mirror.names) == 10)
         assert len(mirror.told) == 1
         first, *more = api.asked("list")
@@ -181,11 +181,11 @@ async def test_a_list_whose_version_expires_between_its_pages_is_begun_anew():
         for one in pods(10):
             await api.put(one)
         client, mirror = ApiClient(access_to(api)), Names()
-        followed = Following(client, PATH, MINE, name_in, mirror)
+        followed = Following(client, PATH, MINE, name_in, mirror, version="900")
         page = client.page
 
-        async def compacting(path, query):
-            found = await page(path, query)
+        async def compacting(path, query, limit):
+            found = await page(path, query, limit)
             if not mirror.wakes:
                 mirror.wake()
                 await api.compact()
@@ -199,7 +199,7 @@ async def test_a_list_whose_version_expires_between_its_pages_is_begun_anew():
         await running
         await client.close()
         assert [query.get("resourceVersion") for query in api.asked("list")] == [
-            "0", None, None, None, None,
+            "900", None, None, None, None,
         ]  # fmt: skip
 
 
@@ -501,25 +501,66 @@ async def test_lines_are_whole_however_they_come(chunks):
 
 
 @in_a_loop
-async def test_an_event_without_end_is_given_up(monkeypatch):
+async def test_an_event_without_end_is_given_up_and_everything_is_listed_anew(monkeypatch):
     monkeypatch.setattr(client_module, "MAX_EVENT_BYTES", 64 << 10)
-    async with KubernetesApi() as api, following(access_to(api)) as (mirror, _):
+    async with KubernetesApi() as api, following(access_to(api)) as (mirror, followed):
         await api.until_watched()
         for _ in range(20):
             await api.send(b"x" * (8 << 10))
-        await wait_for(lambda: len(api.asked("watch")) > 1)
+        await mirror.until(lambda: "more than 65536 bytes at once" in followed.problem)
+        await wait_for(lambda: len(api.asked("list")) > 1)
         await api.put(pods(1)[0])
         await mirror.until_are("web-0-aaaaa")
 
 
 @in_a_loop
-async def test_a_list_that_is_too_large_is_given_up(monkeypatch):
+async def test_an_error_in_the_midst_of_a_watch_is_told_and_the_watch_taken_up_where_it_was():
+    async with KubernetesApi() as api, following(access_to(api)) as (mirror, followed):
+        await api.until_watched()
+        version = followed.version
+        text = "unable to decode an event from the watch stream: http2: client connection lost"
+        error = {"type": "ERROR", "object": status(500, "InternalError", text)}
+        await api.send(json.dumps(error).encode() + b"\n")
+        await mirror.until(lambda: "refuses with 500: unable to decode" in followed.problem)
+        await api.put(pods(1)[0])
+        await mirror.until_are("web-0-aaaaa")
+        assert len(api.asked("list")) == 1
+        assert api.asked("watch")[1]["resourceVersion"] == version
+
+
+@in_a_loop
+async def test_a_proxy_in_the_environment_is_not_asked(monkeypatch):
+    """The server is on the node's own network; variables are for what an image was built with."""
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    async with KubernetesApi() as api, following(access_to(api)) as (mirror, _):
+        await api.put(pods(1)[0])
+        await mirror.until_are("web-0-aaaaa")
+
+
+@in_a_loop
+async def test_a_list_that_is_too_large_at_once_comes_in_small_pages(monkeypatch):
+    """A server gives all objects at once where it need not ask its database."""
+    monkeypatch.setattr(client_module, "MAX_ANSWER_BYTES", 32 << 10)
+    async with KubernetesApi() as api:
+        for one in pods(30):
+            await api.put(one)
+        async with following(access_to(api)) as (mirror, followed):
+            await mirror.until(lambda: len(mirror.names) == 30)
+            assert followed.problem == ""
+        first, second, *_ = api.asked("list")
+        assert (first["resourceVersion"], "resourceVersion" in second) == ("0", False)
+        assert second["limit"] == str(client_module.SMALL_PAGE)
+
+
+@in_a_loop
+async def test_a_list_whose_smallest_part_is_too_large_is_given_up(monkeypatch):
     monkeypatch.setattr(client_module, "MAX_ANSWER_BYTES", 4 << 10)
     async with KubernetesApi() as api:
         for one in pods(10):
             await api.put(one)
         async with following(access_to(api)) as (mirror, followed):
-            await mirror.until(lambda: "larger than 4096 bytes" in followed.problem)
+            await mirror.until(lambda: "more than 4096 bytes at once" in followed.problem)
             assert mirror.told == []
 
 
@@ -549,6 +590,18 @@ async def test_watches_that_end_at_once_are_a_problem_and_are_not_asked_for_with
             await api.until_watched()
             await api.put(pods(1)[0])
             await mirror.until(lambda: not followed.problem)
+
+
+@in_a_loop
+async def test_watches_that_last_again_are_well_although_nothing_happens(monkeypatch):
+    monkeypatch.setattr(client_module, "IDLE_S", 0.3)
+    async with KubernetesApi() as api:
+        api.ends_watches = True
+        async with following(access_to(api)) as (mirror, followed):
+            await mirror.until(lambda: "ends each watch at once" in followed.problem)
+            api.ends_watches = False
+            await mirror.until(lambda: not followed.problem)
+        assert not mirror.names
 
 
 @in_a_loop

@@ -60,6 +60,7 @@ def test_a_pod_that_has_no_network_of_its_own_or_has_ended_is_left_alone(made, t
         (shapes.running_job(), None, "it has no sidecar"),
         (shapes.terminating(), None, "it has no sidecar"),
         (shapes.consul(), Sidecar.OWN, "with a transparent proxy"),
+        (shapes.consul(native=True), Sidecar.OWN, "with a transparent proxy"),
         (shapes.consul(cni=False), None, "Consul's init container redirects it"),
         (shapes.consul_without_transparent_proxy(), None, "without a transparent proxy"),
         (shapes.consul_of_two_services(), None, "without a transparent proxy"),
@@ -70,7 +71,13 @@ def test_a_pod_that_has_no_network_of_its_own_or_has_ended_is_left_alone(made, t
         (shapes.istio_gateway(), None, "it has a proxy of Istio"),
         (shapes.istio_ambient(), None, "Istio's ambient mode"),
         (shapes.linkerd(), None, "it has a proxy of Linkerd"),
+        (shapes.linkerd(native=True), None, "it has a proxy of Linkerd"),
         (shapes.kuma(), None, "it has a proxy of Kuma"),
+        (shapes.unknown(), None, "it has no sidecar"),
+        (with_mesh("own", shapes.unknown()), Sidecar.OWN, 'tidegate.io/mesh is "own"'),
+        (shapes.debugged(WEB, "istio-proxy"), None, "it has no sidecar"),
+        (shapes.debugged(shapes.consul()), Sidecar.OWN, "with a transparent proxy"),
+        (with_mesh("own", shapes.user_namespaced()), Sidecar.OWN, 'tidegate.io/mesh is "own"'),
         (with_mesh("true"), Sidecar.TIDEGATE, 'tidegate.io/mesh is "true"'),
         (with_mesh("own"), Sidecar.OWN, 'tidegate.io/mesh is "own"'),
         (with_mesh("false", shapes.consul()), None, 'tidegate.io/mesh is "false"'),
@@ -126,6 +133,14 @@ def test_a_second_sidecar_beside_that_of_a_mesh_is_a_problem_with_the_word_that_
     assert 'expected "own"' in found.problem
 
 
+def test_a_sidecar_from_outside_in_a_pod_with_users_of_its_own_is_a_problem():
+    """It would be redirected itself: its user is none in there."""
+    found = treated(with_mesh("true", shapes.user_namespaced()))
+    assert found.sidecar is None
+    assert "hostUsers: false" in found.problem
+    assert found.problem.endswith('expected "own"')
+
+
 def test_pods_of_excluded_namespaces_are_left_alone_before_anything_else_is_looked_at():
     config = KubernetesConfig(enrol=tuple(Enrolment), exclude_namespaces=("shop", "monitoring"))
     for made in (shapes.consul(), shapes.host_network()):
@@ -155,6 +170,7 @@ def test_addresses_are_canonical_and_of_both_families():
     assert read(made).addresses == ("10.42.1.7", "fd00:42:0:1::7")
     del made["status"]["podIPs"]
     assert read(made).addresses == ("10.42.1.7",)
+    assert read(shapes.ipv6_only()).addresses == ("fd00:42:0:1::7",)
     assert read(shapes.pending()).addresses == ()
 
 
@@ -252,7 +268,17 @@ def test_of_a_pod_only_what_is_read_is_kept():
     assert len(msgspec.json.encode(found)) < 2000
 
 
-@pytest.mark.parametrize("made", [shapes.consul(), shapes.istio(), shapes.istio(native=True), WEB])
+@pytest.mark.parametrize(
+    "made",
+    [
+        shapes.consul(),
+        shapes.consul(native=True),
+        shapes.istio(),
+        shapes.istio(native=True),
+        shapes.linkerd(native=True),
+        WEB,
+    ],
+)
 def test_the_annotations_that_are_kept_make_a_policy_without_faults(made):
     policy_of({}, read(made).annotations)
 

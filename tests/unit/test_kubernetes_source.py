@@ -211,10 +211,8 @@ async def test_a_pod_that_runs_and_is_nowhere_is_told_by_name_at_once_and_until_
     async with node.following():
         await node.until_complete()
         await node.api.put(web(0))
-        await node.until(lambda: node.source.list() == () and node.source.problems() != ())
-        assert (
-            "pod shop/web-0-aaaaa runs, and its network namespace was not found"
-            in (node.source.problems()[0])
+        await node.until(
+            lambda: told(node, "pod shop/web-0-aaaaa runs, and its network namespace was not found")
         )
         (left,) = node.source.left_alone()
         assert (left.name, left.treatment) == ("web-0-aaaaa", Treatment.NOT_FOUND)
@@ -252,6 +250,63 @@ async def test_a_pod_that_ended_and_that_the_server_goes_on_telling_of_is_a_prob
         node.unplace(ending)
         assert node.names() == []
         assert "web-0-aaaaa runs, and" in node.source.problems()[0]
+
+
+@with_node
+async def test_a_pod_that_is_declared_failed_while_it_goes_on_stays_until_it_ends(node):
+    """Past its deadline, or by podgc on a node that was cut off: its containers run on."""
+    made = await node.run_pod(shapes.annotated(web(0), tidegate_io__mesh="own"))
+    kept = await node.run_pod(shapes.annotated(web(1), tidegate_io__mesh="own"))
+    async with node.following():
+        await node.until_lists("web-0-aaaaa", "web-1-aaaaa")
+        await node.api.until_watched()
+        for one in (made, kept):
+            one["status"] |= {"phase": "Failed", "reason": "DeadlineExceeded"}
+            await node.api.put(one)
+        await node.api.delete(kept)
+        await node.until(lambda: node.source.watch.pods == 1)
+        assert [one.meshed for one in node.source.list()] == [True, True]
+        for one in (made, kept):
+            node.unplace(one)
+        assert node.source.list() == ()
+        assert [one.treatment for one in node.source.left_alone()] == [Treatment.FINISHED]
+        node.place(made)
+        assert node.source.list() == (), "what had ended does not begin again"
+
+
+@with_node
+async def test_a_pod_that_is_made_anew_while_no_watch_is_there_is_another(node):
+    """As of a StatefulSet on a node that has lost the API server."""
+    old, new = shapes.stateful("uid-old"), shapes.stateful("uid-new")
+    await node.run_pod(old)
+    async with node.following():
+        await node.until_lists("db-0")
+        await node.api.until_watched()
+        await node.api.stop()
+        await node.run_pod(new)
+        await node.api.compact()
+        await node.api.start()
+        await node.until(lambda: len(node.source.list()) == 2)
+        assert {one.id for one in node.source.list()} == {"uid-old", "uid-new"}
+        node.unplace(old)
+        assert [one.id for one in node.source.list()] == ["uid-new"]
+
+
+@with_node
+async def test_a_sandbox_that_is_made_anew_is_the_same_pod_in_another_place(node):
+    made = await node.run_pod(web(0))
+    places = ["/first", "/second"]
+    for path in places:
+        (node.spaces / path[1:]).touch()
+    node.find = lambda *_: str(node.spaces / places[0][1:])
+    node.source = node.new_source()
+    async with node.following():
+        await node.until_lists("web-0-aaaaa")
+        (before,) = node.source.list()
+        places.pop(0)
+        (after,) = node.source.list()
+    assert before.id == after.id == made["metadata"]["uid"]
+    assert (before.netns[-6:], after.netns[-7:]) == ("/first", "/second")
 
 
 @with_node
@@ -343,6 +398,18 @@ async def test_a_server_that_has_lost_its_memory_takes_no_pod_away_that_runs(nod
         await node.until(lambda: node.source.watch.pods == 0)
         assert len(node.names()) == 3
         assert node.source.is_complete
+
+
+@with_node
+async def test_a_node_without_any_pod_is_told_by_the_name_that_was_asked_for(node):
+    """A wrong name would else leave all pods of a node unnoticed."""
+    await node.api.put(shapes.pod("web-0-aaaaa", node="ip-10-0-3-17"))
+    async with node.following():
+        await node.until(lambda: node.source.list() == () and node.source.problems() != ())
+        (problem,) = node.source.problems()
+        assert f"no pods on node {shapes.NODE}; expected the metadata.name" in problem
+        await node.api.put(shapes.host_network())
+        await node.until(lambda: node.source.list() == () and node.source.problems() == ())
 
 
 @with_node

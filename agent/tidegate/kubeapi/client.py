@@ -15,15 +15,18 @@ import msgspec
 
 from tidegate.errors import InputError
 from tidegate.kubeapi.access import ApiAccess
-from tidegate.kubeapi.errors import UNREADABLE, ApiRefused, ApiUnreachable
+from tidegate.kubeapi.errors import UNREADABLE, ApiRefused, ApiTooLarge, ApiUnreachable
 
 ANSWER_S = 30.0
 """How long a question may take; a watch, until it begins."""
 IDLE_S = 130.0
 """How long a watch may be silent. A server sends a bookmark each minute; one that does not is only asked anew."""
 PAGE = 100
-"""Objects of one answer to a list, where the server keeps to it."""
-MAX_ANSWER_BYTES = 64 << 20
+"""Objects of one answer to a list, where the server keeps to it. It does not where a list of version 0 is asked for,
+which comes from a cache without pages."""
+SMALL_PAGE = 5
+"""Objects of one answer where they turned out to be large. Of etcd's 1.5 MB each they are half of MAX_ANSWER_BYTES."""
+MAX_ANSWER_BYTES = 16 << 20
 MAX_EVENT_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 64 << 10
 _MAX_ERROR_TEXT = 500
@@ -116,9 +119,9 @@ class ApiClient:
                 return None
             raise
 
-    async def page(self, path: str, query: Mapping[str, str]) -> Page:
-        """One part of a list, of at most PAGE objects where the server keeps to that. ApiError."""
-        async with self._answer(path, {**query, "limit": str(PAGE)}, ANSWER_S) as response:
+    async def page(self, path: str, query: Mapping[str, str], limit: int = PAGE) -> Page:
+        """One part of a list, of at most `limit` objects where the server keeps to that. ApiError."""
+        async with self._answer(path, {**query, "limit": str(limit)}, ANSWER_S) as response:
             body = await _bounded(response, MAX_ANSWER_BYTES)
         try:
             found = msgspec.json.decode(body, type=_List)
@@ -184,8 +187,10 @@ class ApiClient:
             async with response:
                 if response.status != 200:
                     body = await _bounded(response, _MAX_ERROR_BYTES)
-                    raise self._refused(response.status, body, _retry_after(response))
+                    raise self._refused(response.status, body, _retry_after(response), path)
                 yield response
+        except _TooLargeError as error:
+            raise ApiTooLarge(self.address, error.limit) from error
         except aiohttp.ClientConnectorCertificateError as error:
             # The file with the CA is read when a session begins, and the cluster may have another CA by now.
             await self.close()
@@ -213,8 +218,13 @@ class ApiClient:
         """That the server sends something that it should not."""
         return ApiRefused(200, "", f"the Kubernetes API server at {self.address} sends {what}")
 
-    def _refused(self, status: int, body: bytes, retry_after_s: float) -> ApiRefused:
-        """What an answer that is no success says; `status` 0 is that of the Status object itself."""
+    def _refused(
+        self, status: int, body: bytes, retry_after_s: float, path: str = ""
+    ) -> ApiRefused:
+        """What an answer that is no success says; `status` 0 is that of the Status object itself.
+
+        What is not there at all, such as custom resources, the server does not name: then `path` does.
+        """
         try:
             said = msgspec.json.decode(body, type=_Status)
         except UNREADABLE:
@@ -222,6 +232,8 @@ class ApiClient:
             said = _Status(message=text)
         code = status or said.code
         message = ascii(said.message[:_MAX_ERROR_TEXT])[1:-1] or "no reason given"
+        if code == 404 and path:
+            message = f"{message} ({path})"
         causes = said.details.causes if said.details and said.details.causes else ()
         return ApiRefused(
             code,
@@ -230,6 +242,12 @@ class ApiClient:
             retry_after_s=retry_after_s,
             causes=" ".join(cause.reason for cause in causes),
         )
+
+
+class _TooLargeError(Exception):
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float:
@@ -252,7 +270,7 @@ async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
     async for chunk in response.content.iter_any():
         content += chunk
         if len(content) > limit:
-            raise aiohttp.ClientPayloadError(f"the answer is larger than {limit} bytes")
+            raise _TooLargeError(limit)
     return bytes(content)
 
 
@@ -268,6 +286,6 @@ async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
                 yield line
         begun += rest
         if len(begun) > MAX_EVENT_BYTES:
-            raise aiohttp.ClientPayloadError(f"an event is larger than {MAX_EVENT_BYTES} bytes")
+            raise _TooLargeError(MAX_EVENT_BYTES)
     if begun.strip():
         raise aiohttp.ClientPayloadError("its answer ends in the middle of an event")

@@ -48,3 +48,12 @@ class ApiRefused(ApiError):
         return "ResourceVersionTooLarge" in self._causes or "Too large resource version" in str(
             self
         )
+
+
+class ApiTooLarge(ApiRefused):
+    """The API server sends more at once than anybody should have to hold."""
+
+    def __init__(self, address: str, limit: int) -> None:
+        """`limit` in bytes."""
+        text = f"the Kubernetes API server at {address} sends more than {limit} bytes at once"
+        super().__init__(200, "", text)

@@ -15,8 +15,8 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from tidegate.kubeapi.client import ApiClient, Event
-from tidegate.kubeapi.errors import UNREADABLE, ApiError, ApiRefused
+from tidegate.kubeapi.client import PAGE, SMALL_PAGE, ApiClient, Event
+from tidegate.kubeapi.errors import UNREADABLE, ApiError, ApiRefused, ApiTooLarge
 
 RETRY_S = (0.25, 30.0)
 """First and longest pause after a failure; it doubles, and is spread by half."""
@@ -136,6 +136,8 @@ class Following(Generic[T]):
             is_steady = self._steady_at is not None and time.monotonic() > self._steady_at
             if is_steady:
                 pause = RETRY_S[0]
+                if self.problem == self._too_short:
+                    self._tell("", wake)
             if isinstance(error, ApiRefused) or not is_steady:
                 self.failures += 1
                 self._tell(str(error or self._too_short), wake)
@@ -153,6 +155,8 @@ class Following(Generic[T]):
     async def _list(self, wake: Callable[[], None]) -> None:
         try:
             items, version = await self._all(self._version)
+        except ApiTooLarge:
+            items, version = await self._all(LATEST_VERSION, SMALL_PAGE)
         except ApiRefused as error:
             if not (error.is_expired or error.is_ahead):
                 raise
@@ -164,12 +168,12 @@ class Following(Generic[T]):
         self._answered()
         wake()
 
-    async def _all(self, version: str) -> tuple[list[T], str]:
+    async def _all(self, version: str, limit: int = PAGE) -> tuple[list[T], str]:
         """All objects, as of the version that is given with them, which is at least `version`."""
         items: list[T] = []
         query = self._query | _not_older(version)
         while True:
-            page = await self._client.page(self._path, query)
+            page = await self._client.page(self._path, query, limit)
             items += (self._read(bytes(raw)) for raw in page.items)
             if not page.version:
                 raise self._client.nonsense("a list without a version")

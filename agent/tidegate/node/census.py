@@ -20,7 +20,7 @@ from tidegate.node.pool import Pool
 from tidegate.node.problems import Problems
 from tidegate.state_files import write_atomically
 from tidegate.workloads.merge import Merged, merge
-from tidegate.workloads.source import Description, LeftAlone, Source
+from tidegate.workloads.source import Description, LeftAlone, Source, Treatment
 
 PATIENCE_S = 0.3
 """How long a round waits for the sources; they go on beside later rounds."""
@@ -134,7 +134,19 @@ class Census:
             return places[path]
 
         before = {one.id: one for one in self._merged.workloads}
-        told = [one for asked in self._asked.values() for one in asked.answer.descriptions]
+        excluded = {
+            one.id
+            for asked in self._asked.values()
+            for one in asked.answer.left_alone
+            if one.treatment is Treatment.EXCLUDED
+        }
+        told = [
+            one
+            for asked in self._asked.values()
+            for one in asked.answer.descriptions
+            # A CNI call goes by what was configured then.
+            if one.id not in excluded
+        ]
         merged = merge(
             told,
             place_of,

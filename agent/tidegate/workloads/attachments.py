@@ -82,13 +82,15 @@ class Attachments:
         """Each network namespace once, as its oldest attachment has it; attachments whose namespace is gone end."""
         found: dict[netns.Identity, Description] = {}
         problems: list[str] = []
-        with self._lock:
-            known = tuple(self._known.values())
-        for attachment in known:
+        # Somebody may have cleared the directory of what runs: the next agent knows of no other.
+        is_cleared = not self._directory.exists()
+        for attachment in self.all:
             try:
                 if not attachment.is_alive:
                     self._end(attachment)
                     continue
+                if is_cleared:
+                    self._write(attachment)
             except (KernelError, OSError) as error:
                 problems.append(str(error))
             found.setdefault(attachment.place, attachment.description)
@@ -109,13 +111,16 @@ class Attachments:
         return not self._unreadable
 
     def find(self, pod_uid: str, namespace: str, name: str) -> str | None:
-        """Path of a pod's network namespace: by its UID, by namespace and name where that is not known."""
+        """Path of a pod's network namespace: by its UID, by namespace and name where that is not known.
+
+        Of several the latest: a pod whose sandbox is made anew may have the old one for a while.
+        """
         with self._lock:
             if self._of_pods is None:
                 self._of_pods = _by_pod(self._known.values())
             found = (
-                *self._of_pods.get(pod_uid, ()),
-                *self._of_pods.get((namespace, name), ()),
+                *reversed(self._of_pods.get(pod_uid, ())),
+                *reversed(self._of_pods.get((namespace, name), ())),
             )
         for attachment in found:
             if pod_uid and attachment.pod_uid not in ("", pod_uid):
@@ -155,7 +160,7 @@ class Attachments:
             self._known[attachment.key] = attachment
             self._of_pods = None
             self._left_at.pop(attachment.place, None)
-        write_atomically(self._path(attachment.key), msgspec.json.encode(attachment))
+        self._write(attachment)
 
     def leave(self, place: netns.Identity) -> None:
         """The container of a network namespace ends: whoever else knows of it may not have heard so yet."""
@@ -185,6 +190,10 @@ class Attachments:
             self._of_pods = None
             del self._known[attachment.key]
 
+    def _write(self, attachment: Attachment) -> None:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(self._path(attachment.key), msgspec.json.encode(attachment))
+
     def _path(self, key: AttachmentKey) -> Path:
         digest = hashlib.sha256("\n".join(key).encode(errors="surrogateescape")).hexdigest()
         return self._directory / f"{digest[:32]}.json"
@@ -194,12 +203,12 @@ class Attachments:
         found = []
         for path in sorted(self._directory.glob("*.json")):
             try:
-                found.append(_read(path))
+                found.append((_read(path), path.stat().st_mtime_ns))
             except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or error
                 unreadable.append(f"{path} is not the record of an attachment: {reason}")
-        found.sort(key=lambda one: one.description.created_at or 0.0)
-        self._known = {one.key: one for one in found}
+        found.sort(key=lambda each: (each[0].description.created_at or 0.0, each[1]))
+        self._known = {one.key: one for one, _ in found}
         self._unreadable = tuple(unreadable)
 
 

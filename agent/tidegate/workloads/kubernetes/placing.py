@@ -3,7 +3,8 @@
 1. A CNI call has told it.
 2. Of the processes in the pod's cgroup, which the kubelet names by the pod's UID, the oldest: the sandbox's own, where
    the runtime has one. A container can make a network namespace of its own, and a process that is being started is
-   still in the node's, so a namespace counts only if it is not the node's and has the pod's address.
+   still in the node's, so a namespace counts only if it is not the node's and has the pod's address, or had it when
+   it was found: a pod may take its address away, and is not to get away by that.
 
 No other process is looked at. A name in /run/netns is preferred to /proc/PID/ns/net: it stays when processes go.
 """
@@ -37,6 +38,7 @@ _MAX_OF_CGROUP = 16
 _MAX_LIST_BYTES = 64 << 10
 _SEARCH_S = 10.0
 """How often the cgroup of all pods is searched for again, by a pod that is not where others are."""
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESRCH)
 
 
 class Placed(NamedTuple):
@@ -92,14 +94,23 @@ class Places:
             return Placed(told)
         found = self._found.get(pod.uid)
         if found is None or not _is_still(found):
-            self._found.pop(pod.uid, None)
-            searched = self._search(pod)
+            searched = self._search(pod, found.identity if found else None)
             if isinstance(searched, NotPlaced):
-                return searched
+                stays = found is not None and self._outlives(pod, found)
+                return Placed(found.path) if found and stays else searched
             found = self._found[pod.uid] = searched
         return Placed(found.path)
 
-    def _search(self, pod: Pod) -> _Found | NotPlaced:
+    def _outlives(self, pod: Pod, found: _Found) -> bool:
+        """Whether the namespace goes on without a process: others may come until the kubelet removes the pod's cgroup.
+
+        So it is where a sandbox has no process of its own (CRI-O), while the only container is started again.
+        """
+        is_named = Path(found.path).parent == netns.DIRECTORY
+        return is_named and _leads_there(found) and self._directory(pod.uid) is not None
+
+    def _search(self, pod: Pod, before: netns.Identity | None) -> _Found | NotPlaced:
+        """`before` is where it was the last time."""
         directory = self._directory(pod.uid)
         if directory is None:
             return NotPlaced(f"there is no cgroup of it below {self._cgroups}")
@@ -112,6 +123,7 @@ class Places:
             )
         why = "all its processes are in the node's network namespace"
         tried: set[netns.Identity] = set()
+        first: _Found | None = None
         for process in processes:
             path = f"/proc/{process.pid}/ns/net"
             try:
@@ -119,13 +131,18 @@ class Places:
                 if identity in tried or identity == self._of_node():
                     continue
                 tried.add(identity)
-                if _has_address(path, pod.addresses):
-                    return _Found(self._named(identity) or path, identity, process.cgroup)
+                if identity == before:
+                    return self._found_at(path, identity, process)
+                if first is None and _has_address(path, pod.addresses):
+                    first = self._found_at(path, identity, process)
                 why = f"none of {', '.join(pod.addresses)} is in the network namespace of its processes"
             except KernelError as error:
-                if error.errno not in (errno.ENOENT, errno.ESRCH):
+                if error.errno not in _GONE:
                     why = str(error)
-        return NotPlaced(why)
+        return first or NotPlaced(why)
+
+    def _found_at(self, path: str, identity: netns.Identity, process: "_Process") -> _Found:
+        return _Found(self._named(identity) or path, identity, process.cgroup)
 
     def _identity(self, path: str) -> netns.Identity | None:
         try:
@@ -177,10 +194,15 @@ def _of_node() -> netns.Identity:
 
 
 def _is_still(found: _Found) -> bool:
+    return _leads_there(found) and found.cgroup.is_dir()
+
+
+def _leads_there(found: _Found) -> bool:
+    """What cannot be looked at is not gone."""
     try:
-        return netns.identity(found.path) == found.identity and found.cgroup.is_dir()
-    except KernelError:
-        return False
+        return netns.identity(found.path) == found.identity
+    except KernelError as error:
+        return error.errno not in _GONE
 
 
 def _has_address(path: str, addresses: tuple[str, ...]) -> bool:

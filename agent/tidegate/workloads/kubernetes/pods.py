@@ -14,13 +14,11 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from tidegate.errors import TidegateError
+from tidegate.intent.annotations import MESH, PORT, SERVICE, meant_by
 from tidegate.kubeapi.errors import UNREADABLE
 from tidegate.model import DEFAULT_TENANT, ServiceName, ServicePort, Sidecar
 from tidegate.workloads.kubernetes.settings import Enrolment, KubernetesConfig
 from tidegate.workloads.source import Treatment
-
-MESH = "tidegate.io/mesh"
-SERVICE, PORT = "tidegate.io/service", "tidegate.io/port"
 
 # consul-k8s control-plane/connect-inject/constants/annotations_and_labels.go
 _CONSUL = "consul.hashicorp.com/"
@@ -42,7 +40,7 @@ _NAMING_LABELS = ("service.istio.io/canonical-name", "app.kubernetes.io/name", "
 _TEMPLATE_HASH = "pod-template-hash"
 
 _KEPT = ("tidegate.io/", _CONSUL, "traffic.sidecar.istio.io/", "sidecar.istio.io/", "istio.io/")
-"""How the annotations begin that anybody here reads."""
+"""How the annotations begin that anybody here reads; those with a mistyped domain are told."""
 _OF_NO_USE = frozenset({_ISTIO_STATUS, f"{_CONSUL}original-pod"})
 """Of those, what is long and says nothing of redirection."""
 MAX_ANNOTATION_BYTES = 16 << 10
@@ -110,6 +108,8 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     redirects_itself: bool = False
     """Whether Istio's init container does."""
     is_host_network: bool = False
+    has_own_users: bool = False
+    """Whether it is in a user namespace of its own (hostUsers: false)."""
     is_finished: bool = False
     is_terminating: bool = False
     """Whether it was deleted, and is given time to end."""
@@ -184,6 +184,7 @@ class _Container(msgspec.Struct, rename="camel"):
 class _Spec(msgspec.Struct, rename="camel"):
     node_name: str = ""
     host_network: bool | None = None
+    host_users: bool | None = None
     containers: tuple[_Container, ...] | None = None
     init_containers: tuple[_Container, ...] | None = None
 
@@ -284,6 +285,7 @@ def _pod(document: _Document, mirror_namespaces: bool) -> Pod:
         ),
         redirects_itself=any(one.name == _ISTIO_INIT for one in spec.init_containers or ()),
         is_host_network=bool(spec.host_network),
+        has_own_users=spec.host_users is False,
         is_finished=status.phase in ("Succeeded", "Failed"),
         is_terminating=metadata.deletion_timestamp is not None,
         has_sandbox=bool(
@@ -329,7 +331,7 @@ def _kept(annotations: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: value
         for name, value in annotations.items()
-        if name.startswith(_KEPT) and name not in _OF_NO_USE
+        if (name.startswith(_KEPT) and name not in _OF_NO_USE) or meant_by(name)
     }
     size = sum(len(name) + len(value) for name, value in kept.items())
     if size > MAX_ANNOTATION_BYTES:
@@ -497,6 +499,13 @@ def _annotated_enrolment(pod: Pod, word: str) -> Kept:
             return _observed(
                 f'{MESH} is "true", but {has}',
                 f'{MESH} is "true", which starts a sidecar, but {has}; expected "own"',
+            )
+        case "true" if pod.has_own_users:
+            # The user of a sidecar that the agent starts is none in there, so its own connections would be redirected.
+            has = "its users are its own (hostUsers: false)"
+            return _observed(
+                f'{MESH} is "true", but {has}',
+                f'{MESH} is "true", which starts a sidecar from outside, but {has}; expected "own"',
             )
         case "true":
             return Kept(sidecar=Sidecar.TIDEGATE, reason=f'{MESH} is "true"')

@@ -23,6 +23,17 @@ class Enrolment(enum.StrEnum):
     ANNOTATED = "annotated"
     """Those that say so by the annotation tidegate.io/mesh."""
 
+    @property
+    def injection(self) -> str:
+        """What a pod's template says to be given a sidecar by the mesh's own injector; empty where there is none."""
+        match self:
+            case Enrolment.CONSUL:
+                return 'the annotation consul.hashicorp.com/connect-inject: "true"'
+            case Enrolment.ISTIO:
+                return 'the label sidecar.istio.io/inject: "true"'
+            case Enrolment.ANNOTATED:
+                return ""
+
 
 class KubernetesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How an agent knows the pods of its node."""

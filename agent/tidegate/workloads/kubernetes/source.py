@@ -19,7 +19,16 @@ from tidegate.kubeapi.errors import UNREADABLE, ApiRefused
 from tidegate.kubeapi.following import ANY_VERSION, Following
 from tidegate.state_files import write_atomically
 from tidegate.workloads.kubernetes.placing import FindAttachment, NotPlaced, Placed, Places
-from tidegate.workloads.kubernetes.pods import Kept, Key, Left, Pod, Unclear, read_pod, treat
+from tidegate.workloads.kubernetes.pods import (
+    Kept,
+    Key,
+    Left,
+    Pod,
+    Treated,
+    Unclear,
+    read_pod,
+    treat,
+)
 from tidegate.workloads.kubernetes.settings import KubernetesConfig
 from tidegate.workloads.source import Description, LeftAlone, Origin, Treatment, WatchState
 
@@ -122,6 +131,11 @@ class KubernetesSource:
             foreign = tuple(self._known.foreign.values())
         self._places.begin()
         look = _Look(problems=[*self._of_server(), *unclear.values(), *foreign])
+        if is_synced and not (pods or departed or unclear or foreign):
+            # The agent's own would be among them. A server says nothing of a name that is no node's.
+            look.problems.append(
+                f"the Kubernetes API server has no pods on node {self._node}; expected the metadata.name of this node"
+            )
         for pod in pods:
             self._look_at(pod, look, is_synced=is_synced)
         for pod in departed:
@@ -137,7 +151,7 @@ class KubernetesSource:
     def _look_at(self, pod: Pod, look: "_Look", *, is_synced: bool) -> None:
         """A pod that the server has, or had when it was asked last."""
         look.problems.extend(f"pod {pod.key}: {fault}" for fault in pod.faults)
-        treated = treat(pod, self._config)
+        treated = self._treated(pod)
         if isinstance(treated, Left):
             look.left.append(_left_alone(pod, treated.treatment, treated.reason))
             return
@@ -156,12 +170,20 @@ class KubernetesSource:
 
     def _look_at_departed(self, pod: Pod, look: "_Look") -> None:
         """A pod that the server has no more: a workload as long as it is found."""
-        treated, place = treat(pod, self._config), self._places.place(pod)
+        treated, place = self._treated(pod), self._places.place(pod)
         if isinstance(treated, Kept) and isinstance(place, Placed):
             look.listed.append(self._description(pod, treated, place.path))
             return
         with self._lock:
             self._known.departed.pop(pod.uid, None)
+
+    def _treated(self, pod: Pod) -> Treated:
+        """One that the server has declared ended, such as for a deadline or because its node did not answer, is
+        treated as before while it goes on."""
+        has_run = pod.is_finished and pod.uid in self._described
+        if has_run and isinstance(self._places.place(pod), Placed):
+            pod = msgspec.structs.replace(pod, is_finished=False)
+        return treat(pod, self._config)
 
     def _forget_all_but(self, listed: set[str], known: set[str]) -> None:
         """What is remembered of pods that are not listed, and when pods were found that are not known either."""
@@ -339,7 +361,7 @@ class KubernetesSource:
         return ""
 
     def _depart(self, pod: Pod) -> None:
-        if not (pod.is_finished or pod.is_host_network):
+        if not pod.is_host_network:
             self._known.departed[pod.uid] = pod
 
     # What outlives the agent.

@@ -1,8 +1,9 @@
 """Services found by unit, process, port or place.
 
-Each service is looked for anew in every round: its network namespace is the workload, whichever process is in it. The
-host's own namespace is nobody's: a service that is found in there is left alone, unless its configuration says
-host_network. Nothing is started to find out, no shell and no systemctl.
+Each service is looked for anew in every round: its network namespace is the workload, whichever process is in it. One
+that is not found for a while, such as one that is being restarted, stays where it was as long as that namespace is
+there: it would come back unredirected otherwise. The host's own namespace is nobody's: a service that is found in there
+is left alone, unless its configuration says host_network. Nothing is started to find out, no shell and no systemctl.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import psutil
@@ -49,6 +51,14 @@ class _Place(msgspec.Struct, frozen=True):
     """When the process that was found in it was started."""
 
 
+class _Numbered(NamedTuple):
+    """A process that was named by its number."""
+
+    said: tuple[int, int]
+    """The number, and when it was written, in nanoseconds since the epoch: 0 for one of the configuration."""
+    process: psutil.Process
+
+
 class ProcessSource:
     """The services that the configuration names, wherever they are at the moment."""
 
@@ -57,6 +67,10 @@ class ProcessSource:
         self._processes = processes
         self._node = node
         self._finder = _Finder()
+        self._found: dict[str, _Place] = {}
+        """Where each service was when it was found last, by the name of its workload."""
+        self._annotations: dict[str, dict[str, str]] = {}
+        """By the same: once they are known, whoever knows users on this machine may be away."""
         self._left_alone: tuple[LeftAlone, ...] = ()
         self._problems: tuple[str, ...] = ()
         self._is_complete = True
@@ -70,19 +84,39 @@ class ProcessSource:
         self._finder.begin()
         for one in self._processes:
             try:
-                place = self._finder.find(one)
+                place, problem = self._place(one)
+                problems += [problem] if problem else []
+                if place is None:
+                    continue
                 if place.namespace in self._finder.host and one.host_network is None:
-                    left.append(_in_host_namespace(one))
+                    left.append(self._in_host_namespace(one))
+                    self._found.pop(one.workload_name, None)
                 else:
                     found.append(self._described(one, place))
-            except _NotFound as error:
-                problems.append(str(error))
+                    self._found[one.workload_name] = place
             except (InputError, KernelError, OSError) as error:
                 self._is_complete = False
                 problems.append(f"{one.service} cannot be looked for: {error}")
         self._left_alone = tuple(left)
         self._problems = tuple(problems)
         return tuple(found)
+
+    def _place(self, one: ProcessConfig) -> tuple[_Place | None, str]:
+        """Where a service is, or was last if it is not found now, None when that is gone; and why it is not found."""
+        former = self._found.get(one.workload_name)
+        try:
+            found = self._finder.find(one)
+        except _NotFound as error:
+            problem = str(error)
+        except (KernelError, OSError) as error:
+            self._is_complete = False
+            problem = f"{one.service} cannot be looked for: {error}"
+        else:
+            # Another process in it does not make it another workload.
+            if former is not None and former.namespace == found.namespace:
+                found = msgspec.structs.replace(found, since=former.since)
+            return found, ""
+        return former if former is not None and _is_there(former) else None, problem
 
     def left_alone(self) -> tuple[LeftAlone, ...]:
         """Those that share the host's network namespace, and may not be redirected there."""
@@ -98,11 +132,14 @@ class ProcessSource:
         return self._is_complete
 
     def _described(self, one: ProcessConfig, place: _Place) -> Description:
+        name = one.workload_name
+        if name not in self._annotations:
+            self._annotations[name] = one.redirected_by
         return Description(
             origin=Origin.PROCESSES,
             netns=place.path,
-            id=f"{one.workload_name}-{self._digest(one, place)}",
-            name=one.workload_name,
+            id=f"{name}-{self._digest(one, place)}",
+            name=name,
             service=one.service,
             interface=one.interface,
             port=one.port,
@@ -110,8 +147,24 @@ class ProcessSource:
             meshed=one.meshed,
             sidecar=one.sidecar,
             reason="by configuration" if one.meshed else "the configuration keeps it out",
-            annotations=one.redirected_by,
+            annotations=self._annotations[name],
             created_at=place.since,
+        )
+
+    def _in_host_namespace(self, one: ProcessConfig) -> LeftAlone:
+        on_host = (each.service for each in self._processes if each.host_network is not None)
+        redirected = next(on_host, "")
+        instead = (
+            f"put it among the more_ports of {redirected}" if redirected else "say host_network"
+        )
+        return LeftAlone(
+            origin=Origin.PROCESSES,
+            id=one.workload_name,
+            name=one.workload_name,
+            namespace=ServiceName.of(one.service).namespace,
+            treatment=Treatment.HOST_NETWORK,
+            reason="it shares the host's network namespace: give it one of its own (docs/systemd.md),"
+            f" or {instead}",
         )
 
     def _digest(self, one: ProcessConfig, place: _Place) -> str:
@@ -128,15 +181,11 @@ def _lifetime_of(place: _Place) -> str:
         return f"{place.namespace.inode}-{place.since}"
 
 
-def _in_host_namespace(one: ProcessConfig) -> LeftAlone:
-    return LeftAlone(
-        origin=Origin.PROCESSES,
-        id=one.workload_name,
-        name=one.workload_name,
-        namespace=ServiceName.of(one.service).namespace,
-        treatment=Treatment.HOST_NETWORK,
-        reason="it shares the host's network namespace: give it one of its own (docs/systemd.md), or say host_network",
-    )
+def _is_there(place: _Place) -> bool:
+    try:
+        return netns.identity(place.path) == place.namespace
+    except KernelError:
+        return False
 
 
 class _Finder:
@@ -147,8 +196,8 @@ class _Finder:
         self.host: frozenset[netns.Identity] = frozenset()
         """The agent's network namespace, and that of the first process where that is another one."""
         self._units: dict[str, Path] = {}
-        self._identified: dict[int, psutil.Process] = {}
-        """By the number that the configuration has: which process had it first."""
+        self._identified: dict[str, _Numbered] = {}
+        """By the name of the workload: which process had the number first."""
         self._listening: dict[int, _Place] = {}
         self._looked_at: dict[int, float] = {}
         self._namespaces: dict[netns.Identity, int] | None = None
@@ -188,22 +237,26 @@ class _Finder:
         return next(iter(places.values()))
 
     def _by_pid(self, one: ProcessConfig) -> _Place:
-        pid = one.pid if isinstance(one.pid, int) else _written(one.service, Path(one.pid))
-        if isinstance(one.pid, int):
-            self._refuse_another(one.service, one.pid)
+        said = (one.pid, 0) if isinstance(one.pid, int) else _written(one.service, Path(one.pid))
+        self._refuse_another(one, said)
+        pid, _ = said
         place = next(_places_of((pid,)), None)
         if place is None:
             raise _NotFound(f"{one.service}: there is no process {pid}")
         return place
 
-    def _refuse_another(self, service: str, pid: int) -> None:
+    def _refuse_another(self, one: ProcessConfig, said: tuple[int, int]) -> None:
         """The number of a process that has ended is given to another one some day."""
-        try:
-            process = self._identified.setdefault(pid, psutil.Process(pid))
-        except psutil.NoSuchProcess as error:
-            raise _NotFound(f"{service}: there is no process {pid}") from error
-        if not process.is_running():
-            raise _NotFound(f"{service}: process {pid} has ended")
+        pid, _ = said
+        known = self._identified.get(one.workload_name)
+        if known is None or known.said != said:
+            try:
+                known = _Numbered(said, psutil.Process(pid))
+            except psutil.NoSuchProcess as error:
+                raise _NotFound(f"{one.service}: there is no process {pid}") from error
+            self._identified[one.workload_name] = known
+        if not known.process.is_running():
+            raise _NotFound(f"{one.service}: process {pid} has ended")
 
     def _by_port(self, one: ProcessConfig) -> _Place:
         port = one.listens
@@ -306,16 +359,16 @@ def _places_of(pids: Iterable[int]) -> Iterator[_Place]:
         yield _Place(lasting.get(found, path), found, since)
 
 
-def _written(service: str, path: Path) -> int:
-    """The number in a pid file."""
+def _written(service: str, path: Path) -> tuple[int, int]:
+    """The number in a pid file, and when it was written, in nanoseconds since the epoch."""
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_PID_FILE).strip()
+            text, written_at = file.read(_MAX_PID_FILE).strip(), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError as error:
         raise _NotFound(f"{service}: there is no file {path}") from error
     if not text.isdigit():
         raise _NotFound(f"{service}: {path} does not have the number of a process")
-    return int(text)
+    return int(text), written_at
 
 
 def _listens(path: str, port: int) -> bool:
