@@ -12,8 +12,8 @@
 
 /*
  * An interface. ifindex alone is unique only within one network namespace, and no helper tells a TC program
- * before Linux 6.15 in which one it runs: scope is a constant of the loaded program, 0 for the one that serves
- * the node's own namespace, the inode number of the namespace for those that are loaded for another one.
+ * before Linux 6.15 in which one it runs: scope is a constant of the loaded program, the inode number of the
+ * namespace, and 0 for programs that are on no interface.
  */
 struct tg_interface {
 	__u32 scope;

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import os
 import select
-import shutil
 import struct
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from tidegate.errors import TidegateError
 from tidegate.kernel import links, netns
 from tidegate.model import Sidecar, Workload
 from tidegate.node.client import AgentClient, AgentUnreachable
+from tidegate.observe import pins
 
 PART = "agent"
 
@@ -181,8 +181,11 @@ class Agent:
             self._started = None
 
     def forget_programs(self) -> None:
-        """Takes away what an agent that was stopped has pinned: nothing is observed any more."""
-        shutil.rmtree(self._bpffs)
+        """Takes away what an agent that was stopped has pinned: returns when nothing is observed any more.
+
+        With a pin alone a link goes later, and has whoever attaches others wait until then.
+        """
+        pins.remove(self._bpffs / "classifier")
 
     def have_workloads(self, number: int, *, redirected: bool = False) -> None:
         """Returns when the agent observes so many, and redirects them to sidecars of their own where that is wanted."""

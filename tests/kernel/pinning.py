@@ -48,13 +48,12 @@ struct {
 } seen SEC(".maps");
 const volatile __u32 scope = 0;
 const volatile __u32 link_header = 14;
-static __always_inline int see(struct __sk_buff *skb)
+static __always_inline int see(struct __sk_buff *skb, __u32 index)
 {
-	__u32 index = scope != 0;
 	struct count *count = bpf_map_lookup_elem(&seen, &index);
 	__u8 flags = 0;
 
-	if (!count)
+	if (!count || !scope)
 		return -1;
 	__sync_fetch_and_add(&count->packets, 1);
 	bpf_skb_load_bytes(skb, link_header + 20 + 13, &flags, sizeof(flags));
@@ -62,8 +61,9 @@ static __always_inline int see(struct __sk_buff *skb)
 		__sync_fetch_and_add(&count->opened, 1);
 	return -1;
 }
-SEC("tc") int from_pod(struct __sk_buff *skb) { return see(skb); }
-SEC("tc") int to_pod(struct __sk_buff *skb) { return see(skb); }
+/* What leaves a pod comes in at its end on the node, and to_pod sees the other way round. */
+SEC("tc") int from_pod(struct __sk_buff *skb) { return see(skb, !skb->ingress_ifindex); }
+SEC("tc") int to_pod(struct __sk_buff *skb) { return see(skb, !!skb->ingress_ifindex); }
 char LICENSE[] SEC("license") = "GPL";
 """
 """Programs that count SYNs, with the real maps, smaller: the real programs take the verifier a second."""

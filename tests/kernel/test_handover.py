@@ -52,10 +52,9 @@ class Node:
     def __init__(self, directory, pod):
         self._directory = directory
         (directory / "workloads").mkdir()
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
+        self.port = 0
         server = f"unix://{directory}/server.sock"
+        self.socket = directory / "agent.sock"
         self._agents = []
         self._settings = {
             "node": "n1",
@@ -68,7 +67,7 @@ class Node:
             "workloads": f"{directory}/workloads",
             "run_dir": f"{directory}/run",
             "state_dir": f"{directory}/state",
-            "socket": f"{directory}/agent.sock",
+            "socket": str(self.socket),
             "bpffs": f"{directory}/bpf/agent",
             "trust_domain": "mesh.consul",
         }
@@ -87,6 +86,9 @@ class Node:
     def start(self, name, *options, metrics=False, **settings):
         file = self._directory / f"{name}.yaml"
         if metrics:
+            with socket.socket() as found:
+                found.bind(("127.0.0.1", 0))
+                self.port = found.getsockname()[1]
             settings["metrics"] = f"127.0.0.1:{self.port}"
         file.write_text(json.dumps(self._settings | settings))
         argv = [sys.executable, "-m", "tidegate.cli.main", "agent", "run", *options]
@@ -95,10 +97,28 @@ class Node:
         self._agents.append(agent)
         return agent
 
+    def running(self):
+        """The agent that runs, of which the workload is redirected and observed; another one if there is none."""
+        alive = [agent for agent in self._agents if agent.poll() is None]
+        agent = alive[0] if alive else self.start("running")
+        until(self.observed, "the agent has taken in the workload")
+        return agent
+
     def end(self, *agents):
         for agent in agents or self._agents:
             agent.send_signal(signal.SIGTERM)
             agent.wait(DEADLINE_S)
+
+    def has_directories(self, agent):
+        try:
+            return (self._directory / "run" / "agent.pid").read_text().strip() == str(agent.pid)
+        except FileNotFoundError:
+            return False
+
+    def forget_layout(self):
+        """As if the maps were those of another version."""
+        (layout,) = (self._directory / "bpf" / "agent" / "classifier").glob("layout-*")
+        layout.rename(layout.with_name("layout-another"))
 
     def log(self, name):
         return self._log(name).read_text()
@@ -108,7 +128,7 @@ class Node:
 
     def workload(self):
         """What the agent that has the socket says of the workload, once it has completed a round."""
-        answered = answer(Asked(self._directory / "agent.sock"), "/v1/status")
+        answered = answer(Asked(self.socket), "/v1/status")
         if answered is None:
             return None
         told = json.loads(answered[1])
@@ -149,6 +169,19 @@ def old(node):
     return agent
 
 
+def followed(node, pair, new):
+    """What the new agent says of the workload, whose connections all end at its sidecar until then and after."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        after = node.observed()
+        assert landing(pair.peer, pair.pod_ipv4, APP).server == "sidecar"
+        assert landing(pair.peer, pair.pod_ipv6, APP).server == "sidecar"
+        if after is not None:
+            return after
+        assert new.poll() is None
+        assert time.monotonic() < deadline
+
+
 def test_an_agent_that_does_not_stand_by_is_refused_beside_another(node, old):
     new = node.start("refused")
     assert new.wait(DEADLINE_S) == 1
@@ -172,10 +205,71 @@ def test_a_successor_is_ready_before_the_agent_ends_and_takes_over_without_a_gap
         until(node.is_ready, "the new agent is ready")
         assert new.poll() is old.poll() is None
         node.end(old)
-        while (after := node.workload()) is None:
-            assert landing(pair.peer, pair.pod_ipv4, APP).server == "sidecar"
-            assert landing(pair.peer, pair.pod_ipv6, APP).server == "sidecar"
-            assert new.poll() is None, node.log("new")
+        after = followed(node, pair, new)
     assert (after["redirect"], after["repairs"], after["problem"]) == ("ok", 0, "")
     assert after["observed_since"] == pytest.approx(before["observed_since"], abs=0.001)
     assert netns.run_in(pair.pod, nf_tables.generation) == generation
+
+
+@pytest.fixture
+def served(pair):
+    with serving(pair.pod, "sidecar", [INBOUND, OUTBOUND]), serving(pair.pod, "app", [APP]):
+        yield
+
+
+def test_an_agent_that_hangs_is_followed_when_it_is_killed(node, pair, served):
+    hanging = node.running()
+    before, generation = node.workload(), netns.run_in(pair.pod, nf_tables.generation)
+    hanging.send_signal(signal.SIGSTOP)
+    new = node.start("follows", "--stand-by", metrics=True)
+    until(node.is_ready, "the new agent is ready")
+    assert not node.has_directories(new)
+    assert landing(pair.peer, pair.pod_ipv4, APP).server == "sidecar"
+    hanging.kill()
+    hanging.wait(DEADLINE_S)
+    after = followed(node, pair, new)
+    assert (after["redirect"], after["repairs"], after["problem"]) == ("ok", 0, "")
+    assert after["observed_since"] == pytest.approx(before["observed_since"], abs=0.001)
+    assert netns.run_in(pair.pod, nf_tables.generation) == generation
+
+
+MOMENTS = {
+    "it has the directories": lambda node, agent: node.has_directories(agent),
+    "it has looked once": lambda node, _: node.workload(),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_successor_that_is_killed_while_it_takes_over_leaves_all_to_the_next(
+    node, pair, served, moment
+):
+    old = node.running()
+    before, generation = node.workload(), netns.run_in(pair.pod, nf_tables.generation)
+    new = node.start("killed", "--stand-by", metrics=True)
+    until(node.is_ready, "the new agent is ready")
+    node.end(old)
+    until(lambda: MOMENTS[moment](node, new), moment)
+    new.kill()
+    new.wait(DEADLINE_S)
+    after = followed(node, pair, node.start("next", "--stand-by"))
+    assert (after["redirect"], after["repairs"], after["problem"]) == ("ok", 0, "")
+    assert after["observed_since"] == pytest.approx(before["observed_since"], abs=0.001)
+    assert netns.run_in(pair.pod, nf_tables.generation) == generation
+
+
+def test_a_successor_of_another_version_and_policy_begins_anew_and_lets_nobody_around_the_sidecar(
+    node, pair, served
+):
+    old = node.running()
+    before = node.workload()
+    policy = {"inbound": {"exclude_ports": [9999]}}
+    new = node.start("another", "--stand-by", metrics=True, redirect={"policy": policy})
+    until(node.is_ready, "the new agent is ready")
+    node.forget_layout()
+    node.end(old)
+    after = followed(node, pair, new)
+    assert (after["redirect"], after["repairs"], after["problem"]) == ("ok", 0, "")
+    assert after["policy"]["inbound"]["exclude_ports"] == [{"first": 9999, "last": 9999}]
+    assert before["policy"]["inbound"]["exclude_ports"] == []
+    assert after["observed_since"] > before["observed_since"] + 0.001
+    assert "another layout" in node.log("another")

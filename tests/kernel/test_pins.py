@@ -504,6 +504,28 @@ def test_a_returning_agent_finds_links_and_filters_again(node: Node) -> None:
     node.remove(second)
 
 
+@every_way
+def test_an_agent_in_another_namespace_than_the_last_one_finds_links_and_filters_again(
+    node: Node, upgraded: Path
+) -> None:
+    first = node.open()
+    node.observe(first)
+    attached = node.programs()
+    first.close()
+    moved = netns.run_in(node.pair.pod, Classifier.open, node.directory, upgraded, by=node.by)
+    assert node.programs().isdisjoint(attached), "the new programs are in the place of the old ones"
+    node.observe(moved)
+    assert len(node.programs()) == 2
+    with serving(node.pair.peer, "peer", [PORT]):
+        connect(node.pair)
+    assert connections(moved) == 1
+    assert len(netns.run_in(node.pair.pod, moved.attachments)) == 1
+    moved.close()
+    again = node.open(upgraded)
+    assert len(node.attachments(again)) == 1
+    node.remove(again)
+
+
 @needs_tc
 @pytest.mark.parametrize("by", [By.CLSACT])
 def test_filters_that_somebody_removed_are_missed_and_put_back(node: Node) -> None:
@@ -771,7 +793,7 @@ def test_an_interface_whose_packets_begin_with_ip_has_a_copy_of_its_own(node: No
 
     node.here(observe)
     copies = (node.directory / "classifier" / "programs").iterdir()
-    assert {each.name.partition("-")[2] for each in copies} == {"0-14", "0-0"}
+    assert {each.name.rpartition("-")[2] for each in copies} == {"14", "0"}
     node.remove(classifier)
 
 

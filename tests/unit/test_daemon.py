@@ -46,11 +46,17 @@ class Observation:
         self.detached = []
         self.failing = None
         self.closed = False
+        self.did = []
+        """In which order it was asked to attach and to collect."""
 
     def look(self, living):
         pass
 
+    def unobserved(self, living):
+        return [one for one in living if self.attached.get(one.key) != one]
+
     def attach(self, workload):
+        self.did.append("attach")
         self.attached[workload.key] = workload
 
     def unclaimed(self, living):
@@ -61,6 +67,7 @@ class Observation:
         self.detached.append(self.attached.pop(key).name)
 
     def collect(self, _now, keepers):
+        self.did.append("collect")
         list(keepers)
         if self.failing:
             raise self.failing
@@ -174,6 +181,7 @@ def test_an_agent_without_its_server_observes_and_says_so_and_finds_the_server_l
             status = await status_where(daemon, lambda status: status.round_at)
             assert [one.name for one in status.workloads] == ["api"]
             assert any("no server answers" in problem for problem in status.problems)
+            await status_where(daemon, lambda _: node.observation.attached)
             assert [one.name for one in node.observation.attached.values()] == ["api"]
             async with running(node.server), CatalogClient(node.config.server) as catalog:
 
@@ -185,6 +193,20 @@ def test_an_agent_without_its_server_observes_and_says_so_and_finds_the_server_l
         assert node.observation.closed
 
     run(scenario())
+
+
+def test_a_round_goes_on_while_its_workloads_are_begun_to_be_observed(node, monkeypatch):
+    monkeypatch.setattr(daemon_module, "OBSERVE_S", 0.0)
+    for number in range(100):
+        node.put(f"api-{number}")
+
+    async def scenario():
+        async with node.agent() as daemon:
+            await status_where(daemon, lambda _: len(node.observation.attached) == 100)
+
+    run(scenario())
+    did = node.observation.did
+    assert did.index("collect") < len(did) - 1 - did[::-1].index("attach")
 
 
 def test_a_broken_workload_file_is_told_and_stops_no_other(node):
@@ -550,7 +572,7 @@ def test_a_second_agent_with_a_directory_of_the_first_is_refused_and_named_the_f
         with pytest.raises(TidegateError) as refused:
             asyncio.run(run_agent(second))
         first.stdin.close()
-    assert str(refused.value) == f"another agent (process {first.pid}) uses {held}"
+    assert str(refused.value) == f"another agent (process {first.pid}) uses {held}; end it first"
     with held_alone(held):
         pass
 

@@ -953,7 +953,8 @@ def test_coverage_and_gaps_fill_any_span_between_them(intervals, start, length):
         ("one after a gap", Interval(5.0, 9.0), 10.0, 12.0, Interval(10.0, 12.0)),
         ("a clock that stepped back", Interval(5.0, 9.0), 5.0, 7.0, Interval(5.0, 9.0)),
         ("an attachment in the future", None, 9.0, 7.0, Interval(9.0, 9.0)),
-        ("one that is older than thought", Interval(5.0, 9.0), 4.0, 9.0, Interval(4.0, 9.0)),
+        ("one that is older than the history", Interval(5.0, 9.0), 4.0, 9.0, Interval(5.0, 9.0)),
+        ("a clock that stepped behind it", Interval(5.0, 9.0), 2.0, 3.0, Interval(2.0, 3.0)),
     ],
 )
 def test_an_attachment_continues_what_it_began_within(what, last, attached_at, now, expected):

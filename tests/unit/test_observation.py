@@ -2,6 +2,7 @@
 
 import time
 
+import msgspec
 import pytest
 
 from tidegate.enforce.sidecar.envoy import Phase
@@ -41,17 +42,22 @@ class Classifier:
     def attachments(self):
         return list(self.attached.values())
 
-    def attach(self, workload_key, ifindex, side, _ports, *, elsewhere=False):
+    def detach_others(self, _workload_key, _ifindex):
+        pass
+
+    def attach(self, workload_key, ifindex, side, _ports):
         if workload_key in self.defects:
             raise ZeroDivisionError("attach")
-        made = Attachment(workload_key=workload_key, ifindex=ifindex, side=side, attached_at=1.0)
+        made = Attachment(
+            workload_key=workload_key, ifindex=ifindex, side=side, attached_at=1.0, scope=1
+        )
         self.attached[workload_key] = made
         return made
 
     def detach(self, workload_key):
         if workload_key in self.defects:
             raise ZeroDivisionError("detach")
-        self.attached.pop(workload_key)
+        self.attached.pop(workload_key, None)
 
     def changed_edges(self):
         told, self.counters = self.counters, []
@@ -167,6 +173,18 @@ def test_a_defect_in_attaching_one_workload_is_its_problem_and_no_others(observa
     observation.look([bad, good])
     observation.attach(bad)
     assert observation.problems() == ()
+
+
+def test_the_youngest_is_observed_first_and_what_failed_last(observation, kernel):
+    young, old, bad, known = (Keeper(name).workload for name in ("young", "old", "bad", "known"))
+    young = msgspec.structs.replace(young, created_at=9.0)
+    bad = msgspec.structs.replace(bad, created_at=10.0)
+    kernel.defects.add(bad.key)
+    for workload in (bad, known):
+        observation.attach(workload)
+    assert observation.unobserved([known, bad, old, young]) == [young, old, bad]
+    described_anew = msgspec.structs.replace(known, port=81)
+    assert observation.unobserved([described_anew]) == [described_anew]
 
 
 def test_a_defect_in_letting_one_workload_go_is_told_and_tried_again(observation, kernel):
@@ -289,3 +307,31 @@ def test_what_the_classifier_notes_is_logged_once(observation, kernel, caplog):
         kernel.notes = notes
         observation.look([])
     assert caplog.messages == ["begun anew", "a filter comes first"]
+
+
+def test_coverage_does_not_begin_before_the_history_that_it_is_of(kernel, tmp_path):
+    """Who had another one may have had counters given back that are in that alone."""
+    keeper, now = Keeper("a"), time.time()
+
+    def covered(state):
+        config = AgentConfig(
+            node="n1",
+            server="unix:///nowhere",
+            run_dir=tmp_path,
+            state_dir=tmp_path / state,
+            bpffs=tmp_path,
+            trust_domain="mesh.consul",
+        )
+        config.state_dir.mkdir(exist_ok=True)
+        observation = Observation(config)
+        observation.attach(keeper.workload)
+        observation.collect(now + 60.0, [keeper])
+        (interval,) = observation._ledger.coverage(keeper.workload.key)
+        assert observation.observed_since(keeper.workload) == 1.0
+        observation.close()
+        return interval
+
+    first = covered("first")
+    assert now <= first.start < now + 60.0
+    assert covered("first") == first, "it is continued"
+    assert covered("another").start >= first.start

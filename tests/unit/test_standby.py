@@ -7,6 +7,8 @@ import socket
 import pytest
 
 from tidegate.errors import InputError, TidegateError
+from tidegate.kernel.errors import KernelError
+from tidegate.node import standby
 from tidegate.node.config import AgentConfig, load_config
 from tidegate.node.holding import held_alone
 from tidegate.node.standby import stand_by
@@ -35,6 +37,14 @@ def config(tmp_path, unused_port):
     for directory in (made.run_dir, made.state_dir, made.bpffs):
         directory.mkdir()
     return made
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch):
+    """What the kernel is asked before it stands by."""
+    asked = []
+    monkeypatch.setattr(standby, "try_programs", lambda: asked.append("programs"))
+    return asked
 
 
 @pytest.fixture
@@ -80,8 +90,9 @@ class TestStandingBy:
         assert metrics[0] == 503
         assert "another agent runs on this node" in metrics[1]
 
-    def test_is_over_at_once_where_no_other_agent_is(self, config):
+    def test_is_over_at_once_where_no_other_agent_is(self, config, kernel):
         asyncio.run(asyncio.wait_for(stand_by(config, asyncio.Event()), DEADLINE_S))
+        assert kernel == [], "the programs are loaded once"
 
     def test_leaves_the_port_and_the_directories_free(self, config):
         asyncio.run(self._while_held(config, config.run_dir))
@@ -101,6 +112,16 @@ class TestStandingBy:
                 await asyncio.wait_for(waiting, DEADLINE_S)
 
         asyncio.run(stopped())
+
+    def test_does_not_begin_with_programs_that_the_kernel_refuses(self, config, monkeypatch):
+        def refuse():
+            raise KernelError("the verifier rejects from_pod")
+
+        monkeypatch.setattr(standby, "try_programs", refuse)
+        with held_alone(config.run_dir), pytest.raises(KernelError, match="rejects from_pod"):
+            asyncio.run(asyncio.wait_for(stand_by(config, asyncio.Event()), DEADLINE_S))
+        with pytest.raises(ConnectionRefusedError):
+            asked(config, "/readyz")
 
     def test_says_which_directory_is_not_there(self, config):
         config.state_dir.rmdir()

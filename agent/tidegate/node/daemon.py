@@ -1,13 +1,14 @@
 """The agent of one node: one level-triggered loop over its workloads.
 
 Each round: ask the sources who lives here; observe every workload; move each towards what it should be; read the
-evidence. What the intent server has to say, and to be told, goes on beside it. Work that blocks runs in other threads:
-that on a single workload (rules, its sidecar) in those of a pool, so that a slow one holds up no other; all else (eBPF,
-SQLite) in one worker thread, so that nothing of it needs a lock. Stopping leaves rules, programs, maps and sidecars in
-place.
+evidence. What the intent server has to say, and to be told, goes on beside it, and so does the beginning of
+observation, for which the kernel takes its time. Work that blocks runs in other threads: that on a single workload
+(rules, its sidecar) in those of a pool, so that a slow one holds up no other; all else (eBPF, SQLite) in one worker
+thread, piece by piece, so that nothing of it needs a lock. Stopping leaves rules, programs, maps and sidecars in place.
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import time
@@ -60,8 +61,8 @@ AWAITING_S = 0.05
 """How often it is looked whether a sidecar listens by now that outbound connections pass until then."""
 SOURCE_PAUSE_S = 1.0
 """How soon a source's work in the background is begun again that came upon a defect."""
-OBSERVE_S = 0.3
-"""How long a round begins to observe further workloads: the kernel can take its time for each."""
+OBSERVE_S = 0.02
+"""After how long in which workloads were begun to be observed the worker does what else there is."""
 GIVE_BACK_S = 5.0
 """How often memory is given back that the agent's start, or taking workloads in or out, has taken for a while."""
 
@@ -129,8 +130,10 @@ class Daemon:
         self._instances: tuple[Instance, ...] = ()
         self._known = neighbours(())
         """What is known of `_instances`."""
-        self._observed_until = 0
-        """At which workload the latest round had no time left to observe more."""
+        self._unobserved: collections.deque[Workload] = collections.deque()
+        """What the latest round found and is still to be observed."""
+        self._found = asyncio.Event()
+        """Set when a round knows what is to be observed, and has asked for the rules of all."""
         self._given_back_at = 0.0
         self._round_at = 0.0
         self._is_ready = False
@@ -167,6 +170,7 @@ class Daemon:
                 await stack.enter_async_context(self._cni.running())
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             tasks.create_task(self._rounds(stop))
+            tasks.create_task(self._observing(stop))
             tasks.create_task(self._exchanging(stop))
             tasks.create_task(self._drift.run(stop))
             tasks.create_task(self._peers.run(self._peer_app, stop))
@@ -240,8 +244,7 @@ class Daemon:
                 self._problems.clear("catalog")
             await self._work(self._follow, workloads, snapshot)
             asked = await self._work(self._reconcile, workloads, known, intents)
-            # Meanwhile: nothing waits for it that a new workload is waited for.
-            await self._work(self._observe, workloads)
+            self._found.set()
             await self._work(self._keepers.wait, asked)
             self._drift.follow(self._keepers.staying)
             if stop.is_set():
@@ -293,16 +296,26 @@ class Daemon:
                 continue
             with self._problems.defects_told("description", workload.id, workload.name):
                 self._keepers.take_in(workload)
+        self._unobserved = collections.deque(self._observation.unobserved(living.values()))
 
-    def _observe(self, workloads: tuple[Workload, ...]) -> None:
-        """Observes every workload; for many new ones that takes several rounds, each of which begins with the next."""
+    async def _observing(self, stop: asyncio.Event) -> None:
+        """After each round, and while the next ones go on: what they need the worker for comes in between."""
+        while not stop.is_set():
+            self._found.clear()
+            await self._tried("beginning to observe", self._observe(stop))
+            await first_of(None, stop, self._found)
+
+    async def _observe(self, stop: asyncio.Event) -> None:
+        while not stop.is_set() and self._unobserved:
+            await self._work(self._observe_some)
+
+    def _observe_some(self) -> None:
         until = time.monotonic() + OBSERVE_S
-        first = self._observed_until % max(1, len(workloads))
-        for number, workload in enumerate((*workloads[first:], *workloads[:first]), first + 1):
+        while self._unobserved:
+            workload = self._unobserved.popleft()
             if not self._keepers.is_leaving(workload):
                 self._observation.attach(workload)
             if time.monotonic() > until:
-                self._observed_until = number
                 return
 
     def _reconcile(
@@ -438,6 +451,7 @@ class Daemon:
             return Status(
                 node=self._config.node,
                 trust_domain=self._config.trust_domain,
+                profile=self._config.profile,
                 round_at=self._round_at,
                 workloads=tuple(self._workload_status(one) for one in self._keepers.all),
                 left_alone=self._census.left_alone,

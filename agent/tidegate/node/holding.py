@@ -30,7 +30,7 @@ def held_alone(directory: Path) -> Iterator[None]:
             _lock(descriptor)
         except BlockingIOError as error:
             who = f" (process {pid})" if (pid := _written(holder)) else ""
-            raise TidegateError(f"another agent{who} uses {directory}") from error
+            raise TidegateError(f"another agent{who} uses {directory}; end it first") from error
         except OSError as error:
             raise TidegateError(f"{directory} cannot be locked: {error.strerror}") from error
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ belongs to one thread at a time: the daemon calls everything here from its one w
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import assert_never
 
@@ -27,10 +28,11 @@ from tidegate.model import (
 )
 from tidegate.node.config import AgentConfig, Profile
 from tidegate.node.flows import NamedEdge, named
-from tidegate.node.keeper import Keeper, policy_for
+from tidegate.node.keeper import Keeper
 from tidegate.node.log import Log
 from tidegate.node.mesh import NodeEvidence, NodeFlows
 from tidegate.node.metrics import Observed, Traffic
+from tidegate.node.policies import policy_for
 from tidegate.node.wanted import service_ports
 from tidegate.observe.classifier import (
     ISTIO,
@@ -77,9 +79,14 @@ class Observation:
         self._classifier = Classifier.open(config.bpffs)
         self._classifier.set_profile(_profile(config))
         self._ledger = Ledger.open(config.state_dir / "ledger.sqlite")
+        is_known = self._ledger.generation == self._classifier.generation
+        self._counted_since = 0.0 if is_known else time.time()
+        """Before, another ledger took what the kernel counted, and may have had counters given back."""
         self._attachments: dict[int, Attachment] = {
             each.workload_key: each for each in self._classifier.attachments()
         }
+        self._held = set(self._attachments)
+        """Workloads of which the kernel has something, also when their interface is gone."""
         self._attached_for: dict[int, Workload] = {}
         """The description by which each workload was attached."""
         self._witnesses: dict[int, WitnessState] = {}
@@ -140,6 +147,18 @@ class Observation:
             if about[0] in keys | self._attachments.keys()
         }
 
+    def unobserved(self, living: Iterable[Workload]) -> list[Workload]:
+        """What is to be attached, or by another description than it was.
+
+        The youngest come first, of which the least has passed unseen, and last what could not be attached before.
+        """
+        wanted = [
+            one
+            for one in living
+            if one.key not in self._attachments or self._attached_for.get(one.key) != one
+        ]
+        return sorted(wanted, key=lambda one: (bool(self.problem(one)), -one.created_at))
+
     def attach(self, workload: Workload) -> None:
         """Sees to it that a workload's interface is observed; a failure is kept as its problem."""
         self._to_forget.discard(workload.key)
@@ -161,8 +180,7 @@ class Observation:
             self._defects.pop(about, None)
 
     def _keep_attached(self, workload: Workload) -> None:
-        if workload.key in self._attachments and self._attached_for.get(workload.key) == workload:
-            return
+        self._held.add(workload.key)
         try:
             attachment = self._attach(workload)
         except (KernelError, TidegateError, OSError) as error:
@@ -183,20 +201,18 @@ class Observation:
         for place in (netns.CURRENT, MACHINE_NETNS):
             on_host = self._other_end(place, workload)
             if on_host is not None:
-                is_elsewhere = place != netns.CURRENT
-                return netns.run_in(
-                    place,
-                    self._classifier.attach,
-                    workload.key,
-                    on_host,
-                    Side.HOST,
-                    ports,
-                    elsewhere=is_elsewhere,
-                )
+                return netns.run_in(place, self._attach_at, workload.key, on_host, Side.HOST, ports)
         inside = netns.run_in(workload.netns, socket.if_nametoindex, workload.interface)
         return netns.run_in(
-            workload.netns, self._classifier.attach, workload.key, inside, Side.INSIDE, ports
+            workload.netns, self._attach_at, workload.key, inside, Side.INSIDE, ports
         )
+
+    def _attach_at(
+        self, workload_key: int, ifindex: int, side: Side, ports: tuple[int, ...]
+    ) -> Attachment:
+        """At this interface alone: at both ends of one each packet would count twice."""
+        self._classifier.detach_others(workload_key, ifindex)
+        return self._classifier.attach(workload_key, ifindex, side, ports)
 
     def _other_end(self, place: str, workload: Workload) -> int | None:
         """Index, in that namespace, of the other end of a workload's interface; None when it is not there."""
@@ -216,6 +232,7 @@ class Observation:
 
     def _let_go(self, workload_key: int) -> None:
         self._classifier.detach(workload_key)
+        self._held.discard(workload_key)
         self._to_forget.add(workload_key)
         self._attachments.pop(workload_key, None)
         self._attached_for.pop(workload_key, None)
@@ -224,9 +241,8 @@ class Observation:
         self._problems.pop(workload_key, None)
 
     def unclaimed(self, living: Iterable[Workload]) -> tuple[int, ...]:
-        """Keys of attachments that belong to no living workload."""
-        keys = {workload.key for workload in living}
-        return tuple(key for key in self._attachments if key not in keys)
+        """Keys of what is held for workloads that do not live any more, observed until now or not."""
+        return tuple(self._held - {workload.key for workload in living})
 
     def collect(self, now: float, keepers: Iterable[Keeper]) -> None:
         """One round: sidecars' counters, then kernel edges, into ledger and witnesses."""
@@ -236,7 +252,8 @@ class Observation:
             key, name = keeper.workload.key, keeper.workload.name
             attachment = self._attachments.get(key)
             if attachment is not None:
-                self._ledger.extend(keeper.workload, attachment.attached_at, now)
+                since = max(attachment.attached_at, self._counted_since)
+                self._ledger.extend(keeper.workload, since, now)
             counts = None
             with self._defects_told(key, name, "asked for its sidecar's counters"):
                 counts = self._sidecar_counts(keeper)

@@ -6,6 +6,7 @@ old one ends. Rules, programs and counts stay in the kernel meanwhile.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterable
@@ -14,14 +15,19 @@ from pathlib import Path
 
 from tidegate.addresses import Endpoint
 from tidegate.errors import TidegateError
+from tidegate.kernel.memory import give_back
 from tidegate.node.config import AgentConfig
 from tidegate.node.events import first_of
 from tidegate.node.listening import listening
 from tidegate.node.log import Log
 from tidegate.node.pulse import Pulse
+from tidegate.observe.classifier import Classifier
 
 POLL_S = 0.05
 """How long nobody may work on the node between two agents; flock(2) tells nobody who does not wait in the kernel."""
+
+_FRAME = 64
+"""Bytes of a packet that says nothing."""
 
 log = Log("standby")
 
@@ -30,11 +36,12 @@ async def stand_by(config: AgentConfig, stop: asyncio.Event) -> None:
     """Returns when no other agent holds the directories, or `stop` is set.
 
     Meanwhile /healthz and /readyz are answered where the configuration says. TidegateError when that, or a directory,
-    cannot be used.
+    cannot be used; KernelError when the kernel refuses the programs: while another agent runs, nothing depends on them.
     """
     directories = (config.run_dir, config.state_dir, config.bpffs)
     if not _held(directories):
         return
+    await asyncio.to_thread(try_programs)
     log.info("another agent runs on this node; standing by until it ends", node=config.node)
     async with AsyncExitStack() as stack:
         if config.metrics:
@@ -43,6 +50,13 @@ async def stand_by(config: AgentConfig, stop: asyncio.Event) -> None:
             await stack.enter_async_context(listening(place, _no_metrics, pulse))
         while _held(directories) and not stop.is_set():
             await first_of(POLL_S, stop)
+
+
+def try_programs() -> None:
+    """Loads the classifier beside the other agent's, and lets it go. KernelError when the kernel refuses it."""
+    with contextlib.closing(Classifier.private(report=False, flows=1)) as classifier:
+        classifier.programs[0].test_run(bytes(_FRAME))
+    give_back()
 
 
 class _Waiting(Pulse):

@@ -23,14 +23,13 @@ from tidegate.model import CountedEdge, Direction, Edge, FlowClass, Hint
 from tidegate.observe import abi
 from tidegate.observe.edges import CLASSES, DIRECTIONS, HINTS, EdgeTable, address
 from tidegate.observe.flow_map import FlowMap, key_of
-from tidegate.observe.hold import BEST, HELLOS, HOST_SCOPE, PACKAGED_OBJECT, By, Hold, Way
+from tidegate.observe.hold import BEST, HELLOS, PACKAGED_OBJECT, By, Hold, Way, scope_here
 from tidegate.observe.pins import Pinned
 from tidegate.observe.private import Private
 
 _COMMON_PROFILE = 0
 """The profile of all attachments that have none of their own."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_OWN_NETNS = Path("/proc/thread-self/ns/net")
 
 
 class Side(enum.StrEnum):
@@ -88,8 +87,8 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True):
     side: Side
     attached_at: float
     """Since when both ways are observed without a gap, seconds since the Unix epoch."""
-    scope: int = HOST_SCOPE
-    """0 on the host side, the inode number of the workload's network namespace inside."""
+    scope: int
+    """The inode number of the network namespace in which the interface is."""
 
 
 class Losses(msgspec.Struct, frozen=True, kw_only=True):
@@ -249,7 +248,7 @@ class Classifier:
 
     @property
     def programs(self) -> tuple[Program, Program]:
-        """What serves the node's own namespace: for packets from the pod, and for packets to it."""
+        """What packets are given to that pass no interface: one for those from the pod, one for those to it."""
         return self._hold.programs
 
     @property
@@ -297,12 +296,8 @@ class Classifier:
         ifindex: int,
         side: Side,
         service_ports: tuple[int, ...],
-        *,
-        elsewhere: bool = False,
     ) -> Attachment:
         """Observes an interface from now on, or goes on observing it: then only the ports change.
-
-        On the host's side that is one of the agent's own namespace, or, `elsewhere`, of another one.
 
         The calling thread has to be in the interface's network namespace. service_ports (at most 16) tell the
         direction of connections that were open before.
@@ -311,9 +306,7 @@ class Classifier:
             raise InputError(
                 f"{len(service_ports)} service ports", expected=f"at most {abi.SERVICE_PORTS}"
             )
-        in_agents = side is Side.HOST and not elsewhere
-        scope = HOST_SCOPE if in_agents else _OWN_NETNS.stat().st_ino
-        interface = abi.Interface(scope=scope, ifindex=ifindex)
+        interface = abi.Interface(scope=scope_here(), ifindex=ifindex)
         known = self._attachment(interface)
         entry = abi.Attachment(
             workload=workload_key,
@@ -354,8 +347,15 @@ class Classifier:
 
     def detach(self, workload_key: int) -> None:
         """Stops observing every interface of a workload. Its edges stay until they are forgotten."""
+        self._detach_all(workload_key, None)
+
+    def detach_others(self, workload_key: int, ifindex: int) -> None:
+        """Stops observing what other interfaces a workload has than this one of the calling thread's namespace."""
+        self._detach_all(workload_key, (scope_here(), ifindex))
+
+    def _detach_all(self, workload_key: int, but: tuple[int, int] | None) -> None:
         for interface, entry in self._entries():
-            if entry.workload == workload_key:
+            if entry.workload == workload_key and (interface.scope, interface.ifindex) != but:
                 self._detach(interface)
 
     def forget_edges(self, workload_key: int) -> None:

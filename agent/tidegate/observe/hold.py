@@ -28,9 +28,6 @@ from tidegate.observe import abi
 PACKAGED_OBJECT = Path(__file__).parent.parent / "bpf" / "classifier.bpf.o"
 """The compiled programs as the package ships them; `make -C bpf` makes them."""
 
-HOST_SCOPE = 0
-"""The scope of interfaces in the node's own namespace; others have the inode number of theirs."""
-
 HELLOS = "hellos"
 """The ring buffer."""
 
@@ -74,11 +71,18 @@ class Variant(NamedTuple):
     """The constants by which copies of the programs differ."""
 
     scope: int
+    """The inode number of the network namespace in which they run."""
     link_header: int
     """Bytes before the IP header."""
 
 
-HOST = Variant(HOST_SCOPE, 14)
+AS_COMPILED = Variant(0, 14)
+"""Of programs that are on no interface."""
+
+
+def scope_here() -> int:
+    """The scope of the calling thread's network namespace: the same for every agent, wherever that is itself."""
+    return netns.identity(netns.CURRENT).inode
 
 
 class Compiled:
@@ -112,9 +116,7 @@ class Compiled:
     ) -> Iterator[Object]:
         """A copy of the programs, with maps that exist, or with maps of its own; or nothing but these."""
         with self.opened() as compiled:
-            constants = {"scope": variant.scope, "link_header": variant.link_header}
-            constants["report"] = int(report)
-            _set_constants(compiled, constants)
+            _set_constants(compiled, {**variant._asdict(), "report": int(report)})
             if flows is not None:
                 compiled.resize(_FLOWS, flows)
             if HELLOS in compiled.map_names() and not report:
@@ -154,8 +156,8 @@ class Hold(abc.ABC):
 
     @property
     def programs(self) -> tuple[Program, Program]:
-        """What serves the node's own namespace: for packets from the pod, and for packets to it."""
-        return self._copy(HOST)
+        """What packets are given to that pass no interface: one for those from the pod, one for those to it."""
+        return self._copy(AS_COMPILED)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -193,10 +195,7 @@ class Hold(abc.ABC):
 
     @abc.abstractmethod
     def is_attached(self, interface: abi.Interface) -> bool:
-        """Whether both programs still are on the interface that they were attached to.
-
-        For filters in the node's own namespace the calling thread has to be in that.
-        """
+        """Whether both programs still are on the interface that they were attached to."""
 
     def detach(self, interface: abi.Interface) -> None:
         """Takes off what is on an interface; nothing is no error."""
@@ -270,7 +269,7 @@ def _layout(compiled: Object, names: Iterable[str]) -> str:
 
 def _set_constants(compiled: Object, constants: Mapping[str, int]) -> None:
     """Sets them; programs that do not have one are right where it says what they are made for."""
-    made_for = {"scope": HOST_SCOPE, "link_header": HOST.link_header, "report": 0}
+    made_for = {**AS_COMPILED._asdict(), "report": 0}
     known = compiled.constants()
     compiled.set_constants(
         **{
@@ -285,7 +284,7 @@ def in_scope(
     scope: int, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
 ) -> _T | None:
     """What a function returns in the namespace of a scope; None when that is gone."""
-    path = netns.CURRENT if scope == HOST_SCOPE else netns.path_of(scope)
+    path = netns.path_of(scope)
     return None if path is None else netns.run_in(path, function, *args, **kwargs)
 
 

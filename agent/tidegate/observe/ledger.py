@@ -10,6 +10,7 @@ import bisect
 import os
 import sqlite3
 import time
+from collections import Counter as Tally
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +129,11 @@ class Ledger:
         """Ends the use of the file. Everything recorded is in it already."""
         self._db.close()
 
+    @property
+    def generation(self) -> str:
+        """Identity of the map whose counts it has; empty while it has none."""
+        return self._generation
+
     def problems(self) -> tuple[str, ...]:
         """What costs history at present, one sentence each; empty when nothing does."""
         present = (*self._damage, self._write_problem, self._limit_problem)
@@ -189,9 +195,11 @@ class Ledger:
         return self._counting.totals
 
     @property
-    def held(self) -> int:
-        """How many edges the kernel counts."""
-        return len(self._counting.counters)
+    def held(self) -> Mapping[FlowClass, int]:
+        """How many edges the kernel counts, by class."""
+        # One step, which another thread cannot come between.
+        counters = tuple(self._counting.counters.values())
+        return Tally(one.edge.key.flow_class for one in counters)
 
     def dispensable(self, now: float, room: int) -> list[tuple[int, int]]:
         """Counters (slot and generation) that the kernel may give back, everything of them being stored: of

@@ -24,9 +24,8 @@ from tidegate.kernel.bpf_object import Object
 from tidegate.kernel.errors import KernelError
 from tidegate.observe import abi
 from tidegate.observe.hold import (
+    AS_COMPILED,
     BEST,
-    HOST,
-    HOST_SCOPE,
     OWNER,
     PROGRAMS,
     TCX_TYPES,
@@ -38,6 +37,7 @@ from tidegate.observe.hold import (
     detach_filters,
     in_scope,
     programs_of,
+    scope_here,
 )
 
 _CLSACT = "clsact"
@@ -56,6 +56,8 @@ class Pinned(Hold):
     def __init__(self, directory: Path, compiled: Compiled, by: tuple[By, ...]) -> None:
         super().__init__(compiled, by, OWNER)
         self._directory = directory
+        self._own = Variant(scope_here(), AS_COMPILED.link_header)
+        """Of the copy that is there when there is no other."""
 
     @classmethod
     def open(
@@ -71,8 +73,10 @@ class Pinned(Hold):
             pinned.maps = pinned._maps_that_fit()
             if not pinned.maps:
                 pinned._begin()
-            pinned._copy(HOST)
             pinned._upgrade()
+            if not pinned._copies_there():
+                # Programs that the kernel refuses are refused now, and not to each workload.
+                pinned._copy(pinned._own)
             undo.pop_all()
         return pinned
 
@@ -102,7 +106,7 @@ class Pinned(Hold):
 
     def _begin(self) -> None:
         """New maps and programs; what is there goes on until the kernel has accepted these."""
-        with self._compiled.loaded(HOST) as compiled:
+        with self._compiled.loaded(self._own) as compiled:
             self.maps = {name: compiled.map(name) for name in self._compiled.kept}
             _remove_all(self._directory)
             for name in ("maps", "programs", "links"):
@@ -110,7 +114,7 @@ class Pinned(Hold):
             for name, each in self.maps.items():
                 each.pin(self._directory / "maps" / name)
             (self._directory / (_LAYOUT + self._compiled.layout)).mkdir()
-            self._copies[HOST] = self._pin_copy(HOST, compiled)
+            self._copies[self._own] = self._pin_copy(self._own, compiled)
 
     def _upgrade(self) -> None:
         """Puts these programs in the place of others, wherever those are attached."""
@@ -120,7 +124,7 @@ class Pinned(Hold):
                 self._upgrade_filters(_interface(directory), known)
             elif not self._upgrade_links(directory, known):
                 _remove_links(self._directory, directory)
-        for copy in (self._directory / "programs").iterdir():
+        for copy in self._copies_there():
             if not copy.name.startswith(self._compiled.digest):
                 shutil.rmtree(copy)
         self._remove_unused_copies()
@@ -221,13 +225,16 @@ class Pinned(Hold):
 
     def _remove_unused_copies(self) -> None:
         """Copies for namespaces in which nothing is attached."""
-        used = {HOST_SCOPE, *(_interface(directory).scope for directory in self._links())}
-        for directory in (self._directory / "programs").iterdir():
+        used = {self._own.scope, *(_interface(directory).scope for directory in self._links())}
+        for directory in self._copies_there():
             variant = _variant(directory)[1]
             if variant.scope not in used:
                 for program in self._copies.pop(variant, ()):
                     program.close()
                 shutil.rmtree(directory)
+
+    def _copies_there(self) -> tuple[Path, ...]:
+        return _entries(self._directory / "programs")
 
     def _links(self) -> tuple[Path, ...]:
         return _entries(self._directory / "links")

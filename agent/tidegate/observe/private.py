@@ -6,9 +6,9 @@ from pathlib import Path
 from tidegate.kernel.bpf import Link, Program
 from tidegate.observe import abi
 from tidegate.observe.hold import (
+    AS_COMPILED,
     BEST,
     HELLOS,
-    HOST,
     PROGRAMS,
     TCX_TYPES,
     By,
@@ -41,7 +41,9 @@ class Private(Hold):
         self._report, self._flows = report, flows
         self._links: dict[tuple[int, int], list[Link]] = {}
         self._filters: set[tuple[int, int]] = set()
-        with self._compiled.loaded(HOST, report=report, flows=flows, only_maps=True) as compiled:
+        with self._compiled.loaded(
+            AS_COMPILED, report=report, flows=flows, only_maps=True
+        ) as compiled:
             names = [
                 name
                 for name in compiled.map_names()
