@@ -107,7 +107,7 @@ def end_sidecars(netns_path):
     if Path(netns_path).exists():
         for pid in netns.pids(netns_path):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if Path(f"/proc/{pid}").stat().st_uid == DEFAULT_PROXY_UID:
+                if is_sidecar(pid):
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -388,6 +388,34 @@ def test_a_workload_that_moves_to_another_namespace_takes_its_sidecar_and_its_ru
             assert len(sidecars(node)) == 1
 
     run(scenario())
+
+
+def test_a_sidecar_whose_directory_somebody_removed_is_replaced_with_rules_in_place(node, pods):
+    pod, _ = pods
+    node.put("api", pod)
+
+    async def scenario():
+        async with running(node.server):
+            async with node.agent() as daemon:
+                first = await status_where(daemon, "api", is_meshed)
+                shutil.rmtree(node.config.run_dir / "sidecars")
+                second = await status_where(
+                    daemon, "api", lambda one: is_meshed(one) and one.pid != first.pid
+                )
+                assert has_rules(pod.pod)
+            shutil.rmtree(node.config.run_dir / "sidecars")
+            async with node.agent() as daemon:
+                third = await status_where(
+                    daemon, "api", lambda one: is_meshed(one) and one.pid != second.pid
+                )
+                assert third.repairs == 0
+                assert [pid for pid in netns.pids(pod.pod) if is_sidecar(pid)] == [third.pid]
+
+    run(scenario())
+
+
+def is_sidecar(pid):
+    return Path(f"/proc/{pid}").stat().st_uid == DEFAULT_PROXY_UID
 
 
 def test_an_agent_that_returns_to_a_workload_with_another_name_replaces_its_sidecar(node, pods):

@@ -1,18 +1,24 @@
 """What `tidegate doctor` says of a node beyond its kernel: each finding once well and once not."""
 
+import asyncio
 import fcntl
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
+import threading
+import time
+import types
 from pathlib import Path
 
 import msgspec
 import pytest
 from classifying import bpffs
-from namespaces import eventually, namespace, pair_of
+from namespaces import DEADLINE_S, eventually, namespace, pair_of
 
+from tidegate.catalog.server import ServerConfig, running
 from tidegate.kernel import features, netns, processes
 from tidegate.kernel.bpf import AttachType, Link, Program
 from tidegate.node import cni_install, inspection
@@ -105,6 +111,17 @@ def test_an_agent_with_few_descriptors_is_told():
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.parametrize(("limit", "state"), [(128, State.NOTE), (8192, State.WELL)])
+def test_a_node_on_which_few_sidecars_can_run_is_told(limit, state, tmp_path, monkeypatch):
+    setting = tmp_path / "max_user_instances"
+    setting.write_text(f"{limit}\n")
+    monkeypatch.setattr(inspection, "_INOTIFY_LIMIT", setting)
+    assert one("inotify instances") == (
+        state,
+        f"a user may have {limit}, which {limit // 6} sidecars of the agent's take",
+    )
+
+
 def test_the_plugin_has_to_be_the_last_of_the_chain(config, cni):
     config = msgspec.structs.replace(config, cni=CniConfig())
     file = cni.conf_dir / "10-net.conflist"
@@ -190,6 +207,49 @@ def test_a_full_table_of_connections_is_told_by_workload(monkeypatch):
         state, detail = one("connection tracking", workloads=[place])
         assert state is State.WRONG
         assert detail.startswith("of 100 entries that a namespace may have web has 80: ")
+
+
+def test_without_the_directory_of_the_network_configuration_nothing_is_said_of_it(config, cni):
+    config = msgspec.structs.replace(config, cni=CniConfig())
+    (cni.conf_dir / "10-net.conflist").unlink()
+    cni.conf_dir.rmdir()
+    assert one("CNI", config) == (State.UNKNOWN, f"{cni.conf_dir} is not to be seen from here")
+
+
+@pytest.fixture
+def server(config, tmp_path):
+    """The configuration of an agent whose intent server answers."""
+    address = f"unix://{tmp_path}/server.sock"
+    server = ServerConfig(state_dir=tmp_path / "server", listen=address, trust_domain="mesh.consul")
+    ready, stop = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve():
+        async with running(server):
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert ready.wait(DEADLINE_S)
+    yield msgspec.structs.replace(config, server=address)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+    loop.close()
+
+
+@pytest.mark.parametrize(("ahead_s", "words"), [(300, "ahead of"), (-300, "behind")])
+def test_a_clock_that_is_not_the_intent_servers_is_told(server, monkeypatch, ahead_s, words):
+    shifted = types.SimpleNamespace(time=lambda: time.time() + ahead_s)
+    monkeypatch.setattr(inspection, "time", shifted)
+    (told,) = [sentence for state, sentence in found("clock", server) if state is State.WRONG]
+    (seconds,) = re.findall(rf"it is (\d+) s {words} the intent server's", told)
+    # An answer has whole seconds.
+    assert 295 <= int(seconds) <= 300
+
+
+def test_a_clock_that_is_the_intent_servers_is_well(server):
+    assert State.WRONG not in [state for state, _ in found("clock", server)]
 
 
 def test_servers_that_do_not_answer_are_told(config):

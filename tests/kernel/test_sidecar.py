@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -478,6 +479,31 @@ def test_an_envoy_that_cannot_start_says_why(state: Path, pair: Pair) -> None:
     last_exit = envoy.ensure(now).last_exit
     assert "exited with status 1" in last_exit
     assert "nonsense" in last_exit
+
+
+def test_an_envoy_that_gets_no_inotify_instance_says_which_limit_to_raise(
+    state: Path, ca: MeshCA, pair: Pair
+) -> None:
+    """The limit is that of all sidecars of a machine: they have one user. Here it is another one's."""
+    user = 5994
+    files = SidecarFiles(state / "api", uid=user, gid=user)
+    envoy = EnvoyProcess(files, pair.pod, envoy=binary())
+    api = Sidecar(ca, pair.pod, files, envoy, SidecarAdmin(files.working))
+    api.write_leaves("api")
+    files.write_bootstrap(render.bootstrap("test-api", "api"))
+    files.write_configuration(render.render(API))
+    code = f"import os, ctypes; os.setuid({user}); init = ctypes.CDLL(None).inotify_init"
+    code = f"{code}\nwhile init() >= 0: pass\nprint(flush=True); input()"
+    taking = [sys.executable, "-c", code]
+    with subprocess.Popen(taking, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as taker:
+        assert taker.stdout is not None
+        taker.stdout.readline()
+        now = time.monotonic()
+        until(lambda: envoy.ensure(now).last_exit, "it ends")
+        assert "raise fs.inotify.max_user_instances" in envoy.state.last_exit
+        taker.communicate()
+    until(lambda: envoy.ensure(now + 1).phase is Phase.RUNNING, "it runs")
+    envoy.stop(5)
 
 
 def test_stopping_twice_is_the_same_as_once(api: Sidecar) -> None:

@@ -446,6 +446,11 @@ def test_a_contradiction_with_the_base_is_told_at_the_annotation():
         ("tidegate.io/excluded-uids", "tidegate.io/exclude-uids"),
         (f"{ISTIO}excludeInboundPort", f"{ISTIO}excludeInboundPorts"),
         (f"{ISTIO}includeOutboundIpRanges", f"{ISTIO}includeOutboundIPRanges"),
+        ("tidegate.io/mehs", "tidegate.io/mesh"),
+        ("tidgate.io/exclude-inbound-ports", "tidegate.io/exclude-inbound-ports"),
+        ("Tidegate.io/mesh", "tidegate.io/mesh"),
+        ("consul.hashicop.com/transparent-proxy", CONSUL),
+        ("trafic.sidecar.istio.io/excludeInboundPorts", f"{ISTIO}excludeInboundPorts"),
     ],
 )
 def test_a_mistyped_annotation_is_a_fault_that_names_the_nearest(mistyped, nearest):
@@ -515,7 +520,11 @@ def test_for_an_annotation_that_is_like_no_other_none_is_guessed(name, like):
         "sidecar.istio.io/status",
         "istio.io/rev",
         "tidegate.io/mesh",
+        "tidegate.io/service",
+        "tidegate.io/port",
         "tidegate.example/exclude-inbound-port",
+        "traffic.kuma.io/exclude-inbound-ports",
+        "api-gateway.consul.hashicorp.com/mesh",
     ],
 )
 def test_annotations_about_other_things_are_left_alone(name):

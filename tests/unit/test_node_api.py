@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import stat
 import threading
@@ -538,6 +539,45 @@ def test_a_socket_that_an_agent_answers_at_is_left_alone(tmp_path):
         with pytest.raises(TidegateError, match=r"answers at .* already"):
             api.listen(path)
         assert path.stat().st_ino == before
+
+
+def test_a_socket_that_was_taken_away_is_there_again_and_nothing_is_left_of_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(api, "LOOK_S", 0.01)
+    path = tmp_path / "run" / "agent.sock"
+    served = []
+
+    @contextlib.asynccontextmanager
+    async def serve(listener):
+        served.append(listener)
+        yield
+
+    async def there_again(before):
+        until = time.monotonic() + 10
+        while len(served) == before or served[before - 1].fileno() != -1:
+            assert time.monotonic() < until
+            await asyncio.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+
+    async def scenario():
+        async with api.serving_at(path, serve):
+            path.unlink()
+            await there_again(1)
+            shutil.rmtree(path.parent)
+            await there_again(2)
+            # Another agent's is left alone, and tried for again.
+            path.unlink()
+            with api.listen(path):
+                file = path.stat().st_ino
+                await asyncio.sleep(0.05)
+                assert path.stat().st_ino == file
+            await there_again(3)
+        assert not path.exists()
+        assert [one.fileno() for one in served] == [-1] * 4
+
+    asyncio.run(scenario())
 
 
 def test_an_agent_too_busy_to_answer_is_not_replaced(tmp_path):

@@ -4,18 +4,20 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from tidegate.addresses import endpoint
-from tidegate.catalog.client import CatalogClient, NodeInfo
+from tidegate.catalog.client import WRONG_CLOCK_S, CatalogClient, NodeInfo, leaf_is_due
 from tidegate.catalog.server import ServerConfig, running
 from tidegate.errors import InputError, TidegateError
 from tidegate.identity.spiffe import AGENT_SERVICE
 from tidegate.model import Instance, Workload
 from tidegate.node import api
+from tidegate.node import mesh as mesh_module
 from tidegate.node import peers as peers_module
 from tidegate.node.config import AgentConfig
 from tidegate.node.exchange import Exchange
@@ -58,6 +60,8 @@ class Node:
             trust_domain="mesh.consul",
         )
         self.name = name
+        self.clock_off_s = 0.0
+        self.hangs = False
         self.instance = Instance(
             id=f"id-{name}",
             name=f"api-{name}",
@@ -75,8 +79,11 @@ class Node:
         self.mesh = MeshView(self.config, intent, catalog, local, self.peers.towards)
 
     async def evidence(self, _service, _window_s):
+        if self.hangs:
+            await asyncio.Event().wait()
         own = InstanceEvidence(instance=self.instance, created_at=0.0, inbound_redirected=True)
-        return NodeEvidence(node=self.name, instances=(own,))
+        at = time.time() + self.clock_off_s
+        return NodeEvidence(node=self.name, at=at, instances=(own,))
 
     async def flows(self, _window_s):
         return NodeFlows(node=self.name, observed=(self.name,))
@@ -232,6 +239,29 @@ def test_a_node_that_answers_for_another_one_is_missing(server, tmp_path):
     with_nodes(server, tmp_path, scenario)
 
 
+@pytest.mark.parametrize(
+    ("off_s", "words"),
+    [(600.0, "its clock is 10 m ahead of"), (-600.0, "its clock is 10 m behind"), (0.5, "")],
+)
+def test_the_evidence_of_a_node_whose_clock_is_wrong_is_missing(server, tmp_path, off_s, words):
+    async def scenario(one, two, _catalog):
+        two.clock_off_s = off_s
+        assert words in (await one.missing()).get("n2", "")
+        assert bool(words) == ("n2" in await one.missing())
+
+    with_nodes(server, tmp_path, scenario)
+
+
+def test_a_node_that_takes_the_question_and_never_answers_is_missing(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(mesh_module, "PEER_TIMEOUT_S", 0.2)
+
+    async def scenario(one, two, _catalog):
+        two.hangs = True
+        assert "n2" in await one.missing()
+
+    with_nodes(server, tmp_path, scenario)
+
+
 def test_questions_go_on_while_the_root_is_exchanged_and_the_former_one_is_trusted(
     server, tmp_path
 ):
@@ -263,6 +293,26 @@ def test_a_certificate_is_renewed_before_it_ends(server, tmp_path, monkeypatch):
         await eventually(renewed)
 
     with_nodes(server, tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("now", "not_after", "is_due"),
+    [
+        (1000.0, 4600.0, False),
+        (1000.0 + 0.6 * 3600, 4600.0, False),
+        (1000.0 + 0.7 * 3600, 4600.0, True),
+        # The clock was set back since, by little or by much: of the leaf's life nothing is known.
+        (999.0, 4600.0, True),
+        (-86400.0, 4600.0, True),
+        # The clock is ahead of the server's: it would be due at every look.
+        (1000.0, 500.0, False),
+        (1000.0 + WRONG_CLOCK_S, 500.0, True),
+    ],
+)
+def test_a_leaf_that_was_fetched_by_a_wrong_clock_is_renewed_and_not_at_every_look(
+    now, not_after, is_due
+):
+    assert leaf_is_due(now, 1000.0, not_after) is is_due
 
 
 def test_a_port_that_is_taken_is_told_and_tried_again(server, tmp_path):

@@ -203,6 +203,22 @@ def test_what_happens_during_a_rest_is_told_until_it_has_been_looked_at(kept, en
     assert kept.repairs(0.0) == 1
 
 
+def test_who_changes_the_rules_again_and_again_is_told_and_logged_once_in_a_while(
+    kept, engine, clock, caplog
+):
+    for _ in range(100):
+        engine.differences = ("table inet tidegate is missing",)
+        kept.look(HERE)
+    assert "100 times in the last 60 s" in kept.contested
+    assert "table inet tidegate is missing" in kept.contested
+    assert len(caplog.records) == redirection.CONTESTED + 1
+    clock.now += redirection.CONTESTED_S + 1
+    assert kept.contested == ""
+    engine.differences = ("table inet tidegate is missing",)
+    kept.look(HERE)
+    assert len(caplog.records) == redirection.CONTESTED + 2
+
+
 def test_what_was_not_looked_at_is_forgotten_with_the_namespace_and_with_the_rules(kept, engine):
     for leave in (lambda: kept.remove(HERE), lambda: kept.enter(None)):
         engine.takes_s = 2 * LONG_S

@@ -9,6 +9,7 @@ user's decision.
 import calendar
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -66,6 +67,22 @@ class LeafMaterial(msgspec.Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"LeafMaterial({self.spiffe_uri!r}, serial={self.serial!r})"
+
+
+RENEW_AT = 0.66
+"""A leaf is renewed when this share of its life is over..."""
+WRONG_CLOCK_S = 30.0
+"""...and this long after it was fetched where it had ended by then, by a clock that is ahead of the server's."""
+
+
+def leaf_is_due(now: float, fetched_at: float, not_after: float) -> bool:
+    """Whether a leaf is to be renewed; all by this machine's clock, which may have been set since.
+
+    One that was fetched in the future was fetched by a clock that has been set back: its life is not what it seemed.
+    """
+    life = not_after - fetched_at
+    waits = RENEW_AT * life if life > 0 else WRONG_CLOCK_S
+    return not fetched_at <= now < fetched_at + waits
 
 
 class Root(msgspec.Struct, frozen=True, rename="pascal"):
@@ -234,6 +251,14 @@ class CatalogClient:
     async def list_roots(self) -> tuple[Root, ...]:
         """The roots of the mesh."""
         return (await self._get("/v1/connect/ca/roots", _Roots)).roots
+
+    async def clock(self) -> float | None:
+        """The server's time, in whole seconds since the Unix epoch; None where it does not say."""
+        answer = await self._transport.ask("GET", "/v1/connect/ca/roots")
+        try:
+            return parsedate_to_datetime(answer.date).timestamp()
+        except ValueError:
+            return None
 
     async def rotate_root(self, keep_s: float) -> tuple[Root, ...]:
         """Has leaves issued by a new root; the present one stays trusted for `keep_s` seconds. The roots afterwards."""

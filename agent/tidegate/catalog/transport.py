@@ -41,6 +41,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """X-Consul-Index, 0 where there is none."""
     default_policy: str
     """X-Consul-Default-Acl-Policy: which action holds where no intention matches."""
+    date: str
+    """Date, as HTTP has it."""
     body: bytes
     source: str
 
@@ -129,6 +131,7 @@ class Transport:
                     tag=response.headers.get("ETag", ""),
                     index=int(index) if index.isdecimal() and len(index) < 20 else 0,
                     default_policy=response.headers.get("X-Consul-Default-Acl-Policy", ""),
+                    date=response.headers.get("Date", ""),
                     body=await _bounded(response.content),
                     source=self.address,
                 )

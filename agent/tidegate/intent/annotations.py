@@ -41,6 +41,11 @@ CONSUL_CONFIG: Final = f"{CONSUL_PREFIX}redirect-traffic-config"
 NAMESPACE: Final = "namespace"
 """Source of a fault in a namespace's annotation."""
 
+MESH: Final = f"{TIDEGATE_PREFIX}mesh"
+SERVICE: Final = f"{TIDEGATE_PREFIX}service"
+PORT: Final = f"{TIDEGATE_PREFIX}port"
+"""What a pod says of itself besides its redirection: see workloads/kubernetes."""
+
 _INCLUDED_PORTS: Final = f"{TIDEGATE_PREFIX}include-outbound-ports"
 _ISTIO_INBOUND: Final = f"{ISTIO_PREFIX}includeInboundPorts"
 _SIMILAR = 0.85
@@ -51,6 +56,9 @@ _NEAR = 0.7
 
 _CLEAR = 0.9
 """From which likeness on it was the one that was meant, and others are not named."""
+
+_SIMILAR_DOMAIN = 0.8
+"""From which likeness on a domain with the rest of a name behind it is a mistyped one."""
 
 _ADVISED = 60
 """Most characters of a value that a message gives in full as it should be."""
@@ -328,7 +336,7 @@ ANNOTATIONS: Final[Mapping[str, Apply]] = {
 """The annotations that are read, in the order in which they are applied: the later wins."""
 
 _OTHERS: Final = frozenset(
-    {f"{TIDEGATE_PREFIX}mesh", f"{CONSUL_STEM}-status", f"{CONSUL_STEM}-overwrite-probes"}
+    {MESH, SERVICE, PORT, f"{CONSUL_STEM}-status", f"{CONSUL_STEM}-overwrite-probes"}
 )
 """Annotations of the same prefixes that say nothing of redirection."""
 
@@ -341,6 +349,25 @@ _EXAMPLES: Final[Mapping[str, str]] = {
 
 _PREFIXES: Final = (TIDEGATE_PREFIX, CONSUL_PREFIX, ISTIO_PREFIX)
 
+_ENDS: Final[Mapping[str, frozenset[str]]] = {
+    prefix: frozenset(
+        name.removeprefix(prefix) for name in (*ANNOTATIONS, *_OTHERS) if name.startswith(prefix)
+    )
+    for prefix in _PREFIXES
+}
+"""What may stand behind each prefix."""
+
+
+def meant_by(name: str) -> str:
+    """The annotation that was meant by a name whose domain is mistyped, "" when there is none."""
+    domain, _, end = name.partition("/")
+    for prefix, ends in _ENDS.items():
+        if end in ends and not name.startswith(prefix):
+            alike = difflib.SequenceMatcher(None, clipped(domain), prefix[:-1]).ratio()
+            if alike >= _SIMILAR_DOMAIN:
+                return prefix + end
+    return ""
+
 
 def _refuse_mistyped(layer: Annotations, draft: Draft, source: str) -> None:
     strangers = sorted(
@@ -349,6 +376,7 @@ def _refuse_mistyped(layer: Annotations, draft: Draft, source: str) -> None:
         if name.startswith(_PREFIXES) and name not in ANNOTATIONS and name not in _OTHERS
     )
     mistyped = [name for name in strangers if name.startswith(tuple(_EXAMPLES))]
+    mistyped += [name for name in layer if meant_by(name)]
     # Comparing names takes time, and a workload may have very many.
     for name in strangers[:MAX_FAULTS]:
         if name not in mistyped and _nearest(name, _SIMILAR):
@@ -369,12 +397,14 @@ def _example(name: str) -> str:
 
 def _meant_names(name: str) -> str:
     """The annotations that were probably meant, "" when none is near."""
+    if meant := meant_by(name):
+        return meant
     return " or ".join(_nearest(name, _CLEAR) or _nearest(name, _NEAR, 3))
 
 
 def _nearest(name: str, likeness: float, most: int = 1) -> list[str]:
     """The annotations that are at least so similar, the most similar first."""
     prefix = next(prefix for prefix in _PREFIXES if name.startswith(prefix))
-    ends = [known.removeprefix(prefix) for known in ANNOTATIONS if known.startswith(prefix)]
     end = clipped(name.removeprefix(prefix))
-    return [prefix + near for near in difflib.get_close_matches(end, ends, most, likeness)]
+    near = difflib.get_close_matches(end, sorted(_ENDS[prefix]), most, likeness)
+    return [prefix + one for one in near]

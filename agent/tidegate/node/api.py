@@ -44,6 +44,8 @@ MAX_BODY_BYTES = 64 << 10
 MAX_WINDOW_S = 30 * 86400.0
 MAX_GUARD_S = 7 * 86400.0
 """Below MAX_WINDOW_S: a guard asks for everything since its flip, also after a time without agent."""
+LOOK_S = 1.0
+"""How often it is looked whether a socket is still there: /run/tidegate may be cleared by somebody's script."""
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _NAME = re.compile(rf"({_LABEL}/){{0,2}}{_LABEL}")
 """Text of a model.ServiceName."""
@@ -218,20 +220,72 @@ def make_app(
     return app
 
 
-def listen(path: Path) -> socket.socket:
-    """A listening unix socket with mode 0600 from its first moment.
+@contextlib.asynccontextmanager
+async def serving_at(
+    path: Path, serve: Callable[[socket.socket], contextlib.AbstractAsyncContextManager[None]]
+) -> AsyncIterator[None]:
+    """Serves at a unix socket as long as the context lasts, and at a new one when its file was taken away.
 
-    A socket that nobody answers at is replaced. TidegateError when somebody does, when the path is
-    something else than a socket, and when the file system refuses.
+    `serve` is the context in which a listening socket is served. TidegateError as `listen`, when it begins.
     """
+
+    async def begin() -> tuple[contextlib.AsyncExitStack, tuple[int, int] | None]:
+        async with contextlib.AsyncExitStack() as stack:
+            listener = stack.enter_context(listen(path))
+            file = _file(path)
+            await stack.enter_async_context(serve(listener))
+            return stack.pop_all(), file
+
+    serving, file = await begin()
+
+    async def stay() -> None:
+        nonlocal serving, file
+        told = ""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if file is not None and _file(path) == file:
+                continue
+            try:
+                fresh, file = await begin()
+            except (TidegateError, OSError) as error:
+                if str(error) != told:
+                    log.warning(f"nobody reaches this agent there any more: {error}")
+                told = str(error)
+                continue
+            log.warning("a socket was taken away, and is there again", path=str(path))
+            told = ""
+            before, serving = serving, fresh
+            await before.aclose()
+
+    staying = asyncio.create_task(stay())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise TidegateError(f"{path} is there and is no socket")
-            if _answers(path):
-                raise TidegateError(f"an agent answers at {path} already")
-            path.unlink()
+        yield
+    finally:
+        staying.cancel()
+        await asyncio.gather(staying, return_exceptions=True)
+        _remove(path, file)
+        await serving.aclose()
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """Which file is there, None when there is none or nobody can say."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remove(path: Path, file: tuple[int, int] | None) -> None:
+    """If it is this file that is there."""
+    if _file(path) == file:
+        path.unlink(missing_ok=True)
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening unix socket with mode 0600 from its first moment. TidegateError as `make_room`."""
+    make_room(path)
+    try:
         listener = socket.socket(socket.AF_UNIX)
         try:
             # unix(7): the socket's own mode is that of the file that bind makes.
@@ -242,8 +296,29 @@ def listen(path: Path) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise TidegateError(f"cannot listen at {path}: {error.strerror or error}") from error
+        raise _cannot_listen(path, error) from error
     return listener
+
+
+def make_room(path: Path) -> None:
+    """Makes the directory of a unix socket, and removes one that nobody answers at.
+
+    TidegateError when somebody does, when the path is something else than a socket, and when the file system refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise TidegateError(f"{path} is there and is no socket")
+            if _answers(path):
+                raise TidegateError(f"an agent answers at {path} already")
+            path.unlink()
+    except OSError as error:
+        raise _cannot_listen(path, error) from error
+
+
+def _cannot_listen(path: Path, error: OSError) -> TidegateError:
+    return TidegateError(f"cannot listen at {path}: {error.strerror or error}")
 
 
 def _answers(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Client of an agent's local API, for the command line and for the agents of other nodes."""
 
+import errno
 import os
 import ssl
 from collections.abc import AsyncIterator
@@ -19,7 +20,9 @@ MAX_LINE_BYTES = 4 << 20
 
 
 class AgentUnreachable(TidegateError):
-    """No agent answers at that address."""
+    """No agent answers at that address. Exits 2, as nothing is known then: 1 is an answer."""
+
+    exit_code = 2
 
 
 class AgentRefused(TidegateError):
@@ -94,7 +97,8 @@ class AgentClient:
         number = error.errno if isinstance(error, OSError) else None
         # A name that is not found has a number below zero, of getaddrinfo(3).
         if number is not None and number > 0:
-            return os.strerror(number).lower()
+            ended = ": it has ended, and its log says why" if number == errno.ECONNREFUSED else ""
+            return os.strerror(number).lower() + ended
         return str(error) or type(error).__name__
 
 

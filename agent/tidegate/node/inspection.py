@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,17 @@ from tidegate.observe.hold import OWNER, PROGRAMS
 
 ANSWER_S = 5.0
 """How long a server is waited for."""
+APART_S = 2.0
+"""Two clocks that differ by no more are one."""
 FULL = 0.8
 """Of a table or a limit: little room is left."""
 ENOUGH_FILES = 4096
 """Descriptors for an agent with some hundred workloads."""
+ENOUGH_SIDECARS = 110
+"""As many pods as Kubernetes puts on a node."""
+INOTIFY_PER_SIDECAR = 6
+"""Envoy has one for each file of configuration that it watches, and all sidecars have one user."""
+_INOTIFY_LIMIT = Path("/proc/sys/fs/inotify/max_user_instances")
 
 
 class State(enum.StrEnum):
@@ -74,6 +82,7 @@ def inspect(
         ("control groups", _cgroup2),
         ("capabilities", partial(_capabilities, agent)),
         ("file descriptors", partial(_descriptors, agent)),
+        ("inotify instances", _inotify),
         ("CNI", partial(_cni, config)),
         ("programs on interfaces", partial(_programs, places)),
         ("xtables lock", _xtables_lock),
@@ -184,10 +193,30 @@ def _descriptors(agent: int | None) -> Iterator[Finding]:
         yield Finding(name, State.WELL, said)
 
 
+def _inotify() -> Iterator[Finding]:
+    name = "inotify instances"
+    limit = int(_INOTIFY_LIMIT.read_text())
+    sidecars = limit // INOTIFY_PER_SIDECAR
+    said = f"a user may have {limit}, which {sidecars} sidecars of the agent's take"
+    if sidecars < ENOUGH_SIDECARS:
+        advice = "where it runs more: sysctl -w fs.inotify.max_user_instances=8192, and in /etc/sysctl.d/"
+        yield Finding(name, State.NOTE, said, advice)
+    else:
+        yield Finding(name, State.WELL, said)
+
+
 def _cni(config: AgentConfig | None) -> Iterator[Finding]:
     wanted = config is not None and config.cni is not None
     settings = cni_install.Settings()
     if not wanted and not settings.conf_dir.is_dir():
+        return
+    if not settings.conf_dir.is_dir():
+        yield Finding(
+            "CNI",
+            State.UNKNOWN,
+            f"{settings.conf_dir} is not to be seen from here",
+            "ask where it is: tidegate cni status, in the pod the container install-cni",
+        )
         return
     found = cni_install.look(settings)
     plugins = " > ".join(_plugins(found.configuration)) if found.configuration else "none"
@@ -341,15 +370,18 @@ def _server(config: AgentConfig | None) -> Iterator[Finding]:
     if config is None:
         return
 
-    async def ask() -> int:
+    async def ask() -> tuple[int, float]:
         async with (
             asyncio.timeout(ANSWER_S),
             CatalogClient(config.server, config.consul) as catalog,
         ):
-            return len((await catalog.snapshot()).nodes)
+            nodes = len((await catalog.snapshot()).nodes)
+            before = time.time()
+            said = await catalog.clock()
+            return nodes, 0.0 if said is None else _ahead(said, before, time.time())
 
     try:
-        nodes = asyncio.run(ask())
+        nodes, ahead = asyncio.run(ask())
     except (TidegateError, TimeoutError) as error:
         yield Finding(
             "intent server",
@@ -361,6 +393,19 @@ def _server(config: AgentConfig | None) -> Iterator[Finding]:
         yield Finding(
             "intent server", State.WELL, f"{config.server} answers and knows {nodes} nodes"
         )
+        if abs(ahead) > APART_S:
+            yield Finding(
+                "clock",
+                State.WRONG,
+                f"it is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead of'} the intent server's:"
+                " evidence of several nodes is compared in time, and certificates begin and end by it",
+                "run a time service on both",
+            )
+
+
+def _ahead(said: float, before: float, after: float) -> float:
+    """By how much another clock is ahead of this one, at the least: `said` is cut to seconds, between two looks."""
+    return max(said - after, 0.0) + min(said + 1.0 - before, 0.0)
 
 
 def _kubernetes(config: AgentConfig | None) -> Iterator[Finding]:

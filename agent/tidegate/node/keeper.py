@@ -19,18 +19,17 @@ from tidegate.enforce.sidecar.closed import ClosedDestination
 from tidegate.enforce.sidecar.envoy import DRAIN_TIME_S, State
 from tidegate.enforce.sidecar.spec import SidecarSpec
 from tidegate.errors import TidegateError
-from tidegate.intent.annotations import policy_of
 from tidegate.intent.policy import Policy
 from tidegate.kernel import netns, sockets
 from tidegate.kernel.errors import KernelError
-from tidegate.model import DEFAULT_PROXY_UID, MutualTLSMode, Sidecar, Workload
+from tidegate.model import MutualTLSMode, Sidecar, Workload
 from tidegate.node.config import RedirectConfig
 from tidegate.node.log import Log
 from tidegate.node.memory import Memory, MemoryFile, remembered
 from tidegate.node.metrics import Metrics
+from tidegate.node.policies import policy_for
 from tidegate.node.redirection import Redirection, WorkloadRedirection
 from tidegate.node.sidecar import AgentSidecar, Wanted
-from tidegate.node.users import group_id, user_id
 
 SETTLE_S = 5.0
 """How long a change is looked after at the faster pace."""
@@ -162,10 +161,10 @@ class Keeper:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as it should be, one sentence each."""
-        unseen = self.redirection.unseen
+        redirection = self.redirection
         return (
             *self._problems.values(),
-            *((unseen,) if unseen else ()),
+            *filter(None, (redirection.unseen, redirection.contested)),
             *map(str, self.redirection.foreign),
         )
 
@@ -336,6 +335,10 @@ class Keeper:
         """Rules are in force in the namespace that is there."""
         memory = self._memory.content or Memory(workload=self.workload, policy=policy)
         before = memory.begun_at if memory.redirected_in == self._namespace else 0.0
+        if self.has_own_sidecar and self.redirection.begun_at and not before:
+            ran = self.redirection.begun_at - self.workload.created_at
+            known = {"after_s": round(ran)} if self.workload.created_at else {}
+            log.warning("redirected while it ran", workload=self.workload.name, **known)
         self._memorise(
             msgspec.structs.replace(
                 memory,
@@ -435,23 +438,6 @@ class Keeper:
     def _clear(self, what: str) -> None:
         if self._problems.pop(what, None):
             log.info("well again", workload=self.workload.name, step=what)
-
-
-def policy_for(workload: Workload, base: Policy) -> Policy:
-    """What is redirected for a workload. InputErrors names all faults."""
-    policy = policy_of(
-        workload.namespace_annotations,
-        workload.annotations,
-        base,
-        users=user_id,
-        groups=group_id,
-    )
-    uids = policy.proxy.uids
-    if workload.sidecar is Sidecar.OWN or DEFAULT_PROXY_UID in uids:
-        return policy
-    # Whatever else is exempt, the sidecar that the agent starts is: its connections would come back to it.
-    proxy = msgspec.structs.replace(policy.proxy, uids=(*uids, DEFAULT_PROXY_UID))
-    return msgspec.structs.replace(policy, proxy=proxy)
 
 
 def abandoned(directory: Path, find_envoy: Callable[[], Path], engine: Engine) -> Keeper:

@@ -50,7 +50,7 @@ class MemoryFile:
     def keep(self, memory: Memory) -> None:
         """Hold it, and write it down if it is something new. OSError when that cannot be: it holds all the same."""
         self.content = memory
-        if memory != self._written:
+        if memory != self._written or not (self._directory / _FILE).exists():
             self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
             write_atomically(self._directory / _FILE, msgspec.json.encode(memory))
             self._written = memory

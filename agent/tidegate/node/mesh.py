@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from tidegate.catalog.client import CatalogClient, Snapshot
+from tidegate.durations import span
 from tidegate.errors import InputError, TidegateError
 from tidegate.intent.changes import defaults_of, written_by_hand
 from tidegate.intent.entries import MESH_NAME, Entry, EntryKey, Kind, Mesh
@@ -33,6 +34,9 @@ from tidegate.verdict.steps import Place
 PEER_TIMEOUT_S = 5.0
 """How long the agent of another node may take to answer."""
 
+MAX_SKEW_S = 5.0
+"""How far the clocks of two nodes may be apart; less than what a verdict overlooks anyway would be noise."""
+
 _Answer = TypeVar("_Answer", "NodeEvidence", "NodeFlows")
 
 
@@ -41,6 +45,8 @@ class NodeEvidence(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str = ""
     """Who answers."""
+    at: float = msgspec.field(default_factory=time.time)
+    """When it answers, by its own clock, as all times in it are."""
     instances: tuple[InstanceEvidence, ...] = ()
     departed: tuple[InstanceEvidence, ...] = ()
 
@@ -105,7 +111,13 @@ class MeshView:
     @property
     def place(self) -> Place:
         """Where a person stands who reads advice."""
-        return Place(environment=self._config.environment, lab=self._config.lab)
+        kubernetes = self._config.kubernetes
+        enrolments = kubernetes.enrolments if kubernetes else ()
+        return Place(
+            environment=self._config.environment,
+            lab=self._config.lab,
+            injected_by=next((one.injection for one in enrolments if one.injection), ""),
+        )
 
     @property
     def window(self) -> float:
@@ -295,6 +307,7 @@ class MeshView:
             if not api:
                 raise TidegateError("it has not said where its agent answers")
             tls = self._tls() if api.startswith("https://") else None
+            asked = time.time()
             async with AgentClient(api, PEER_TIMEOUT_S, tls) as agent:
                 answer = msgspec.convert(await ask(agent), kind)
             if answer.node != node:
@@ -304,6 +317,8 @@ class MeshView:
                     f"{answer.node or 'somebody else'} answers at {api}"
                     f"{hint if api.startswith('unix://') else ''}"
                 )
+            if isinstance(answer, NodeEvidence):
+                _refuse_other_time(answer.at, asked, time.time())
             return answer
 
         given = await asyncio.gather(
@@ -318,6 +333,18 @@ class MeshView:
             else:
                 answers.append(each)
         return answers, tuple(missing)
+
+
+def _refuse_other_time(at: float, asked: float, answered: float) -> None:
+    """What was observed until when is told by the clock of who observed: one that goes ahead hides a gap that is as
+    long. TidegateError for a clock by which it was another time than between question and answer here.
+    """
+    ahead = max(at - answered, 0.0) + min(at - asked, 0.0)
+    if abs(ahead) > MAX_SKEW_S:
+        raise TidegateError(
+            f"its clock is {span(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} the clock of this node; the"
+            " clocks of both have to agree (NTP)"
+        )
 
 
 def services_known(snapshot: Snapshot) -> set[str]:

@@ -17,7 +17,7 @@ from typing import cast
 from aiohttp import web
 
 from tidegate.addresses import Endpoint
-from tidegate.catalog.client import CatalogClient, LeafMaterial
+from tidegate.catalog.client import CatalogClient, LeafMaterial, leaf_is_due
 from tidegate.errors import TidegateError
 from tidegate.identity import spiffe
 from tidegate.identity.spiffe import AGENT_SERVICE
@@ -27,8 +27,6 @@ from tidegate.node.intent import IntentSource
 from tidegate.node.log import Log
 from tidegate.node.problems import Problems
 
-RENEW_AT = 0.66
-"""A leaf is renewed when this share of its life is over."""
 LOOK_S = 1.0
 """How often it is asked whether it has to be renewed, and how soon a failure is tried again."""
 HANDSHAKE_S = 5.0
@@ -104,7 +102,7 @@ class Peers:
         leaf = self._leaf
         if leaf is None or self._intent.current().root_id not in ("", self._root_id):
             return True
-        return time.time() >= self._leaf_from + RENEW_AT * (leaf.not_after - self._leaf_from)
+        return leaf_is_due(time.time(), self._leaf_from, leaf.not_after)
 
     async def _renew(self) -> None:
         root_id = self._intent.current().root_id

@@ -26,6 +26,10 @@ REPAIRS_KEPT = 1000
 LOOKED_S = 10.0
 """Without an event of the kernel, rules are compared with the policy this often; the legacy tables have no events."""
 DIFFERENCES_TOLD = 3
+CONTESTED_S = 60.0
+CONTESTED = 5
+"""Somebody who changes the rules more often than this in that time goes on doing so: that is told as a problem, and the
+log has it once in that time instead of each time."""
 LONG_S = 0.5
 """What takes longer in a namespace was made long by somebody there."""
 RESTS_FOR = 4
@@ -87,6 +91,7 @@ class WorkloadRedirection:
         self._on_failure = on_failure
         self._adopt = adopt
         self._repairs: collections.deque[float] = collections.deque(maxlen=REPAIRS_KEPT)
+        self._contest_logged_at = 0.0
         self.enter(None)
 
     def enter(self, namespace: netns.Identity | None) -> None:
@@ -127,6 +132,17 @@ class WorkloadRedirection:
         return (
             f"something was changed in the network namespace {time.time() - since:.0f} s ago and has not been looked"
             " at, because work there takes long; the redirection may be gone"
+        )
+
+    @property
+    def contested(self) -> str:
+        """That somebody changes the rules again and again; empty when nobody does."""
+        times = self.repairs(time.time() - CONTESTED_S)
+        if times <= CONTESTED:
+            return ""
+        return (
+            f"somebody else changed the redirection {times} times in the last {CONTESTED_S:.0f} s, and it was repaired"
+            f" each time: a second agent, or a program of the workload; the last time {self.last_repair}"
         )
 
     def is_as_wanted(self, netns_path: str, policy: Policy) -> bool:
@@ -315,7 +331,7 @@ class WorkloadRedirection:
             )
             if applied.change is Change.CREATED and self._applied_by is None:
                 self.begun_at = time.time()
-        self.foreign = applied.foreign
+        self._note_foreign(applied.foreign)
 
     def _repair(self, policy: Policy) -> None:
         differences = self._engine.check(netns.CURRENT, policy)
@@ -323,7 +339,7 @@ class WorkloadRedirection:
             self.foreign = ()
             return
         applied = self._engine_applies(policy)
-        self.foreign = applied.foreign
+        self._note_foreign(applied.foreign)
         if applied.change is Change.UNCHANGED and not applied.adopted:
             return
         self._count(_told(differences))
@@ -336,11 +352,12 @@ class WorkloadRedirection:
         self.last_repair = different
         self._repairs.append(time.time())
         self._metrics.repaired()
-        log.warning(
-            "redirection was not as it should be; repaired",
-            workload=self._name,
-            different=different,
-        )
+        message, now = "redirection was not as it should be; repaired", time.time()
+        if contested := self.contested:
+            if now - self._contest_logged_at < CONTESTED_S:
+                return
+            self._contest_logged_at, message = now, contested
+        log.warning(message, workload=self._name, different=different)
 
     def _note(self, policy: Policy) -> None:
         try:
@@ -351,6 +368,12 @@ class WorkloadRedirection:
             if note not in self.notes:
                 log.warning(note, workload=self._name)
         self.notes = notes
+
+    def _note_foreign(self, foreign: tuple[Left, ...]) -> None:
+        for left in foreign:
+            if left not in self.foreign:
+                log.warning(str(left), workload=self._name)
+        self.foreign = foreign
 
     def _unblock(self) -> None:
         if self._blocked_before is False:

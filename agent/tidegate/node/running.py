@@ -5,7 +5,6 @@ import contextlib
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 from aiohttp import web
 
@@ -123,15 +122,17 @@ async def _run(
     """Runs by one configuration; the next one, None when it is to stop."""
     end = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        listener = api.listen(config.socket)
-        stack.callback(_hang_up, config.socket, listener)
+        # Whoever cannot listen there has touched nothing else.
+        api.make_room(config.socket)
         catalog = await stack.enter_async_context(CatalogClient(config.server, config.consul))
         daemon = await Daemon.open(config, catalog)
         stack.push_async_callback(daemon.close)
         runner = web.AppRunner(daemon.app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await web.SockSite(runner, listener).start()
+        await stack.enter_async_context(
+            api.serving_at(config.socket, lambda listener: _site(runner, listener))
+        )
         if config.metrics:
             place = Endpoint.of(config.metrics)
             await stack.enter_async_context(listening(place, daemon.exposition, daemon.pulse))
@@ -170,6 +171,11 @@ def _make_directories(config: AgentConfig) -> None:
             raise TidegateError(f"{directory} cannot be used: {error.strerror}{hint}") from error
 
 
-def _hang_up(path: Path, listener: socket.socket) -> None:
-    listener.close()
-    path.unlink(missing_ok=True)
+@contextlib.asynccontextmanager
+async def _site(runner: web.AppRunner, listener: socket.socket) -> AsyncIterator[None]:
+    site = web.SockSite(runner, listener)
+    await site.start()
+    try:
+        yield
+    finally:
+        await site.stop()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from tidegate.catalog.client import LeafMaterial
+from tidegate.catalog.client import LeafMaterial, leaf_is_due
 from tidegate.enforce.sidecar import render
 from tidegate.enforce.sidecar.admin import SidecarAdmin
 from tidegate.enforce.sidecar.closed import ClosedDestination, ClosedDestinations
@@ -25,8 +25,6 @@ from tidegate.node.log import Log
 from tidegate.node.memory import Memory, MemoryFile
 
 STOP_DEADLINE_S = 5.0
-RENEW_AT = 0.66
-"""A leaf is renewed when this share of its life is over."""
 
 log = Log("keeper")
 
@@ -102,11 +100,11 @@ class AgentSidecar:
     def needs_leaves(self, now: float, service_ids: tuple[str, ...], root_id: str = "") -> bool:
         """Whether new leaf certificates have to be fetched before the next `keep`; they do when another root issues."""
         memory = self._memory.content
-        if memory is None or memory.leaf_for != service_ids:
+        if memory is None or memory.leaf_for != service_ids or not self._files.has_secrets:
             return True
         if root_id and memory.leaf_root not in ("", root_id):
             return True
-        return now >= memory.leaf_from + RENEW_AT * (memory.leaf_until - memory.leaf_from)
+        return leaf_is_due(now, memory.leaf_from, memory.leaf_until)
 
     def runs(self, spec: SidecarSpec) -> bool:
         """Whether Envoy is known to work by exactly this."""
@@ -134,7 +132,7 @@ class AgentSidecar:
                 leaf_root=wanted.root_id,
             )
             log.info("leaf certificates written", workload=self._name)
-        elif memory is None or memory.spec is None:
+        elif memory is None or memory.spec is None or not self._files.has_secrets:
             raise SidecarError(f"{self._name} has no leaf certificate yet")
         elif memory.leaf_for != spiffe_ids_of(wanted.spec):
             # Envoy would wait for the certificates with all that is new, its other services included.

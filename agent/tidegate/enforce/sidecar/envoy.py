@@ -42,6 +42,11 @@ _LOG_FILE = "envoy.log"
 _PROGRAM = Path("bin", "envoy")
 """Below the sidecar's directory, while its Envoy is being started."""
 _KILL_WAIT_S = 5.0
+_END_OF_LOG = 16 * 1024
+"""Bytes in which the reason is found of an Envoy that ended, in front of its stack traces."""
+_TRACES = ("[backtrace]", "[envoy_bug]")
+_NO_INOTIFY = "inotify_fd_ >= 0"
+"""In Envoy's words (source/common/filesystem/inotify/watcher_impl.cc): one instance for each file that it watches."""
 
 
 class Phase(enum.StrEnum):
@@ -129,7 +134,8 @@ class EnvoyProcess:
 
         Its files must have been written before. A `transparent` listener needs a capability that Envoy otherwise does
         not have, and Envoy does not turn a listener into a transparent one or back: one that runs with the wrong
-        capabilities is ended and started again, and so is one in another namespace than that at the path.
+        capabilities is ended and started again; so is one in another namespace than that at the path, or one whose
+        directory was removed.
         SidecarError when it cannot be started at all.
         """
         if self._process is None:
@@ -139,6 +145,7 @@ class EnvoyProcess:
         if self._process is not None and (
             transparent != has(self._process.pid, CAP_NET_RAW)
             or self._is_elsewhere(self._process.pid)
+            or self._is_cut_off(self._process.pid)
         ):
             self.stop(RESTART_DEADLINE_S)
         if self._process is None:
@@ -196,7 +203,7 @@ class EnvoyProcess:
         """An agent may die between starting Envoy and recording it."""
         for pid in self._candidates():
             started = _start_time(pid)
-            if started is not None and self._works_here(pid):
+            if started is not None and (self._works_here(pid) or self._is_cut_off(pid)):
                 return _Process(pid, started)
         return None
 
@@ -214,6 +221,16 @@ class EnvoyProcess:
             if Path(f"/proc/{pid}").stat().st_uid != self._files.uid:
                 return False
             return Path(f"/proc/{pid}/cwd").samefile(self._files.working)
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    def _is_cut_off(self, pid: int) -> bool:
+        """Whether a process works in a directory that was this one, until somebody removed it: it gets no files."""
+        try:
+            if Path(f"/proc/{pid}").stat().st_uid != self._files.uid:
+                return False
+            # proc_pid_cwd(5): so the kernel names what was removed.
+            return str(Path(f"/proc/{pid}/cwd").readlink()) == f"{self._files.working} (deleted)"
         except (FileNotFoundError, ProcessLookupError):
             return False
 
@@ -323,9 +340,15 @@ class EnvoyProcess:
         staging.rename(self._pid_file)
 
     def _last_line(self) -> str:
-        end = log_end(self._log, 4096).decode("utf-8", "replace")
-        lines = [line for line in end.splitlines() if "[backtrace]" not in line]
-        return lines[-1].strip()[:300] if lines else ""
+        end = log_end(self._log, _END_OF_LOG).decode("utf-8", "replace")
+        lines = [line for line in end.splitlines() if not any(part in line for part in _TRACES)]
+        last = lines[-1].strip()[:300] if lines else ""
+        if _NO_INOTIFY not in last:
+            return last
+        return (
+            f"the kernel has no more inotify instances for user {self._files.uid}, of which each sidecar takes several;"
+            " raise fs.inotify.max_user_instances, such as by sysctl -w fs.inotify.max_user_instances=8192"
+        )
 
     def _bound_logs(self) -> None:
         bound_log(self._log, KEPT_LOG)

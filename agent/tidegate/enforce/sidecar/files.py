@@ -51,6 +51,11 @@ class SidecarFiles:
         self._remove_others(render.LEAF_FILE, files)
         return any(changed)
 
+    @property
+    def has_secrets(self) -> bool:
+        """Whether certificates were written, and are still there."""
+        return (self.working / render.ROOTS_FILE).exists()
+
     def write_configuration(self, configuration: render.Configuration) -> bool:
         """Intentions and clusters come before the listeners that need them."""
         files = {render.intentions_file(name): text for name, text in configuration.ecds.items()}
