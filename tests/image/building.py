@@ -31,6 +31,8 @@ exec "$@"
 And crun wants no cgroups of version 1 beside the others."""
 
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+_MERGED = "usr/share/mmdebstrap/hooks/merged-usr"
+"""Merges from the start, as Debian's images do; a package that does it afterwards would bring Perl along."""
 _SLIM = 'rm -rf "$1"/usr/share/doc/* "$1"/usr/share/man/* "$1"/usr/share/locale/*'
 """Leaves out what Debian's slim images do."""
 _POLICY = {"default": [{"type": "insecureAcceptAnything"}]}
@@ -71,7 +73,7 @@ class Builder:
 
     def make_base(self) -> None:
         """A root file system of Debian's smallest choice, that trusts whom this machine trusts."""
-        archive = CACHE / "image-slim.tar"
+        archive = CACHE / "image-base.tar"
         if not archive.exists():
             _make_root(self.packages, archive)
         container = self.buildah("from", "scratch").strip()
@@ -236,7 +238,8 @@ def _make_root(packages: Packages, archive: Path) -> None:
     ]
     command = [
         *(packages.program("mmdebstrap"), "--quiet", "--variant=minbase", "--mode=root"),
-        *("--include=ca-certificates", f"--keyring={_KEYRING}"),
+        *("--include=ca-certificates,usr-is-merged", f"--keyring={_KEYRING}"),
+        f"--hook-directory={packages.path(_MERGED)}",
         f"--customize-hook={_SLIM}",
         *("bookworm", str(part)),
         *[str(each) for each in sources if each.exists()][:1],

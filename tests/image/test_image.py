@@ -9,7 +9,9 @@ import stat
 import subprocess
 import tempfile
 import time
+import tomllib
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,13 @@ from namespaces import landing, pair_of, serving
 
 from tidegate.enforce.redirect.engine import Engine
 from tidegate.intent.policy import DEFAULT
+from tidegate.kernel import netns
 from tidegate.node.init import Failure
 
 pytestmark = pytest.mark.timeout(1800)
 
 DEPLOY = REPOSITORY / "deploy"
-LARGEST_MB = 240
+LARGEST_MB = 190
 APP, INBOUND, OUTBOUND = 8080, 20000, 15001
 NET_ADMIN = ("CAP_NET_ADMIN",)
 COMPILERS = ("clang", "gcc", "cc", "make", "ld", "pip", "pip3", "curl", "wget")
@@ -88,6 +91,17 @@ class TestTheImage:
     def test_has_tidegate_as_its_only_way_in(self, builder):
         assert builder.configuration()["Entrypoint"] == ["/opt/tidegate/bin/tidegate"]
 
+    def test_says_what_it_is(self, builder):
+        labels = builder.configuration()["Labels"]
+        project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+        for label, field in (
+            ("title", "name"),
+            ("description", "description"),
+            ("version", "version"),
+            ("licenses", "license"),
+        ):
+            assert labels[f"org.opencontainers.image.{label}"] == project[field]
+
     def test_has_no_file_that_gives_rights(self, root):
         given = [
             path
@@ -138,65 +152,131 @@ class TestWithoutRights:
 class TestTheAgent:
     """With the rights of deploy/, and the default seccomp profile."""
 
-    def test_redirects_and_observes_pods(self, container, entrypoint, pair, tmp_path):
-        pod = yaml.safe_load((DEPLOY / "base" / "agent.yaml").read_text())["spec"]["template"][
-            "spec"
-        ]
-        (agent,) = pod["containers"]
-        mounts, read_only = {}, []
-        for mount in agent["volumeMounts"]:
-            where = mount["mountPath"]
-            mounts[where] = tmp_path / where.strip("/").replace("/", "-")
-            mounts[where].mkdir()
-            if mount.get("readOnly"):
-                read_only.append(where)
-        mounts["/run/netns"], mounts["/sys/fs/cgroup"] = Path("/run/netns"), Path("/sys/fs/cgroup")
-        configuration = mounts["/etc/tidegate"] / "agent.yaml"
-        text = (DEPLOY / "base" / "configuration" / "agent.yaml").read_text()
-        configuration.write_text(text + "workloads: /run/tidegate/workloads\n")
-        workloads = mounts["/run/tidegate"] / "workloads"
-        workloads.mkdir()
-        (workloads / "web.json").write_text(
-            json.dumps(
-                {
-                    "id": "web-1",
-                    "name": "web-1",
-                    "service": "web",
-                    "node": "n1",
-                    "netns": pair.pod,
-                    "meshed": True,
-                    "sidecar": "own",
-                    "port": APP,
-                }
-            )
-        )
-        with (
-            mounted_bpffs(mounts["/sys/fs/bpf"]),
-            container.running(
-                entrypoint,
-                *agent["args"],
-                capabilities=[
-                    f"CAP_{name}" for name in agent["securityContext"]["capabilities"]["add"]
-                ],
-                environment={"TIDEGATE_NODE": "n1", "TIDEGATE_NODE_ADDRESSES": pair.peer_ipv4},
-                mounts=mounts,
-                read_only=read_only,
-                sees_processes=pod["hostPID"],
-            ) as process,
-        ):
-            status = None
-            deadline = time.monotonic() + 60
-            while not (status and status["workloads"] and status["workloads"][0]["observed_since"]):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    pytest.fail(f"{status}\n{process.communicate()}")
-                time.sleep(0.1)
-                status = told(mounts["/run/tidegate"] / "agent.sock")
-            (web,) = status["workloads"]
+    def test_redirects_and_observes_pods(self, deployed, pair):
+        deployed.put("web", pair.pod)
+        with deployed.running():
+            web = deployed.settled()
             assert (web["redirect"], web["problem"]) == ("ok", "")
+            assert web["observed_since"]
             assert Engine().check(pair.pod, DEFAULT) == ()
             with serving(pair.pod, "sidecar", [INBOUND]), serving(pair.pod, "app", [APP]):
                 assert landing(pair.peer, pair.pod_ipv4, APP).server == "sidecar"
+
+            # There is no API server here: an agent that is without one lives, and is ready.
+            for probe in ("/healthz", "/readyz"):
+                assert deployed.told(probe) is not None, probe
+            assert deployed.run("status").returncode == 1
+            examined = json.loads(deployed.run("doctor", "--json").stdout)
+            missing = [
+                one["name"] for one in examined["features"] if one["needed"] and not one["present"]
+            ]
+            assert missing == []
+            wrong = [one["name"] for one in examined["findings"] if one["state"] == "wrong"]
+            assert wrong == ["Kubernetes API"]
+
+    def test_has_no_capability_that_it_could_do_without(self, deployed):
+        """A pod whose processes are another user's, found by one of them, with the legacy tables."""
+        for dropped in ("", *deployed.capabilities):
+            with pair_of() as pair, process_in(pair.pod) as pid:
+                deployed.put("web", f"/proc/{pid}/ns/net")
+                granted = [one for one in deployed.capabilities if one != dropped]
+                with deployed.running(granted, redirect={"backend": "iptables"}) as agent:
+                    web = deployed.settled(agent)
+                    assert (web["redirect"] == "ok") is (not dropped), (dropped, web)
+
+
+class Deployed:
+    """The agent as deploy/base has it, with directories of its own in the place of the node's."""
+
+    def __init__(self, container, entrypoint, directory):
+        text = (DEPLOY / "base" / "agent.yaml").read_text()
+        self._pod = yaml.safe_load(text)["spec"]["template"]["spec"]
+        (self._agent,) = self._pod["containers"]
+        self._container, self._entrypoint = container, entrypoint
+        self._mounts, self._read_only = {}, []
+        for mount in self._agent["volumeMounts"]:
+            where = mount["mountPath"]
+            self._mounts[where] = directory / where.strip("/").replace("/", "-")
+            self._mounts[where].mkdir()
+            if mount.get("readOnly"):
+                self._read_only.append(where)
+        self.bpffs = self._mounts["/sys/fs/bpf"]
+        self._mounts |= {where: Path(where) for where in ("/run/netns", "/sys/fs/cgroup")}
+        self._run_dir = self._mounts["/run/tidegate"]
+        (self._run_dir / "workloads").mkdir()
+        capabilities = self._agent["securityContext"]["capabilities"]["add"]
+        self.capabilities = tuple(f"CAP_{name}" for name in capabilities)
+
+    def put(self, name, netns_path):
+        workload = {
+            "id": name,
+            "name": name,
+            "service": name,
+            "node": "n1",
+            "netns": netns_path,
+            "meshed": True,
+            "sidecar": "own",
+            "port": APP,
+        }
+        (self._run_dir / "workloads" / f"{name}.json").write_text(json.dumps(workload))
+
+    def running(self, capabilities=None, **settings):
+        """The agent, with this in its configuration."""
+        text = (DEPLOY / "base" / "configuration" / "agent.yaml").read_text()
+        said = yaml.safe_load(text) | {"workloads": "/run/tidegate/workloads"} | settings
+        (self._mounts["/etc/tidegate"] / "agent.yaml").write_text(yaml.safe_dump(said))
+        how = self._how() | ({} if capabilities is None else {"capabilities": capabilities})
+        return self._container.running(self._entrypoint, *self._agent["args"], **how)
+
+    def run(self, *argv):
+        """Another command of the image, as `kubectl exec` runs it."""
+        return self._container.run(self._entrypoint, *argv, **self._how())
+
+    def _how(self):
+        return {
+            "capabilities": self.capabilities,
+            "environment": {"TIDEGATE_NODE": "n1", "TIDEGATE_NODE_ADDRESSES": "10.0.0.1"},
+            "mounts": self._mounts,
+            "read_only": self._read_only,
+            "sees_processes": self._pod["hostPID"],
+        }
+
+    def told(self, path):
+        """What the agent answers, None while it does not."""
+        return told(self._run_dir / "agent.sock", path)
+
+    def settled(self, process=None):
+        """The only workload when it is redirected, or when it is said why not; nothing of it by an agent that ended."""
+        deadline = time.monotonic() + 60
+        while True:
+            status = self.told("/v1/status")
+            if status and (status["workloads"] or status["round_at"]):
+                web = next(iter(status["workloads"]), {"redirect": "", "problem": status})
+                if web["problem"] or (web["redirect"] == "ok" and web["observed_since"]):
+                    return web
+            if process is not None and process.poll() is not None:
+                return {"redirect": "", "problem": process.communicate()}
+            if time.monotonic() > deadline:
+                return {"redirect": "", "problem": status}
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def deployed(container, entrypoint, tmp_path):
+    made = Deployed(container, entrypoint, tmp_path)
+    with mounted_bpffs(made.bpffs):
+        yield made
+
+
+@contextmanager
+def process_in(netns_path):
+    """Somebody's process in a namespace: its number."""
+    argv = ["setpriv", "--reuid=1000", "--clear-groups", "sleep", "600"]
+    with netns.spawn(netns_path, argv) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
 
 
 @contextmanager
@@ -218,12 +298,13 @@ class Asked(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def told(path):
-    """What the agent says of itself, None while it does not."""
-    connection = Asked(path)
+def told(socket_path, path):
+    """The agent's answer, None while there is none."""
+    connection = Asked(socket_path)
     try:
-        connection.request("GET", "/v1/status")
-        return json.loads(connection.getresponse().read())
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return json.loads(answer.read()) if answer.status == HTTPStatus.OK else None
     except OSError:
         return None
     finally:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import consul_rules
@@ -14,6 +15,7 @@ from readable import for_everybody
 from verifying import listening, nft
 
 from tidegate.enforce.redirect.engine import Engine
+from tidegate.enforce.redirect.iptables import IptablesBackend
 from tidegate.enforce.redirect.nftables import NftablesBackend, Twins
 from tidegate.enforce.redirect.nftables_rules import DORMANT_TABLE
 from tidegate.enforce.redirect.probing.place import INTERFACE, Means
@@ -21,6 +23,8 @@ from tidegate.enforce.redirect.rules import rules_for
 from tidegate.enforce.redirect.verify import verify
 from tidegate.intent.policy import DEFAULT, Dns, Family, Mode, Outbound, Policy, PortRange, Proxy
 from tidegate.kernel import netns, nf_tables, tunnel
+from tidegate.kernel.errors import KernelError
+from tidegate.node import init as init_module
 from tidegate.node.init import Failure, InitFailed, redirect
 
 USER = 7777
@@ -132,13 +136,13 @@ class TestWithNetAdminAlone:
         assert code == 0, problem
         assert INTERFACE not in links_of(pair.pod)
 
-    def test_annotations_of_the_downward_api_are_heeded(self, pair, tmp_path):
-        annotations = tmp_path / "annotations"
-        annotations.write_text('tidegate.io/exclude-inbound-ports="8080"\n')
-        for directory in (tmp_path, *tmp_path.parents[:-1]):
-            if directory.stat().st_uid == os.getuid() and directory != Path("/tmp"):
-                directory.chmod(0o755)
-        code, _, problem = init(pair.pod, f"--annotations={annotations}")
+    def test_annotations_of_the_downward_api_are_heeded(self, pair):
+        # Directories of pytest's are for their owner only.
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory).chmod(0o755)
+            annotations = Path(directory, "annotations")
+            annotations.write_text('tidegate.io/exclude-inbound-ports="8080"\n')
+            code, _, problem = init(pair.pod, f"--annotations={annotations}")
         assert code == 0, problem
         with serving(pair.pod, "app", [APP]):
             assert landing(pair.peer, pair.pod_ipv4, APP).server == "app"
@@ -162,6 +166,38 @@ class TestWithNetAdminAlone:
         assert code == 0, problem
         assert "adopted: Consul" in output
         assert netns.run_in(pair.pod, nf_tables.table_flags, "inet", "consul_tproxy") is None
+
+
+class TestElsewhere:
+    def test_in_a_user_namespace_of_its_own_a_pod_is_redirected(self):
+        """Such as a pod with hostUsers: false."""
+        script = 'ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec "$@"'
+        environment = {"PATH": os.environ["PATH"]}
+        unshare = ("unshare", "--user", "--map-root-user", "--net", "sh", "-ec", script, "sh")
+        argv = (sys.executable, "-m", "tidegate.cli.main", "init", "--json")
+        done = subprocess.run(
+            [*unshare, *argv],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S * 3,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        outcomes = {one["name"]: one["outcome"] for one in json.loads(done.stdout)["probes"]}
+        assert outcomes["outbound-ipv4"] == outcomes["inbound-ipv4"] == "passed"
+
+    def test_without_nf_tables_the_legacy_tables_are_taken(self, pair, monkeypatch):
+        monkeypatch.setattr(NftablesBackend, "apply", without_nf_tables)
+        done = netns.run_in(pair.pod, redirect, DEFAULT)
+        assert done.applied.backend == "iptables"
+        assert done.why == "there is no nf_tables; iptables works here"
+        with serving(pair.pod, "sidecar", [INBOUND]), serving(pair.pod, "app", [APP]):
+            assert landing(pair.peer, pair.pod_ipv4, APP).server == "sidecar"
+
+
+def without_nf_tables(*_args):
+    raise KernelError("there is no nf_tables")
 
 
 class TestWhatIsTold:
@@ -217,6 +253,19 @@ class TestWhatFails:
     def test_rules_that_the_kernel_refuses(self, pair):
         policy = Policy(proxy=Proxy(cgroup="no/such/cgroup"))
         assert "no/such/cgroup" in refused(pair.pod, Failure.KERNEL, policy)
+
+    def test_a_kernel_without_any_of_it(self, pair, monkeypatch):
+        for backend in (NftablesBackend, IptablesBackend):
+            monkeypatch.setattr(backend, "apply", without_nf_tables)
+        told = refused(pair.pod, Failure.KERNEL)
+        assert told.endswith("(the legacy tables take NET_RAW and root besides)")
+        assert Engine().current(pair.pod) is None
+
+    def test_probes_that_cannot_be_made(self, pair, monkeypatch):
+        monkeypatch.setattr(init_module, "verify", without_nf_tables)
+        told = refused(pair.pod, Failure.UNPROVEN)
+        assert told.startswith("the rules are loaded, but no probe could be made: ")
+        assert Engine().check(pair.pod, DEFAULT) == ()
 
     def test_a_drop_on_the_way_to_the_sidecar(self, pair):
         nft(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 import yaml
 
 import tidegate.cli.main
+from tidegate.catalog import kubernetes as catalog_kubernetes
+from tidegate.intent.entries import CRD_API_VERSION
 from tidegate.node import config as node_config
 from tidegate.node import init
 from tidegate.node.config import load_config
@@ -26,8 +29,8 @@ DEPLOY = REPOSITORY / "deploy"
 WITH_AGENT = ("observe", "cni", "consul", "istio")
 REDIRECTING = ("cni", "consul", "istio")
 RENDERED = (*WITH_AGENT, "example")
-VERSION = "1.29"
-"""Of Kubernetes, whose schemas are asked."""
+VERSIONS = ("1.30", kubernetes_validate.latest_version())
+"""Of Kubernetes, whose schemas are asked: the oldest that docs/kubernetes.md names, and the newest that is known."""
 CAPABILITIES = {"agent": {"NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE"}, "install-cni": set()}
 OF_ENVIRONMENT = {
     "TIDEGATE_NODE": "node-1.example",
@@ -78,7 +81,7 @@ def containers(name):
 
 
 def of_tidegate(name):
-    return [each for each in containers(name) if each["image"].startswith("tidegate:")]
+    return [each for each in containers(name) if each["image"].partition(":")[0] == "tidegate"]
 
 
 def agent(name):
@@ -97,13 +100,19 @@ def configuration(name, tmp_path):
     return load_config(file, OF_ENVIRONMENT)
 
 
-def test_every_object_is_valid_by_the_schemas_of_kubernetes():
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_object_is_valid_by_the_schemas_of_kubernetes(version):
     distinct = {yaml.safe_dump(each): each for name in RENDERED for each in rendered(name)}
     assert {each["kind"] for each in distinct.values()} >= {"DaemonSet", "Deployment", "ConfigMap"}
     for each in distinct.values():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kubernetes_validate.validate(each, VERSION, strict=True)
+            kubernetes_validate.validate(each, version, strict=True)
+
+
+def test_the_document_names_the_oldest_kubernetes():
+    text = (REPOSITORY / "docs" / "kubernetes.md").read_text()
+    assert f"Kubernetes {VERSIONS[0]} or newer" in text
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -186,6 +195,8 @@ class TestTheAgentsPod:
             ("readinessProbe", "/readyz"),
         ):
             assert agent(name)[probe]["httpGet"] == {"path": path, "port": "metrics"}
+            # One second, which is the default, can pass on a busy node.
+            assert agent(name)[probe]["timeoutSeconds"] >= 5
 
     def test_gives_way_to_its_successor_without_a_gap(self, name):
         """Two of them have to be there at once: no port of the node's, and one that stands by."""
@@ -209,6 +220,21 @@ class TestTheAgentsPod:
         (account,) = only(name, "ClusterRoleBinding")["subjects"]
         assert account["name"] == pod_of(name)["serviceAccountName"]
         assert account["namespace"] == only(name, "Namespace")["metadata"]["name"]
+
+    def test_may_look_at_processes_and_no_other_container_may(self, name):
+        """AppArmor's default profile forbids that; a field, for annotations mean nothing since Kubernetes 1.36."""
+        unconfined = [
+            each["name"]
+            for each in containers(name)
+            if "appArmorProfile" in each["securityContext"]
+        ]
+        assert unconfined == ["agent"]
+        assert agent(name)["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
+        assert "annotations" not in only(name, "DaemonSet")["spec"]["template"]["metadata"]
+
+    def test_may_have_its_priority_where_that_takes_a_quota(self, name):
+        (scope,) = only(name, "ResourceQuota")["spec"]["scopeSelector"]["matchExpressions"]
+        assert scope["values"] == [pod_of(name)["priorityClassName"]]
 
     def test_has_nothing_redirected_that_it_needs_itself(self, name, tmp_path):
         config = configuration(name, tmp_path)
@@ -274,19 +300,95 @@ class TestAnInitContainer:
         }
         assert fields == {"annotations": "metadata.annotations", "labels": "metadata.labels"}
 
+    def test_leaves_the_network_to_init_containers_of_the_application(self):
+        web = yaml.safe_load((DEPLOY / "example" / "web.yaml").read_text())
+        web["spec"]["template"]["spec"]["initContainers"] = [
+            {"name": name, "image": "web"} for name in ("wait-for-db", "migrate")
+        ]
+        made = {"resources": ["web.yaml"], "components": ["../init"]}
+        with kustomization(yaml.safe_dump(made), web=yaml.safe_dump(web)) as name:
+            (deployed,) = objects(name, "Deployment")
+        names = [each["name"] for each in deployed["spec"]["template"]["spec"]["initContainers"]]
+        assert names == ["wait-for-db", "migrate", "tidegate-init"]
+
     def test_is_only_where_it_is_asked_for(self, tmp_path):
         text = (DEPLOY / "init" / "kustomization.yaml").read_text()
         assert "labelSelector: tidegate.io/init=true" in text
 
 
-@pytest.fixture(scope="module", params=WITH_AGENT)
-def uninstalling(request):
+@contextmanager
+def kustomization(text, **files):
+    """Somebody's own; yields its name, as if it was one of deploy/."""
     # kubectl takes files below a kustomization's own directory and other kustomizations, by relative paths.
     with tempfile.TemporaryDirectory(dir=DEPLOY, prefix=".tg-test-") as directory:
-        resources = [f"../{request.param}"]
-        made = {"resources": resources, "components": ["../uninstall"]}
-        Path(directory, "kustomization.yaml").write_text(yaml.safe_dump(made))
-        return pod_of(Path(directory).name)
+        Path(directory, "kustomization.yaml").write_text(text)
+        for name, content in files.items():
+            Path(directory, f"{name}.yaml").write_text(content)
+        yield Path(directory).name
+
+
+class TestTheKustomizationOfADocument:
+    FIRST, OTHER_DIRECTORIES, LAST = (
+        re.sub(r"https://git\.example/tidegate//deploy/(\w+)\?ref=v[0-9.]+", r"../\1", block)
+        for block in re.findall(
+            r"```yaml\n(.*?)```", (REPOSITORY / "docs/kubernetes.md").read_text(), re.DOTALL
+        )
+        if re.search("^(resources|patches):", block, re.MULTILINE)
+    )
+    IMAGES = frozenset({"registry.example/tidegate"})
+
+    def test_says_where_the_image_is_and_how_the_agent_is_configured(self):
+        with kustomization(self.FIRST, agent="node: mine\n") as name:
+            images = {each["image"].rpartition(":")[0] for each in containers(name)}
+            (configured,) = (each["data"] for each in objects(name, "ConfigMap"))
+            (volume,) = (one for one in pod_of(name)["volumes"] if one["name"] == "configuration")
+            assert volume["configMap"]["name"] == only(name, "ConfigMap")["metadata"]["name"]
+        assert images == self.IMAGES
+        assert configured == {"agent.yaml": "node: mine\n"}
+
+    def test_takes_everything_away(self):
+        with kustomization(self.LAST) as name:
+            (first, last) = containers(name)
+        assert (first["name"], last["name"]) == ("uninstall", "done")
+        assert {each["image"].rpartition(":")[0] for each in (first, last)} == self.IMAGES
+
+    @pytest.mark.parametrize("text", [FIRST, LAST], ids=["agent", "removal"])
+    def test_finds_plugins_where_another_runtime_has_them(self, text):
+        with kustomization(text + self.OTHER_DIRECTORIES, agent="node: mine\n") as name:
+            paths = {each["name"]: each.get("hostPath") for each in pod_of(name)["volumes"]}
+        assert paths["cni-plugins"]["path"] == "/home/kubernetes/bin"
+        assert paths["cni-configuration"]["path"] == "/etc/cni/net.d"
+
+
+def test_may_read_custom_resources_only_where_they_are_asked_for():
+    made = {"resources": ["../observe"], "components": ["../custom-resources"]}
+    with kustomization(yaml.safe_dump(made)) as whole:
+        for each in rendered(whole):
+            kubernetes_validate.validate(each, VERSIONS[0], strict=True)
+        pods, entries = (each["rules"] for each in objects(whole, "ClusterRole"))
+        bound = [each["subjects"] for each in objects(whole, "ClusterRoleBinding")]
+    assert bound[0] == bound[1]
+    assert pods == only("observe", "ClusterRole")["rules"]
+    assert entries == [
+        {
+            "apiGroups": [CRD_API_VERSION.partition("/")[0]],
+            "resources": list(catalog_kubernetes._PLURALS),
+            "verbs": ["get", "list", "watch"],
+        }
+    ]
+
+
+@pytest.fixture(scope="module", params=WITH_AGENT)
+def removal(request):
+    made = {"resources": [f"../{request.param}"], "components": ["../uninstall"]}
+    with kustomization(yaml.safe_dump(made)) as name:
+        rendered(name)
+    return name
+
+
+@pytest.fixture
+def uninstalling(removal):
+    return pod_of(removal)
 
 
 class TestRemoval:
@@ -300,6 +402,10 @@ class TestRemoval:
         mounted = {mount["name"] for mount in uninstall["volumeMounts"]}
         assert mounted == {volume["name"] for volume in uninstalling["volumes"]}
         assert [each["name"] for each in uninstall["env"]] == [*OF_ENVIRONMENT]
+
+    def test_is_what_the_api_server_takes(self, removal):
+        for each in rendered(removal):
+            kubernetes_validate.validate(each, VERSIONS[0], strict=True)
 
     def test_is_by_a_command_that_there_is(self, uninstalling):
         (uninstall,) = uninstalling["initContainers"]

@@ -313,6 +313,14 @@ def test_traffic_is_told_by_direction_and_class():
     assert found["tidegate_observed_bytes_total", *kind, ("to", "client")] == 0
 
 
+def test_edges_are_told_by_class():
+    node = state(observed=Observed(edges={FlowClass.MESH: 3}, room=10))
+    found = samples(Metrics(), node)
+    assert found["tidegate_edges", ("class", "mesh")] == 3
+    assert found["tidegate_edges", ("class", "plaintext")] == 0
+    assert found["tidegate_edges_limit",] == 10
+
+
 def test_a_count_never_goes_down_when_connections_turn_out_to_be_something_else():
     metrics = Metrics()
     name = "tidegate_observed_connections_total"

@@ -3,8 +3,9 @@
 import pytest
 
 from tidegate.cli import profiles
+from tidegate.cli.workloads import Mesh
 from tidegate.errors import InputError
-from tidegate.observe.classifier import MeshProfile
+from tidegate.observe.classifier import ISTIO, MeshProfile
 
 
 @pytest.mark.parametrize(
@@ -18,12 +19,20 @@ def test_a_profile_is_written_in_any_of_three_notations(text, tmp_path):
 
 def test_without_a_name_it_is_consuls_in_the_trust_domains_that_are_known():
     assert profiles.chosen(None) == profiles.chosen("consul") == profiles.KNOWN["consul"]
-    assert profiles.chosen(None, {"b.test", "a.test"}).sni_suffixes == (
+    found = profiles.chosen(None, {Mesh("consul", "b.test"), Mesh("consul", "a.test")})
+    assert found.sni_suffixes == (
         ".internal.a.test",
         ".internal-v1.a.test",
         ".internal.b.test",
         ".internal-v1.b.test",
     )
+
+
+def test_without_a_name_it_is_that_of_the_agent_whatever_the_mesh():
+    assert profiles.chosen(None, {Mesh("istio", "cluster.local")}) == ISTIO
+    both = profiles.chosen(None, {Mesh("istio", "cluster.local"), Mesh("consul", "a.test")})
+    assert both.alpn == ISTIO.alpn
+    assert ".internal.a.test" in both.sni_suffixes
 
 
 @pytest.mark.parametrize(

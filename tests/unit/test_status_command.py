@@ -118,6 +118,28 @@ def test_what_is_left_alone_is_told_with_its_reason(shown):
     assert lines[-1] == said
 
 
+def test_of_many_workloads_what_is_the_same_is_said_once_and_what_is_wrong_last(shown):
+    jobs = [{**JOB, "id": f"j{n}", "name": f"job-{n}"} for n in range(240)]
+    wrong = {**WEB, "redirect": "drifted", "problem": "the rules are gone"}
+    proxies = [{**LEFT, "name": f"proxy-{n}"} for n in range(9)]
+    code, lines = shown(node(wrong, *jobs, left=(*proxies, LOST), problems=("the disk is full",)))
+    assert code == 1
+    assert lines[0].endswith("; 241 workloads: 240 none, 1 drifted")
+    assert lines[2 + 241 :] == [
+        "240 of them: not in the mesh: it has no sidecar",
+        "left alone: 9 of them: host-network: it shares the node's network namespace",
+        "web-1: the rules are gone",
+        "left alone: kube-system/lost: not-found: no process of it was found",
+        "problem: the disk is full",
+    ]
+
+
+def test_a_narrow_terminal_breaks_no_line_of_a_workload(shown, monkeypatch):
+    monkeypatch.setattr(status.tables, "PLAIN_WIDTH", 40)
+    _, lines = shown(node(*({**WEB, "id": str(n), "name": f"web-{n}"} for n in range(3))))
+    assert [line.split()[0] for line in lines[2:]] == ["web-0", "web-1", "web-2"]
+
+
 def test_what_runs_and_was_not_found_is_wrong(shown):
     code, lines = shown(node(WEB, left=(LOST,)))
     assert (code, lines[-1]) == (
@@ -194,10 +216,17 @@ def test_an_answer_of_another_version_is_one_sentence(agents, capsys):
     assert "answers in a way that this command does not know" in capsys.readouterr().err
 
 
-def test_without_an_agent_or_a_lab_it_exits_2(agents, capsys):
+def test_without_an_agent_it_says_so_and_exits_2(agents, capsys):
     agents.socket.unlink()
     assert main(["status"]) == 2
-    assert capsys.readouterr().err.startswith("tidegate: ")
+    said = capsys.readouterr().err
+    assert said.startswith(f"tidegate: no agent runs here: there is no {agents.socket}")
+
+
+def test_whoever_is_not_root_is_told_so(agents, monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["status"]) == 2
+    assert capsys.readouterr().err.startswith("tidegate: this needs root: ")
 
 
 def test_json_says_the_same_as_one_object(shown):

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.text import Text
 
 from tidegate.cli import policies, target, workloads
-from tidegate.cli.agent import DEFAULT_CONFIG
 from tidegate.cli.arguments import add_json
 from tidegate.cli.target import require_root
 from tidegate.cli.workloads import Node
@@ -27,8 +26,9 @@ from tidegate.kernel import processes
 from tidegate.kernel.errors import KernelError
 from tidegate.kernel.features import Feature, probe_all
 from tidegate.node import inspection
-from tidegate.node.config import AgentConfig, load_config
+from tidegate.node.config import DEFAULT_CONFIG, AgentConfig, load_config
 from tidegate.node.inspection import Finding, Place, State
+from tidegate.verdict.steps import Environment
 
 
 class BackendState(msgspec.Struct, frozen=True):
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """Probes and prints; 0 when everything is there."""
     require_root("it tries features of the kernel in network namespaces")
     config = _config(args.config)
-    features = (*probe_all(), _envoy())
+    features = (*probe_all(), _envoy(config))
     nodes = workloads.known(target.agents_of_this_machine())
     redirection = _redirection(nodes)
     findings = inspection.inspect(config, _agent(config), _places(nodes))
@@ -89,9 +89,19 @@ def run(args: argparse.Namespace) -> int:
         _print_redirection(out, redirection)
         out.print()
         _print_findings(out, findings)
-    missing = any(feature.needed and not feature.present for feature in features)
-    wrong = any(finding.state is State.WRONG for finding in findings)
-    return 1 if missing or wrong or not redirection.auto else 0
+    lacking = [feature.name for feature in features if feature.needed and not feature.present]
+    lacking += [finding.name for finding in findings if finding.state is State.WRONG]
+    if not redirection.auto:
+        lacking.append("a backend of redirection")
+    if not args.json:
+        out.print()
+        well = "nothing that tidegate needs is missing here"
+        if remarked := sorted({*redirection.faulty_annotations, *redirection.ways_around}):
+            well += f"; see what is said above of {', '.join(remarked)}"
+        _print_line(
+            out, Text(f"to be put right: {', '.join(lacking)}" if lacking else well, "bold")
+        )
+    return 1 if lacking else 0
 
 
 def _config(file: Path | None) -> AgentConfig | None:
@@ -113,8 +123,8 @@ def _places(nodes: Iterable[Node]) -> tuple[Place, ...]:
     )
 
 
-def _envoy() -> Feature:
-    """The sidecar's program, which is no feature of the kernel and is needed all the same."""
+def _envoy(config: AgentConfig | None) -> Feature:
+    """The sidecar's program, which is no feature of the kernel and is needed all the same, but where pods bring it."""
     try:
         found, detail = True, str(envoy.binary())
     except TidegateError as error:
@@ -123,7 +133,8 @@ def _envoy() -> Feature:
         name="Envoy",
         present=found,
         detail=detail,
-        lost_without="no workload gets a sidecar here; observation works",
+        lost_without="no workload gets a sidecar here; redirection to workloads' own, and observation, work",
+        needed=config is None or config.environment is not Environment.KUBERNETES,
     )
 
 

@@ -66,7 +66,7 @@ def run_observe(args: argparse.Namespace) -> int:
     if args.profile is None and named and named.workload:
         number = netns.identity(named.path).inode
         nodes = workloads.known(target.agent_addresses(args))
-        profile = profiles.chosen(None, workloads.trust_domains(nodes, (number,)))
+        profile = profiles.chosen(None, workloads.meshes(nodes, (number,)))
     given = namespaces.options_given(args)
     if named is None and given:
         raise InputError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import msgspec
 
 from tidegate.cli.arguments import source_of, text_of
+from tidegate.cli.workloads import Mesh
 from tidegate.errors import InputError
 from tidegate.intent.documents import read_documents
 from tidegate.observe.classifier import ISTIO, KUMA, MeshProfile, consul_profile
@@ -35,19 +36,22 @@ def add_option(parser: argparse.ArgumentParser) -> None:
         "--profile",
         metavar="NAME",
         help=f"how the mesh's own mTLS is recognised: {', '.join(KNOWN)} (default: consul, for workloads of "
-        "an agent with its trust domain), or a YAML, JSON or HCL file with any of sni_suffixes, alpn and proxy_ports",
+        "an agent as that does), or a YAML, JSON or HCL file with any of sni_suffixes, alpn and proxy_ports",
     )
 
 
-def chosen(name: str | None, trust_domains: Iterable[str] = ()) -> MeshProfile:
-    """The profile of that name, or in that file; without a name Consul's, in these trust domains or else in any.
+def chosen(name: str | None, meshes: Iterable[Mesh] = ()) -> MeshProfile:
+    """The profile of that name, or in that file; without a name those of these meshes, or else Consul's.
 
     InputError for what is neither, and for a file with a fault.
     """
     if name is None:
-        own = [consul_profile(domain) for domain in sorted(trust_domains)]
-        suffixes = tuple(suffix for profile in own for suffix in profile.sni_suffixes)
-        return MeshProfile(name="consul", sni_suffixes=suffixes) if own else KNOWN["consul"]
+        own = [_of(mesh) for mesh in sorted(meshes)] or [KNOWN["consul"]]
+        return MeshProfile(
+            name=", ".join(dict.fromkeys(profile.name for profile in own)),
+            sni_suffixes=tuple(suffix for profile in own for suffix in profile.sni_suffixes),
+            alpn=tuple(dict.fromkeys(name for profile in own for name in profile.alpn)),
+        )
     if name in KNOWN:
         return KNOWN[name]
     try:
@@ -77,6 +81,12 @@ def chosen(name: str | None, trust_domains: Iterable[str] = ()) -> MeshProfile:
         alpn=read.alpn,
         proxy_ports=read.proxy_ports,
     )
+
+
+def _of(mesh: Mesh) -> MeshProfile:
+    if mesh.profile in KNOWN and mesh.profile != "consul":
+        return KNOWN[mesh.profile]
+    return consul_profile(mesh.trust_domain)
 
 
 def _check(read: _File, source: str) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -42,6 +43,9 @@ VERDICT_S = 5.0
 
 WELL, UNWELL, UNKNOWN = 0, 1, 2
 """Exit codes."""
+
+FEW = 5
+"""Of more workloads, what is the same is said once."""
 
 _NOT_FOUND = "not-found"
 _STYLES = {
@@ -137,7 +141,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Prints once, or keeps it on the screen."""
     require_root("only root may ask an agent")
-    addresses = _addresses(args)
+    addresses = agent_addresses(args)
     if args.quiet:
         return asyncio.run(_probe(addresses))
     if args.watch:
@@ -148,14 +152,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(tables.console(), seen)
     return seen.exit_code
-
-
-def _addresses(args: argparse.Namespace) -> tuple[str, ...]:
-    try:
-        return agent_addresses(args)
-    except TidegateError as error:
-        error.exit_code = UNKNOWN
-        raise
 
 
 async def _probe(addresses: Iterable[str]) -> int:
@@ -266,12 +262,32 @@ def _of_node(out: Console, node: Node, now: float) -> Iterator[RenderableType]:
         yield tables.fitted(out, _workloads(node, now))
     else:
         yield Text("no workloads")
+    yield from _told_together(
+        "{}: not in the mesh: {}",
+        (
+            (_name_of(one), one.reason)
+            for one in node.workloads
+            if not one.wanted_in_mesh and one.reason
+        ),
+    )
+    yield from _told_together(
+        "left alone: {}: {}",
+        (
+            (_name_of(left), f"{left.treatment}: {left.reason}")
+            for left in node.left_alone
+            if left.treatment != _NOT_FOUND
+        ),
+    )
     for one in node.workloads:
         yield from _remarks(one)
+    # What is wrong comes last: there it is seen, however many lines there are.
+    for one in node.workloads:
+        if one.problem:
+            yield Text(f"{_name_of(one)}: {one.problem}", "bold red")
     for left in node.left_alone:
-        style = "bold red" if left.treatment == _NOT_FOUND else "dim"
-        name = _full_name(left.namespace, left.name)
-        yield Text(f"left alone: {name}: {left.treatment}: {left.reason}", style)
+        if left.treatment == _NOT_FOUND:
+            said = f"left alone: {_name_of(left)}: {left.treatment}: {left.reason}"
+            yield Text(said, "bold red")
     for problem in node.problems:
         yield Text(f"problem: {problem}", "bold red")
 
@@ -279,7 +295,23 @@ def _of_node(out: Console, node: Node, now: float) -> Iterator[RenderableType]:
 def _round(node: Node, now: float) -> str:
     if not node.round_at:
         return ": the agent has not looked around yet"
-    return f": looked at {durations.ago(now - node.round_at)}"
+    said = f": looked at {durations.ago(now - node.round_at)}"
+    if len(node.workloads) <= FEW:
+        return said
+    states = Counter(one.redirect for one in node.workloads).most_common()
+    return f"{said}; {len(node.workloads)} workloads: " + ", ".join(
+        f"{count} {state}" for state, count in states
+    )
+
+
+def _told_together(form: str, remarks: Iterable[tuple[str, str]]) -> Iterator[Text]:
+    """What is said by name; where the same is said of many, by their number."""
+    names: dict[str, list[str]] = {}
+    for name, remark in remarks:
+        names.setdefault(remark, []).append(name)
+    for remark, those in names.items():
+        said = those if len(those) <= FEW else (f"{len(those)} of them",)
+        yield from (Text(form.format(who, remark), "dim") for who in said)
 
 
 def _workloads(node: Node, now: float) -> Table:
@@ -287,7 +319,7 @@ def _workloads(node: Node, now: float) -> Table:
     table.add_column("verdict", no_wrap=True)
     for one in node.workloads:
         table.add_row(
-            _full_name(one.namespace, one.name),
+            _name_of(one),
             one.service,
             Text(one.redirect, _STYLES.get(one.redirect, "")),
             durations.span(now - one.observed_since) if one.observed_since else Text("no", "red"),
@@ -305,12 +337,8 @@ def _sidecar(one: Workload) -> str:
 
 
 def _remarks(one: Workload) -> Iterator[Text]:
-    """What a reader has to know of a workload beyond its line."""
-    name = _full_name(one.namespace, one.name)
-    if not one.wanted_in_mesh and one.reason:
-        yield Text(f"{name}: not in the mesh: {one.reason}", "dim")
-    if one.problem:
-        yield Text(f"{name}: {one.problem}", "bold red")
+    """What a reader has to know of a workload beyond its line, and beyond what is wrong."""
+    name = _name_of(one)
     if one.repairs:
         times = "once" if one.repairs == 1 else f"{one.repairs} times"
         said = f"its redirection was changed and put back {times}; the last time: {one.last_repair}"
@@ -318,8 +346,8 @@ def _remarks(one: Workload) -> Iterator[Text]:
     yield from (Text(f"{name}: {note}", "yellow") for note in one.notes)
 
 
-def _full_name(namespace: str, name: str) -> str:
-    return name if namespace in ("", "default") else f"{namespace}/{name}"
+def _name_of(one: Workload | Left) -> str:
+    return one.name if one.namespace in ("", "default") else f"{one.namespace}/{one.name}"
 
 
 def _is_unwell(node: Node) -> bool:

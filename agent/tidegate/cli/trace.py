@@ -76,7 +76,7 @@ def run_trace(args: argparse.Namespace) -> int:
     nodes = workloads.known(target.agents_of_this_machine())
     names = _workload_names(nodes)
     paths = _chosen_paths(args)
-    profile = profiles.chosen(args.profile, workloads.trust_domains(nodes, paths or ()))
+    profile = profiles.chosen(args.profile, workloads.meshes(nodes, paths or ()))
     with told_to_end() as end, contextlib.ExitStack() as stack:
         # First what sees the flows: a connection that is followed has been seen from its beginning.
         classes = stack.enter_context(observing(paths, profile)) if paths else None

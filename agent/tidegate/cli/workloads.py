@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -36,6 +37,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     workloads: tuple[KnownWorkload, ...]
     trust_domain: str = ""
+    profile: str = "consul"
+    """How TLS of the mesh is recognised there."""
 
 
 def known(addresses: Iterable[str]) -> tuple[Node, ...]:
@@ -43,7 +46,14 @@ def known(addresses: Iterable[str]) -> tuple[Node, ...]:
     return tuple(answer for answer in _answers(addresses) if isinstance(answer, Node))
 
 
-def trust_domains(nodes: Iterable[Node], numbers: Collection[int]) -> set[str]:
+class Mesh(NamedTuple):
+    """Which mesh an agent is of."""
+
+    profile: str
+    trust_domain: str
+
+
+def meshes(nodes: Iterable[Node], numbers: Collection[int]) -> set[Mesh]:
     """Those of the agents that have a workload in one of these network namespaces (inode numbers)."""
     found = set()
     for node in nodes:
@@ -51,7 +61,7 @@ def trust_domains(nodes: Iterable[Node], numbers: Collection[int]) -> set[str]:
             # A workload that went while it was told of is in none.
             with contextlib.suppress(KernelError):
                 if node.trust_domain and netns.identity(one.netns).inode in numbers:
-                    found.add(node.trust_domain)
+                    found.add(Mesh(node.profile, node.trust_domain))
     return found
 
 

@@ -71,8 +71,24 @@ class Exchange:
         snapshot = self._intent.current()
         if self._intent.known and snapshot is not self._snapshot:
             self._snapshot = snapshot
+            self._compare(snapshot)
             self._news()
         return snapshot
+
+    def _compare(self, snapshot: Snapshot) -> None:
+        """The names of the mesh that the server says with those that this agent was told."""
+        for field, said, told in (
+            ("trust_domain", snapshot.trust_domain, self._config.trust_domain),
+            ("datacenter", snapshot.datacenter, self._config.datacenter),
+        ):
+            if said and said != told:
+                problem = (
+                    f"the agent's configuration says {field}: {told}, and the mesh has {said}: TLS of the mesh and"
+                    f" certificates are not recognised; write {field}: {said}, and start the agent again"
+                )
+                self._problems.tell(field, problem)
+            else:
+                self._problems.clear(field)
 
     async def fetch_leaves(self, free: Iterable[Keeper]) -> None:
         """New leaf certificates, one for each service, for those of the workloads that need them."""

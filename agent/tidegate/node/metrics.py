@@ -35,7 +35,7 @@ MOST_NAMED = 200
 CNI_COMMANDS = ("ADD", "DEL", "CHECK", "STATUS", "GC", "VERSION")
 _OTHER = "other"
 
-_APPLY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+_APPLY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _CNI_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2.0, 10.0)
 _ROUND_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -71,8 +71,8 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What was lost, by observe.classifier.Losses.lost_by_name, since the kernel's maps were made."""
     coverage: tuple[float, ...] = ()
     """For each workload, the share (0 to 1) of the window in which it was observed, counted since it is there."""
-    edges: int = 0
-    """How many edges the kernel counts."""
+    edges: Mapping[FlowClass, int] = {}
+    """How many edges the kernel counts, by class."""
     room: int = 0
     """How many it can count."""
 
@@ -211,7 +211,11 @@ class Metrics:
             "class",
             {each.value: 0 for each in FlowClass} | overflow,
         )
-        yield _plain("tidegate_edges", "Edges that the kernel counts", observed.edges)
+        yield _gauge(
+            "tidegate_edges",
+            "Edges that the kernel counts",
+            {("class",): {(each.value,): observed.edges.get(each, 0) for each in FlowClass}},
+        )
         yield _plain("tidegate_edges_limit", "Edges that the kernel can count", observed.room)
         shares = observed.coverage or (1.0,)
         yield _plain(

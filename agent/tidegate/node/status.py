@@ -7,6 +7,7 @@ import msgspec
 from tidegate.enforce.sidecar.closed import ClosedDestination
 from tidegate.intent.policy import Policy
 from tidegate.model import Sidecar
+from tidegate.node.config import Profile
 from tidegate.workloads.source import LeftAlone
 
 
@@ -70,6 +71,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     trust_domain: str
+    profile: Profile = Profile.CONSUL
+    """How TLS of the mesh is recognised here."""
     round_at: float
     """When the last round was completed; 0 before the first."""
     workloads: tuple[WorkloadStatus, ...]
