@@ -10,16 +10,19 @@ BIN := $(VENV)/bin
 PYTHON := /usr/bin/python3
 
 # What the product needs from Debian: Python, the libraries it speaks to the kernel with (those for the legacy
-# tables come with iptables), and the compilers for the eBPF programs and for python-iptables. The lab's users
-# also want something to send requests with, and the tests look at the rules with nft, iptables-legacy and ipset,
-# which the product itself does not start.
+# tables come with iptables), and the compilers for the eBPF programs, the CNI plugin and python-iptables. The lab's
+# users also want something to send requests with, and the tests look at the rules with nft, iptables-legacy and
+# ipset, which the product itself does not start.
 PACKAGES := python3 python3-venv libbpf1 libnftables1 iptables \
-	clang llvm libbpf-dev linux-libc-dev libc6-dev gcc python3-dev \
+	clang llvm libbpf-dev linux-libc-dev libc6-dev gcc musl-tools python3-dev \
 	ca-certificates curl iproute2 ipset nftables openssl
 
 # What only `tidegate trace` needs, as its document tells people to install it (docs/trace.md): headers of any kernel do.
 # And what shows a test the system calls of a process.
 TEST_PACKAGES := python3-bpfcc linux-headers-$$(dpkg --print-architecture) strace
+
+# What reads the Vagrantfile.
+VAGRANT_PACKAGES := vagrant
 
 # What the benchmarks have beside their own.
 BENCH_PACKAGES := iperf3
@@ -28,7 +31,7 @@ BENCH_PACKAGES := iperf3
 STAMP := $(VENV)/ready
 FINGERPRINT = $$(echo "$(CURDIR)" | cat - pyproject.toml | sha256sum | cut -d' ' -f1)
 
-.PHONY: help setup packages packages-of-tests packages-of-bench venv bpf cni demo test lint unit bench fuzz soak vm live runtimes image test-vm clean
+.PHONY: help setup packages packages-of-tests packages-of-vagrant packages-of-bench venv bpf cni demo test lint unit bench fuzz soak vm live runtimes image test-vm clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,7 +43,7 @@ packages:
 	    dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
 	    [ "$$(id -u)" = 0 ] || { echo "setup needs root to install:" $$missing >&2; exit 1; }; \
-	    echo "installing from Debian:" $$missing; \
+	    echo "installing from Debian, which takes about a minute:" $$missing; \
 	    export DEBIAN_FRONTEND=noninteractive; \
 	    apt-get -qq update && apt-get -qq install -y --no-install-recommends $$missing >/dev/null; \
 	fi
@@ -48,12 +51,15 @@ packages:
 packages-of-tests: packages
 	@$(MAKE) --silent --no-print-directory packages PACKAGES="$(TEST_PACKAGES)"
 
+packages-of-vagrant: packages
+	@$(MAKE) --silent --no-print-directory packages PACKAGES="$(VAGRANT_PACKAGES)"
+
 packages-of-bench: packages
 	@$(MAKE) --silent --no-print-directory packages PACKAGES="$(BENCH_PACKAGES)"
 
 venv: packages
 	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(FINGERPRINT)" ]; then \
-	    echo "making the Python environment .venv"; \
+	    echo "making the Python environment .venv, which takes about a minute"; \
 	    rm -rf $(VENV); $(PYTHON) -m venv $(VENV); \
 	    $(BIN)/pip install --quiet --upgrade pip setuptools wheel; \
 	    $(BIN)/pip install --quiet --editable '.[lab,trace,dev]'; \
@@ -114,7 +120,7 @@ image: setup ## the container image: built, looked at, run
 	@$(AS_ROOT)
 	@TIDEGATE_IMAGE=1 $(BIN)/pytest -q -s tests/image
 
-test-vm: setup ## a Debian 12 under systemd in a virtual machine: installed, rebooted, and never open
+test-vm: setup packages-of-vagrant ## Debian 12 under systemd in virtual machines: installed, rebooted, and never open
 	@$(AS_ROOT)
 	@TIDEGATE_VM=1 $(BIN)/python -m pytest -q -s tests/vm
 

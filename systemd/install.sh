@@ -9,7 +9,7 @@ checkout=$(cd "$(dirname "$0")/.." && pwd)
 home=/opt/tidegate
 
 run="ca-certificates iproute2 iptables libbpf1 libnftables1 python3 python3-venv"
-build="clang gcc libbpf-dev libc6-dev linux-libc-dev llvm make python3-dev"
+build="clang gcc libbpf-dev libc6-dev linux-libc-dev llvm make musl-tools python3-dev"
 
 # install PACKAGE...: those that are not there yet.
 install_packages() {

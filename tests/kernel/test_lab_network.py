@@ -454,6 +454,16 @@ def test_a_namespace_that_goes_while_it_is_deleted_is_deleted_and_not_made_anew(
     assert name not in netns.names()
 
 
+def test_a_door_opens_on_a_machine_that_is_too_busy_to_start_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As long as pyroute2 waits for a child that opens the socket.
+    monkeypatch.setattr("pyroute2.config.default_create_socket_timeout", 0)
+    with namespace() as path, network.Door(path) as door:
+        door.up("lo")
+        assert door._link("lo") is not None
+
+
 def test_an_interface_that_goes_while_it_is_looked_at_has_no_addresses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -93,17 +93,42 @@ def test_the_first_machine_has_the_server_and_all_entries_and_both_agents_ask_it
     )
     assert units.index("tidegate-server.service") < units.index("tidegate-agent.service")
     assert "tidegate-server.service" not in machines["node2"][1]
-    entries = [
-        entry
-        for file in sorted((root / "etc/tidegate/lab/entries").iterdir())
-        for entry in parse_entries(file.read_text(), file.name)
-    ]
+    file = root / "etc/tidegate/lab/entries.json"
+    entries = parse_entries(file.read_text(), file.name)
     assert [entry.kind for entry in entries][:2] == ["mesh", "service-defaults"]
     assert len(entries) == len(load(DEMO).config)
     for place, _ in machines.values():
         agent = yaml.safe_load((place / "etc/tidegate/agent.yaml").read_text())
         assert agent["server"] in server.listens
         assert agent["peers"] == f"{agent['node_addresses'][0]}:20201"
+
+
+def test_entries_that_the_file_had_before_are_not_written_again(
+    machines: dict[str, tuple[Path, list[str]]], tmp_path: Path
+) -> None:
+    root, _ = machines["node1"]
+    entries = root / "etc/tidegate/lab/entries.json"
+    shutil.copy(DEMO, entries.with_name("lab.yaml"))
+    assert machine.main([str(DEMO), "--node", "node1", *AT, "--root", str(root)]) == 0
+    assert not entries.exists()
+    changed = tmp_path / "lab.yaml"
+    changed.write_text(
+        DEMO.read_text().replace("{Name: web, Action: allow}", "{Name: web, Action: deny}")
+    )
+    assert machine.main([str(changed), "--node", "node1", *AT, "--root", str(root)]) == 0
+    (entry,) = parse_entries(entries.read_text(), entries.name)
+    assert (entry.kind, entry.name) == ("service-intentions", "api")
+
+
+def test_a_pod_that_would_replace_a_service_of_the_system_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    units = tmp_path / "usr/lib/systemd/system"
+    units.mkdir(parents=True)
+    (units / "api.service").write_text("")
+    assert machine.main([str(DEMO), "--node", "node1", *AT, "--root", str(tmp_path)]) == 2
+    assert "this machine has api.service already" in capsys.readouterr().err
+    assert not (tmp_path / "etc").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,31 @@
 """A virtual machine without KVM: boots a kernel with an initramfs or a disk, streams what it says, gives its result.
 
 Three serial lines: the kernel's log, what is said inside, and the result. Nothing of the machine outlives `run` or
-`boot`, and it has no network.
+`boot`, and it has no network. A `Told` machine does what it is told instead, and is on a wire with others.
 """
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from tests import debian
 from tests.vm import image
 
 MEMORY = "2048M"
+SMALL = "1024M"
+"""As much as a machine of Vagrant's has that nobody gave more."""
 PROCESSORS = 2
 _LAST_WORDS = 4000
+_FROM_DISK = "root=/dev/vda rw systemd.show_status=no"
 
 
 class MachineFailed(Exception):
@@ -50,8 +57,107 @@ def boot(kernel: Path, initramfs: Path, disk: Path, limit_s: float) -> str:
     return _run(
         limit_s,
         ("-kernel", str(kernel), "-initrd", str(initramfs), "-drive", drive),
-        append="root=/dev/vda rw systemd.show_status=no",
+        append=_FROM_DISK,
     )
+
+
+class Done(NamedTuple):
+    """What became of an order."""
+
+    status: int
+    output: str
+
+
+class Told:
+    """A machine in which guest/orders.py does what it is told, one order at a time."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.name = name
+        self._log = directory / "log"
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(str(directory / "orders"))
+        self._said = b""
+
+    def until_booted(self, limit_s: float) -> str:
+        """Until it waits for orders; the id of this boot. MachineFailed when it does not in that time."""
+        deadline = time.monotonic() + limit_s
+        while "boot" not in (said := self._read(deadline)):
+            continue
+        return str(said["boot"])
+
+    def order(self, *command: str, stdin: str = "", limit_s: float = 600.0) -> Done:
+        """What became of a command. MachineFailed when the machine does not tell it in that time."""
+        text = json.dumps({"command": command, "input": stdin})
+        self._line.sendall(f"{text}\n".encode())
+        said = self._read(time.monotonic() + limit_s)
+        if "boot" in said:
+            raise MachineFailed(f"{self.name} was reset while it did {' '.join(command)}")
+        return Done(**said)
+
+    def reboot(self) -> None:
+        """Returns at once; see `until_booted`."""
+        self.order("systemctl", "reboot", "--no-block")
+
+    def _read(self, deadline: float) -> dict[str, Any]:
+        while True:
+            line, separator, rest = self._said.partition(b"\n")
+            if separator:
+                self._said = rest
+                if line.startswith(b"{"):
+                    return dict(json.loads(line))
+                continue
+            self._line.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                part = self._line.recv(1 << 16)
+            except TimeoutError:
+                part = b""
+            if not part:
+                words = self._log.read_text(errors="replace")[-_LAST_WORDS:]
+                raise MachineFailed(f"{self.name} says nothing; its kernel's last words:\n{words}")
+            self._said += part
+
+
+@contextlib.contextmanager
+def told(
+    name: str, kernel: Path, initramfs: Path, disk: Path, wire: tuple[Path, Path], directory: Path
+) -> Iterator[Told]:
+    """A machine with the disk as it is now: what it writes is gone with it.
+
+    `wire` is where it takes frames and where it leaves those for the other one, who need not be there; `directory` is
+    the machine's own.
+    """
+    packages = debian.unpacked("qemu", "qemu-system-x86")
+    here, there = wire
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "orders"))
+        listener.listen()
+        os.set_inheritable(listener.fileno(), True)
+        boots = (
+            *("-kernel", str(kernel), "-initrd", str(initramfs)),
+            *("-drive", f"file={disk},if=virtio,format=raw,snapshot=on"),
+            "-netdev",
+            f"dgram,id=wire,local.type=unix,local.path={here},remote.type=unix,remote.path={there}",
+            *("-device", f"virtio-net-pci,netdev=wire,romfile=,mac={_mac(name)}"),
+            *("-chardev", f"socket,id=orders,fd={listener.fileno()},server=on,wait=off"),
+        )
+        serials = (f"file:{directory / 'log'}", "chardev:orders")
+        command = _command(packages, boots, f"{_FROM_DISK} net.ifnames=0", serials, SMALL)
+        process = subprocess.Popen(
+            command,
+            env=packages.environment | {"TMPDIR": str(directory)},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+        )
+    try:
+        yield Told(name, directory)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _mac(name: str) -> str:
+    """A locally administered address."""
+    return "02:" + ":".join(f"{each:02x}" for each in name.encode()[-5:].rjust(5, b"\0"))
 
 
 def _run(
@@ -60,8 +166,9 @@ def _run(
     """What a machine tells as its result; MachineFailed when it tells nothing."""
     packages = debian.unpacked("qemu", "qemu-system-x86")
     with _file("log") as log, _file("result") as result:
+        serials = (f"file:{_path(log)}", "stdio", f"file:{_path(result)}")
         with subprocess.Popen(
-            _command(packages, boots, append, *map(_path, (log, result))),
+            _command(packages, boots, append, serials, MEMORY),
             env=packages.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -101,7 +208,11 @@ def _stream(machine: subprocess.Popen[bytes]) -> None:
 
 
 def _command(
-    packages: debian.Packages, boots: Sequence[str], append: str, log: str, result: str
+    packages: debian.Packages,
+    boots: Sequence[str],
+    append: str,
+    serials: Sequence[str],
+    memory: str,
 ) -> list[str]:
     firmware = [packages.path(f"/usr/share/{each}") for each in ("qemu", "seabios")]
     return [
@@ -109,10 +220,10 @@ def _command(
         *(packages.program("setpriv"), "--pdeathsig", "KILL"),
         packages.program("qemu-system-x86_64"),
         *("-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "pc"),
-        *("-m", MEMORY, "-smp", str(PROCESSORS)),
+        *("-m", memory, "-smp", str(PROCESSORS)),
         *(argument for each in firmware for argument in ("-L", str(each))),
         *("-nodefaults", "-no-user-config", "-nographic"),
         *boots,
         *("-append", f"console=ttyS0 loglevel=4 random.trust_cpu=on {append}"),
-        *("-serial", f"file:{log}", "-serial", "stdio", "-serial", f"file:{result}"),
+        *(argument for each in serials for argument in ("-serial", each)),
     ]

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from tidegate.cli.target import require_root
 from tidegate.node import log
-from tidegate.node.config import load_config
+from tidegate.node.config import DEFAULT_CONFIG, load_config
 from tidegate.node.running import run_agent
-
-DEFAULT_CONFIG = Path("/etc/tidegate/agent.yaml")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +20,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Reconciles this node's workloads until SIGTERM; at SIGHUP by its configuration as it is then. "
         "What it set up in the kernel, and the sidecars, stay when it ends and are found again by the next run.",
     )
-    run_parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE")
+    run_parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="its configuration (default: %(default)s)",
+    )
     run_parser.add_argument(
         "--stand-by",
         action="store_true",

@@ -4,10 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tidegate.cli.agent import DEFAULT_CONFIG
 from tidegate.cli.target import require_root
 from tidegate.node import places
-from tidegate.node.config import load_config
+from tidegate.node.config import DEFAULT_CONFIG, load_config
 from tidegate.node.places import PlaceError
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from tidegate.cli.agent import DEFAULT_CONFIG
 from tidegate.cli.arguments import ExamplesFormatter, add_json
 from tidegate.cli.cni import add_directories
 from tidegate.cli.target import AGENT_SOCKET, require_root
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
 from tidegate.node import uninstall
-from tidegate.node.config import AgentConfig, load_config
+from tidegate.node.config import DEFAULT_CONFIG, AgentConfig, load_config
 from tidegate.node.uninstall import Options, Places, Remnant
 from tidegate.workloads.cni import DEFAULT_SOCKET
 

@@ -6,6 +6,7 @@ What is built is left alone where it is there already. Knows nothing of what a n
 import errno
 import ipaddress
 import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,10 @@ _IFA_F_NODAD = 0x02
 _RTNH_F_ONLINK = 4
 
 
+def _rtnetlink() -> int:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, socket.NETLINK_ROUTE).detach()
+
+
 class Door:
     """One network namespace, changed through one netlink socket. Every change may be repeated.
 
@@ -30,8 +35,14 @@ class Door:
 
     def __init__(self, netns_path: str) -> None:
         self._path = netns_path
-        # Without flags it would make a namespace that is not there.
-        self._netlink = IPRoute(netns=netns_path, flags=0)
+        # Given a path, pyroute2 would open the socket in a child, and give up when that takes longer than 2 seconds.
+        try:
+            descriptor = netns.run_in(netns_path, _rtnetlink)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                raise FileNotFoundError(error.errno, str(error), netns_path) from error
+            raise
+        self._netlink = IPRoute(fileno=descriptor)
         self._indexes: dict[str, int] = {}
 
     def __enter__(self) -> "Door":

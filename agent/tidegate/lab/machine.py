@@ -17,6 +17,7 @@ import msgspec
 import yaml
 
 from tidegate.errors import InputError, TidegateError
+from tidegate.intent.entries import parse_entries, to_request
 from tidegate.lab import apps, network, runtime, traffic
 from tidegate.lab.network import Layout
 from tidegate.lab.spec import AppKind, LabSpec, PodSpec, load
@@ -31,8 +32,12 @@ TOKEN, CERTIFICATE, KEY = "agent.token", "server.crt", "server.key"
 _HOME = "/opt/tidegate"
 _CONFIG = "/etc/tidegate"
 _APPS = f"{_CONFIG}/lab"
+_LAB = f"{_APPS}/lab.yaml"
+"""The lab file that the machine is as; systemd/lab.sh leaves it when it is done."""
+_ENTRIES = f"{_APPS}/entries.json"
 _TRAFFIC = "/var/lib/tidegate-lab"
 _UNITS = "/etc/systemd/system"
+_UNITS_OF_PACKAGES = "/usr/lib/systemd/system"
 _ROUTES = "tidegate-lab-routes.service"
 
 
@@ -80,12 +85,19 @@ class Machine:
         )
 
     def write(self) -> None:
-        """Writes configuration and units; the secrets are where they belong already."""
+        """Writes configuration and units; the secrets are where they belong already.
+
+        InputError for a pod that is called as a unit of the system.
+        """
+        for pod in self._pods:
+            if self._place(f"{_UNITS_OF_PACKAGES}/{pod.name}.service").exists():
+                wrong = f"this machine has {pod.name}.service already"
+                raise InputError(wrong, source="the lab", expected="another name for the pod")
         if self._has_server:
             self._yaml("server.yaml", self._server())
-            for number, text in enumerate(self._spec.config):
-                # `tidegate config write` reads HCL and JSON alike, whatever a file is called.
-                self._write(f"{_APPS}/entries/{number:03}", text.text)
+            self._place(_ENTRIES).unlink(missing_ok=True)
+            if entries := self._entries():
+                self._write(_ENTRIES, msgspec.json.encode(entries).decode())
         self._yaml("agent.yaml", self._agent())
         self._write("/etc/sysctl.d/90-tidegate.conf", "net.ipv4.ip_forward = 1\n")
         self._write(f"{_UNITS}/{_ROUTES}", self._routes())
@@ -118,6 +130,17 @@ class Machine:
             "default_intention_policy": spec.default_intention_policy.value,
             "leaf_lifetime": spec.leaf_lifetime_s,
         }
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """What of the file's entries is not in the file that was there before: that has been written already."""
+        before = self._place(_LAB)
+        written = {text.text for text in load(before).config} if before.exists() else set()
+        return [
+            to_request(entry)
+            for text in self._spec.config
+            if text.text not in written
+            for entry in parse_entries(text.text, text.source)
+        ]
 
     def _agent(self) -> dict[str, Any]:
         spec = self._spec
@@ -198,6 +221,9 @@ _ROUTES_UNIT = """\
 Description=Ways to the services of the lab's other machines
 Wants=network-online.target
 After=network-online.target
+# Which listens at an address of this network.
+Before=tidegate-server.service
+StartLimitIntervalSec=0
 [Service]
 Type=oneshot
 RemainAfterExit=yes

@@ -29,6 +29,8 @@ from tidegate.workloads.kubernetes.settings import KubernetesConfig
 from tidegate.workloads.processes import settings as processes
 from tidegate.workloads.processes.settings import ProcessConfig
 
+DEFAULT_CONFIG = Path("/etc/tidegate/agent.yaml")
+"""Where commands look for it that are not told."""
 MAX_DURATION_S = 366 * 86400.0
 NODE = "TIDEGATE_NODE"
 """Environment variable with Kubernetes' name of this node (spec.nodeName)."""

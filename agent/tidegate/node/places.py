@@ -18,9 +18,8 @@ from tidegate.kernel import netns
 from tidegate.kernel.door import Door
 from tidegate.kernel.errors import KernelError
 from tidegate.model import Workload
-from tidegate.node.client import AgentClient
 from tidegate.node.config import AgentConfig
-from tidegate.node.keeper import policy_for
+from tidegate.node.policies import policy_for
 from tidegate.workloads.processes.settings import Network, ProcessConfig
 from tidegate.workloads.processes.source import HOST
 
@@ -124,6 +123,9 @@ async def _asked(config: AgentConfig, name: str, until: float) -> str:
 
 
 async def _said(config: AgentConfig, name: str) -> str:
+    # An HTTP client takes longer to load than all else here to run, and a machine that shuts down waits for `remove`.
+    from tidegate.node.client import AgentClient
+
     try:
         async with AgentClient(f"unix://{config.socket}") as agent:
             said = msgspec.convert(await agent.get("/v1/status"), _Said)

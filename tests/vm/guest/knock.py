@@ -33,7 +33,7 @@ def knock(address: str, port: int) -> str:
                 answer += part
     except OSError as error:
         return type(error).__name__
-    return "answered" if answer.endswith(b"this is the application\n") else "ended"
+    return "answered" if answer.startswith(b"HTTP/1.1 200 ") else "ended"
 
 
 def tell_ready() -> None:
