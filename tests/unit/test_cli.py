@@ -1,6 +1,7 @@
 """The command line as people meet it: help, exit codes, and one sentence where something is wrong."""
 
 import argparse
+import contextlib
 import io
 import os
 import socket
@@ -95,14 +96,42 @@ def test_the_version_is_that_of_the_package(capsys):
     assert number[0].isdigit()
 
 
-@pytest.mark.parametrize("argv", [["nonsense"], [], ["flow"], ["--nonsense"]])
-def test_an_unknown_command_is_bad_usage(capsys, argv):
-    assert usage_error(capsys, *argv).startswith("tidegate: ")
+def test_without_a_command_it_shows_those_that_there_are(capsys):
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(f"\n    {command} " in printed.err for command in COMMANDS)
 
 
 def test_an_unknown_command_is_answered_with_those_that_there_are(capsys):
     text = usage_error(capsys, "nonsense")
     assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("doctor --nonsense", "there is no option --nonsense; see `tidegate doctor --help`"),
+        ("flow", "there is no command 'flow'; expected flows; see `tidegate --help`"),
+        ("lab exc api", "there is no command 'exc'; expected exec; see `tidegate lab --help`"),
+        (
+            "strict api --gard=5s",
+            "there is no option --gard; expected --guard; see `tidegate strict --help`",
+        ),
+        ("ready api web", "'web' is one argument too many; see `tidegate ready --help`"),
+        (
+            "flows --class plain",
+            "argument --class: 'plain' is no choice; expected plaintext; see `tidegate flows --help`",
+        ),
+        (
+            "redirect apply --backend ebpf",
+            "argument --backend: 'ebpf' is no choice; expected one of auto, nftables, iptables;"
+            " see `tidegate redirect apply --help`",
+        ),
+    ],
+)
+def test_a_word_that_is_mistyped_is_answered_with_the_one_that_was_meant(capsys, words, answer):
+    assert usage_error(capsys, *words.split()) == f"tidegate: {answer}\n"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +166,14 @@ def test_one_command_does_not_import_the_others():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_place_of_a_service_is_made_and_removed_without_loading_the_agent_or_an_http_client():
+    code = (
+        "import sys; from tidegate.cli.main import make_parser; make_parser('sidecar');"
+        "sys.exit(bool({'tidegate.node.daemon', 'tidegate.node.keeper', 'aiohttp'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_durations_and_options_arrive_as_values():
     args = make_parser("strict").parse_args(["strict", "api", "--guard", "1h30m", "--force"])
     assert (args.service, args.guard, args.force) == ("api", 5400.0, True)
@@ -159,16 +196,17 @@ def test_an_error_is_one_sentence_and_an_exit_code(monkeypatch, capsys, error, c
         raise error
 
     parser = argparse.ArgumentParser()
+    parser.add_argument("command")
     parser.set_defaults(run=fail)
     monkeypatch.setattr(main_module, "make_parser", lambda _command: parser)
-    assert main([]) == code
+    assert main(["any"]) == code
     assert sentence(capsys) == text
 
 
 @pytest.mark.parametrize("argv", ROOT_ONLY, ids=" ".join)
-def test_without_root_it_is_one_sentence_and_exit_1(monkeypatch, capsys, argv):
+def test_without_root_nothing_is_known_and_it_is_one_sentence(monkeypatch, capsys, argv):
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
-    assert main(argv) == 1
+    assert main(argv) == UNKNOWN
     told = sentence(capsys)
     assert told.startswith("this needs root: ")
     assert told.endswith("; try sudo")
@@ -216,14 +254,27 @@ def test_an_agent_that_cannot_listen_says_so_in_one_sentence(monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("command", "exit_code"), [("flows", 1), ("strict api", 1), ("ready api", UNKNOWN)]
+    "command",
+    [
+        "flows",
+        "ready api",
+        "strict api",
+        "permissive api",
+        "onboard status",
+        "intentions suggest",
+        "resecure",
+    ],
 )
-def test_where_no_agent_answers_it_is_one_sentence(
-    monkeypatch, capsys, tmp_path, command, exit_code
+def test_where_no_agent_answers_nothing_is_known_and_it_says_what_to_do(
+    monkeypatch, capsys, machine, command
 ):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert main([*command.split(), "--socket", str(tmp_path / "none.sock")]) == exit_code
-    assert "no agent answers at unix://" in sentence(capsys)
+    assert main([*command.split(), "--socket", str(machine / "none.sock")]) == UNKNOWN
+    told = sentence(capsys)
+    assert told.startswith(f"no agent answers at unix://{machine}/none.sock: ")
+    assert "tidegate doctor" in told
+    assert main(command.split()) == UNKNOWN
+    assert sentence(capsys).startswith(f"no agent runs here: there is no {machine}/agent.sock")
 
 
 def test_a_fault_in_standard_input_says_that_it_is_there(monkeypatch, capsys):
@@ -304,28 +355,33 @@ def chosen(*argv):
     return parser.parse_args(argv)
 
 
-def test_where_nothing_runs_it_says_how_to_start(machine):
-    with pytest.raises(TidegateError, match="no lab is up"):
+def test_where_nothing_runs_it_says_how_to_start(machine, capsys):
+    with pytest.raises(TidegateError, match=r"no agent runs here: .*`tidegate lab up`"):
         target.agent_address(chosen())
-    with pytest.raises(TidegateError, match="no lab is up"):
+    with pytest.raises(TidegateError, match=r"no intent server runs here: .*--http-addr"):
         target.server_address(chosen())
+    with pytest.raises(TidegateError, match="no lab is up; `tidegate lab up` starts one"):
+        target.the_lab(chosen())
+    assert main(["config", "read", "-kind", "mesh", "-name", "mesh"]) == 1, "as Consul's command"
+    assert sentence(capsys).startswith("no intent server runs here: ")
 
 
 def test_this_nodes_agent_and_server_are_the_default(machine):
-    for name in ("agent", "server"):
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(machine / f"{name}.sock"))
-        listener.close()
-    assert target.agent_address(chosen()) == f"unix://{machine}/agent.sock"
-    assert target.server_address(chosen()) == f"unix://{machine}/server.sock"
+    with contextlib.ExitStack() as open_sockets:
+        for name in ("agent", "server"):
+            listener = open_sockets.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(machine / f"{name}.sock"))
+            listener.listen()
+        assert target.agent_address(chosen()) == f"unix://{machine}/agent.sock"
+        assert target.server_address(chosen()) == f"unix://{machine}/server.sock"
 
 
 def test_an_option_wins_over_the_environment(machine, monkeypatch):
     monkeypatch.setenv("TIDEGATE_SOCKET", "/env.sock")
     monkeypatch.setenv("TIDEGATE_HTTP_ADDR", "http://env:1")
-    assert target.agent_address(chosen()) == "unix:///env.sock"
+    assert target.agent_addresses(chosen()) == ("unix:///env.sock",)
     assert target.server_address(chosen()) == "http://env:1"
-    assert target.agent_address(chosen("--socket", "/x.sock")) == "unix:///x.sock"
+    assert target.agent_addresses(chosen("--socket", "/x.sock")) == ("unix:///x.sock",)
     assert target.server_address(chosen("--http-addr", "http://x:2")) == "http://x:2"
     (machine / "lab" / "demo").mkdir(parents=True)
     address = target.server_address(chosen("--lab", "demo"))

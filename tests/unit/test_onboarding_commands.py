@@ -128,7 +128,7 @@ def test_the_status_exits_0_when_all_is_done_and_2_when_something_was_not_seen(c
 
 def test_a_rejected_configuration_stands_in_the_status_once_in_envoys_words(capsys):
     problem = {"workload": "api-1", "node": "n1", "problem": "refuses its configuration: bad"}
-    said = {"message": "sidecar of api-1: refuses its configuration: bad"}
+    said = {"message": "api-1: refuses its configuration: bad"}
     service = {**SERVICE, "sidecar_problems": [problem], "reasons": [said]}
     _, out, _ = run(capsys, "onboard", "status", answer={**STATUS, "services": [service]})
     assert out.count("refuses its configuration: bad") == 1
@@ -193,7 +193,7 @@ def test_changes_print_their_events_and_exit_as_the_last_says(capsys):
 @pytest.mark.parametrize("command", [["permissive", "api"], ["resecure"], ["strict", "api"]])
 def test_an_agent_that_ends_in_between_is_told(capsys, command):
     code, out, err = run(capsys, *command, events=[{"event": "written", "message": "begun"}])
-    assert code == 1
+    assert code == 2
     assert out == "begun\n"
     assert err.startswith("tidegate: the agent ended before")
 

@@ -19,8 +19,9 @@ from tidegate.model import (
     ServiceIntent,
     Sidecar,
 )
-from tidegate.verdict import readiness
+from tidegate.verdict import readiness, steps
 from tidegate.verdict.evidence import (
+    Caller,
     CallerKind,
     EdgeEvidence,
     InstanceEvidence,
@@ -30,6 +31,7 @@ from tidegate.verdict.evidence import (
 )
 from tidegate.verdict.readiness import Answer, Effect, ReasonKind, Verdict, judge
 from tidegate.verdict.steps import Environment, Place, span
+from tidegate.workloads.kubernetes.settings import Enrolment
 
 NOW = 1_700_000_000.0
 DAY = 86_400.0
@@ -480,6 +482,11 @@ def test_a_blocking_flow_outranks_whatever_is_missing():
             "api-1 observed for 3 m of 24 h",
         ),
         (
+            "younger by less than a second",
+            {"coverage": (Interval(NOW - DAY + 0.4, NOW),)},
+            "api-1 observed for 23 h 59 m of 24 h",
+        ),
+        (
             "a hole",
             {"coverage": (Interval(0, NOW - 72), Interval(NOW - 60, NOW))},
             "api-1 was not observed for 12 s, until 1 m ago",
@@ -557,6 +564,21 @@ def test_the_share_says_how_much_of_the_window_is_observed():
 
 
 @pytest.mark.parametrize(
+    ("enrolment", "template"),
+    [
+        (Enrolment.CONSUL, 'the annotation consul.hashicorp.com/connect-inject: "true"'),
+        (Enrolment.ISTIO, 'the label sidecar.istio.io/inject: "true"'),
+    ],
+)
+def test_where_the_mesh_injects_its_sidecar_that_is_what_a_pod_template_says(enrolment, template):
+    place = Place(environment=Environment.KUBERNETES, injected_by=enrolment.injection)
+    said = f"put {template} into the pod template of legacy in the namespace default"
+    caller = Caller(address="10.0.0.9", workload="legacy")
+    for told in (steps.onboard(place, caller), *steps.onboard_all(place, [caller])):
+        assert told.startswith(said)
+
+
+@pytest.mark.parametrize(
     ("what", "catalog", "edge", "environment", "says"),
     [
         ("onboard in a lab", LEGACY, flow(), Environment.LAB, "`tidegate lab onboard legacy`"),
@@ -572,7 +594,7 @@ def test_the_share_says_how_much_of_the_window_is_observed():
             LEGACY,
             flow(),
             Environment.VM,
-            'tidegate.io/mesh: "true" of legacy on n2',
+            "set meshed: true for legacy on n2, in its workload file or under `processes`",
         ),
         (
             "and allow, keeping what is allowed",

@@ -453,8 +453,8 @@ def test_an_agent_that_knows_the_namespace_says_in_which_trust_domain_its_mesh_i
         node_of(("old", "shop", str(here))),
     )
     number = here.stat().st_ino
-    assert workloads.trust_domains(nodes, [number]) == {"one.test"}
-    assert workloads.trust_domains(nodes, []) == set()
+    assert workloads.meshes(nodes, [number]) == {("consul", "one.test")}
+    assert workloads.meshes(nodes, []) == set()
 
 
 def test_the_mesh_of_a_workload_is_recognised_by_its_agents_trust_domain(
@@ -646,7 +646,7 @@ def test_only_root_may_trace(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert main(["trace"]) == 1
+    assert main(["trace"]) == 2
     assert "this needs root" in capsys.readouterr().err
 
 

@@ -17,7 +17,11 @@ from tidegate.errors import TidegateError
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command group `ca`."""
-    group = subparsers.add_parser("ca", help="the mesh's root certificates: list, rotate")
+    group = subparsers.add_parser(
+        "ca",
+        help="the mesh's root certificates: list, rotate",
+        description="The certificates by which sidecars trust each other. They are the intent server's.",
+    )
     commands = group.add_subparsers(dest="ca_command", required=True, metavar="COMMAND")
     roots = commands.add_parser(
         "roots",

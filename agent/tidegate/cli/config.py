@@ -15,7 +15,13 @@ from tidegate.catalog.client import CatalogClient, CatalogRefused, CatalogUnreac
 from tidegate.catalog.embedded import EmbeddedClient, embedded
 from tidegate.catalog.store import StoreError
 from tidegate.cli import validate
-from tidegate.cli.arguments import add_json, exiting_as_consul, source_of, text_of
+from tidegate.cli.arguments import (
+    ExamplesFormatter,
+    add_json,
+    exiting_as_consul,
+    source_of,
+    text_of,
+)
 from tidegate.cli.target import access, add_access_options, add_options, server_address
 from tidegate.errors import InputError
 from tidegate.intent.entries import (
@@ -42,19 +48,43 @@ _CatalogErrors = (CatalogRefused, CatalogUnreachable, StoreError)
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command group `config`."""
     group = subparsers.add_parser(
-        "config", help="config entries: write, read, list, delete, validate"
+        "config",
+        help="config entries: write, read, list, delete, validate",
+        description="What should be, in Consul's config entries: modes, intentions, the mesh's settings. The commands, "
+        "their flags and output are Consul's.",
     )
     commands = group.add_subparsers(dest="config_command", required=True, metavar="COMMAND")
 
-    write = _command(commands, "write", run_write, "create or update config entries from a file")
+    write = _command(
+        commands,
+        "write",
+        run_write,
+        "create or update config entries from a file",
+        "tidegate config write api.hcl",
+        """echo 'Kind = "mesh" AllowEnablingPermissiveMutualTLS = true' | tidegate config write -""",
+    )
     write.add_argument("file", metavar="FILE", help="HCL, JSON or YAML; - for standard input")
     _add_cas(write)
 
-    read = _command(commands, "read", run_read, "print one config entry as JSON")
+    read = _command(
+        commands,
+        "read",
+        run_read,
+        "print one config entry as JSON",
+        "tidegate config read -kind service-defaults -name api",
+        "tidegate config read -kind mesh -name mesh",
+    )
     _add_kind(read)
     _add_name(read)
 
-    list_ = _command(commands, "list", run_list, "print the names of the config entries of a kind")
+    list_ = _command(
+        commands,
+        "list",
+        run_list,
+        "print the names of the config entries of a kind",
+        "tidegate config list -kind service-intentions",
+        """tidegate config list -kind service-defaults -filter 'MutualTLSMode == "permissive"'""",
+    )
     _add_kind(list_)
     list_.add_argument(
         "-filter",
@@ -64,7 +94,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="""only those of which this is true, such as 'MutualTLSMode == "permissive"'""",
     )
 
-    delete = _command(commands, "delete", run_delete, "delete one config entry")
+    delete = _command(
+        commands,
+        "delete",
+        run_delete,
+        "delete one config entry",
+        "tidegate config delete -kind service-intentions -name api",
+    )
     _add_kind(delete)
     _add_name(delete)
     delete.add_argument(
@@ -183,8 +219,16 @@ def _command(
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
+    *examples: str,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. Exits 0 or 1, as Consul's command.",
+        epilog="\n  ".join(("examples:", *examples)),
+        formatter_class=ExamplesFormatter,
+        allow_abbrev=False,
+    )
     parser.set_defaults(run=exiting_as_consul(run))
     add_options(parser)
     add_access_options(parser)

@@ -15,9 +15,8 @@ from rich.text import Text
 
 from tidegate.cli import filters, tables
 from tidegate.cli.arguments import ExamplesFormatter, add_json, duration
-from tidegate.cli.target import add_options, agent_address, require_root
-from tidegate.errors import TidegateError
-from tidegate.node.client import AgentClient, AgentUnreachable
+from tidegate.cli.target import CannotAsk, add_options, agent_address, require_root
+from tidegate.node.client import AgentClient
 
 FLOWS_EXAMPLES = """\
 examples:
@@ -51,7 +50,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     flows = subparsers.add_parser(
         "flows",
         help="who talks to whom, and how",
-        description="The ledger's edges: caller, service, class of the connections, counts.",
+        description="Who called whom since it is observed: the class is what the client's bytes were (mesh is mTLS of "
+        "the mesh, tls somebody's own). path says whether the service's sidecar carries the connections, or they go "
+        "outside the sidecars (excluded ports, no sidecar), where no mode protects them. would be denied: permissive "
+        "mode lets them in, and no intention would. Exits 0; 2 when no agent can be asked.",
         epilog=FLOWS_EXAMPLES,
         formatter_class=ExamplesFormatter,
     )
@@ -219,12 +221,7 @@ def _tell_problems(answer: dict[str, Any], known: Collection[str] = ()) -> Colle
 def run_ready(args: argparse.Namespace) -> int:
     """Prints the verdict of one service or of all; the exit code is the verdict."""
     require_root(ASKS)
-    try:
-        return asyncio.run(_ready(args))
-    except AgentUnreachable as error:
-        # Whoever cannot be asked has not said NOT READY.
-        error.exit_code = tables.EXIT_CODES["UNKNOWN"]
-        raise
+    return asyncio.run(_ready(args))
 
 
 async def _ready(args: argparse.Namespace) -> int:
@@ -299,7 +296,7 @@ def run_permissive(args: argparse.Namespace) -> int:
     body = {"service": args.service, "force": args.force}
     exit_code = asyncio.run(told(args, "/v1/permissive", body))
     if exit_code is None:
-        raise TidegateError("the agent ended before the service was permissive; try again")
+        raise CannotAsk("the agent ended before the service was permissive; try again")
     return exit_code
 
 
@@ -321,7 +318,7 @@ async def _strict(args: argparse.Namespace) -> int:
     body = {"service": args.service, "guard_s": args.guard, "force": args.force}
     exit_code = await told(args, "/v1/strict", body)
     if exit_code is None:
-        raise TidegateError(
+        raise CannotAsk(
             "the agent ended before the guard did; it takes the guard up again when it returns: "
             f"see `tidegate ready {args.service}`"
         )

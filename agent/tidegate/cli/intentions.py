@@ -26,7 +26,11 @@ examples:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command group `intentions`."""
-    group = subparsers.add_parser("intentions", help="which intentions what was seen needs")
+    group = subparsers.add_parser(
+        "intentions",
+        help="which intentions what was seen needs",
+        description="Intentions say which service may call which. This compares them with who really calls.",
+    )
     commands = group.add_subparsers(dest="intentions_command", required=True, metavar="COMMAND")
     suggest = commands.add_parser(
         "suggest",

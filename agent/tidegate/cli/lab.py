@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli import tables
-from tidegate.cli.arguments import add_json
+from tidegate.cli.arguments import ExamplesFormatter, add_json
 from tidegate.cli.target import require_root, the_lab
 from tidegate.errors import InputError
 from tidegate.lab import runtime, state
@@ -26,7 +26,15 @@ DEMO_FILE = Path(runtime.__file__).with_name("demo.yaml")
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command group `lab`."""
-    group = subparsers.add_parser("lab", help="pods on this machine, to try everything on")
+    group = subparsers.add_parser(
+        "lab",
+        help="pods on this machine, to try everything on",
+        description="A mesh of network namespaces on this machine, with real sidecars, rules and eBPF programs. The "
+        "machine's own network is not touched. Without --lab a command is about the lab that is up.",
+        epilog="examples:\n  tidegate lab up\n  tidegate lab exec web -- curl -s http://api:8080/\n"
+        "  tidegate lab onboard legacy\n  tidegate lab down",
+        formatter_class=ExamplesFormatter,
+    )
     commands = group.add_subparsers(dest="lab_command", required=True, metavar="COMMAND")
 
     up = commands.add_parser(
@@ -54,6 +62,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     execute = commands.add_parser(
         "exec",
+        usage="tidegate lab exec [-h] [--lab NAME] POD [--] CMD ...",
         help="run a command in a pod",
         description="Runs a command in the network of a pod, of a node, or outside. Names of pods "
         "and services resolve there. Exits as the command does.",
@@ -63,8 +72,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     execute.add_argument(
         "argv",
         nargs=argparse.REMAINDER,
-        metavar="CMD",
-        help="and its arguments; -- may stand before",
+        metavar="CMD ...",
+        help="a command with its arguments; -- may stand before",
     )
     execute.set_defaults(run=run_exec)
 
@@ -139,7 +148,8 @@ def run_onboard(args: argparse.Namespace) -> int:
     """Puts pods into the mesh."""
     require_root("the lab's files are root's")
     runtime.onboard(the_lab(args), args.pods)
-    print(f"{', '.join(args.pods)}: the agent gives each a sidecar now")
+    whom = "each" if len(args.pods) > 1 else "it"
+    print(f"{', '.join(args.pods)}: the agent gives {whom} a sidecar now")
     return 0
 
 

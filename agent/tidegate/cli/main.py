@@ -1,11 +1,12 @@
 """The `tidegate` command: finds the command group, turns errors into one sentence and an exit code."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tidegate.errors import TidegateError
 from tidegate.kernel.errors import KernelError
@@ -73,6 +74,33 @@ class _CommandsFormatter(argparse.HelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """Tells what is wrong in one line, as all errors are told; parsers of commands are of the same class."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what it does not know itself: argparse leaves that to the parser of the whole command line."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return known, unknown
+
+    def _unknown(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"{word!r} is one argument too many"
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        option = word.partition("=")[0]
+        near = " or ".join(difflib.get_close_matches(option, options))
+        return f"there is no option {option}" + (f"; expected {near}" if near else "")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = [str(choice) for choice in action.choices or ()]
+        if not choices or value in choices:
+            return
+        near = difflib.get_close_matches(str(value), choices)
+        expected = " or ".join(near) or f"one of {', '.join(choices)}"
+        if action.metavar == "COMMAND":
+            raise argparse.ArgumentError(
+                None, f"there is no command {value!r}; expected {expected}"
+            )
+        raise argparse.ArgumentError(action, f"{value!r} is no choice; expected {expected}")
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"tidegate: {message}; see `{self.prog} --help`\n")
 
@@ -91,8 +119,11 @@ class _Version(argparse.Action):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 good, 1 failed or not ready, 2 bad input or unknown."""
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        make_parser().print_help(sys.stderr)
+        return 2
     try:
-        args = make_parser(argv[0] if argv else None).parse_args(argv)
+        args = make_parser(argv[0]).parse_args(argv)
         status: int = args.run(args)
         sys.stdout.flush()
     except TidegateError as error:

@@ -41,7 +41,12 @@ _PERMISSION_WORDS = {
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command group `onboard`."""
-    group = subparsers.add_parser("onboard", help="where every service stands, and what to do next")
+    group = subparsers.add_parser(
+        "onboard",
+        help="where every service stands, and what to do next",
+        description="From plaintext to strict mTLS: where each service stands, and the next step with its command. "
+        "Both only look, and change nothing.",
+    )
     commands = group.add_subparsers(dest="onboard_command", required=True, metavar="COMMAND")
 
     status = commands.add_parser(
@@ -174,7 +179,7 @@ def _print_callers(out: Console, one: dict[str, Any]) -> None:
             out.print(Text(f"  - {caller['name']} -> {one['service']}: {told}"), soft_wrap=True)
     problems = {each["workload"]: each["problem"] for each in one["sidecar_problems"]}
     for workload, problem in problems.items():
-        out.print(Text(f"  - sidecar of {workload}: {problem}", "bold red"), soft_wrap=True)
+        out.print(Text(f"  - {workload}: {problem}", "bold red"), soft_wrap=True)
     for reason in one["reasons"]:
         if not any(problem in reason["message"] for problem in problems.values()):
             out.print(Text(f"  - {one['service']}: {reason['message']}"), soft_wrap=True)

@@ -5,8 +5,7 @@ import asyncio
 
 from tidegate.cli.arguments import ExamplesFormatter, add_json, duration
 from tidegate.cli.evidence import ASKS, told
-from tidegate.cli.target import add_options, require_root
-from tidegate.errors import TidegateError
+from tidegate.cli.target import CannotAsk, add_options, require_root
 
 EXAMPLES = """\
 examples:
@@ -46,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     body = {"window_s": args.window, "force": args.force}
     exit_code = asyncio.run(told(args, "/v1/resecure", body))
     if exit_code is None:
-        raise TidegateError("the agent ended before the mesh was verified; try again")
+        raise CannotAsk("the agent ended before the mesh was verified; try again")
     return exit_code

@@ -20,7 +20,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Speaks Consul's HTTP API for config entries and the catalog, and is the mesh's CA, "
         "until SIGTERM.",
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="its configuration (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 

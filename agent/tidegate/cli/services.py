@@ -15,7 +15,7 @@ import msgspec
 from tidegate.catalog.client import CatalogClient, CatalogRefused, CatalogUnreachable
 from tidegate.catalog.definitions import services_for
 from tidegate.catalog.registration import Service
-from tidegate.cli.arguments import exiting_as_consul, source_of, text_of
+from tidegate.cli.arguments import ExamplesFormatter, exiting_as_consul, source_of, text_of
 from tidegate.cli.target import access, add_access_options, add_options, server_address
 from tidegate.intent.services import ServiceDefinition, parse_services
 from tidegate.model import DEFAULT_TENANT
@@ -23,7 +23,11 @@ from tidegate.model import DEFAULT_TENANT
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command group `services`."""
-    group = subparsers.add_parser("services", help="service definitions: register, deregister")
+    group = subparsers.add_parser(
+        "services",
+        help="service definitions: register, deregister",
+        description="Puts services that no agent looks after into the catalog, from Consul's service definitions.",
+    )
     commands = group.add_subparsers(dest="services_command", required=True, metavar="COMMAND")
     register = _command(commands, "register", run_register, "register the services of files")
     register.add_argument(
@@ -61,7 +65,14 @@ def _command(
     run: Callable[[argparse.Namespace], int],
     summary: str,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}, as Consul's command does. Exits 0 or 1.",
+        epilog=f"examples:\n  tidegate services {name} web.hcl\n  tidegate services {name} -node vm1 web.hcl",
+        formatter_class=ExamplesFormatter,
+        allow_abbrev=False,
+    )
     parser.set_defaults(run=exiting_as_consul(run))
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help="HCL, JSON or YAML; - for standard input"

@@ -17,6 +17,12 @@ AGENT_SOCKET = Path("/run/tidegate/agent.sock")
 SERVER_SOCKET = Path("/run/tidegate/server.sock")
 
 
+class CannotAsk(TidegateError):
+    """Nobody answers to the end, or the user may not ask. Exits 2, as nothing is known then: 1 is an answer."""
+
+    exit_code = 2
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose the target."""
     group = parser.add_argument_group("where to ask (default: this node, or the lab that is up)")
@@ -86,9 +92,9 @@ def is_root() -> bool:
 
 
 def require_root(why: str) -> None:
-    """Raises a TidegateError, which says what a command does that others may not, unless the user is root."""
+    """Raises a CannotAsk, which says what a command does that others may not, unless the user is root."""
     if not is_root():
-        raise TidegateError(f"this needs root: {why}; try sudo")
+        raise CannotAsk(f"this needs root: {why}; try sudo")
 
 
 def chosen_lab(args: argparse.Namespace) -> str | None:
@@ -118,8 +124,14 @@ def server_address(args: argparse.Namespace) -> str:
     address = _given_address(args)
     if address:
         return _with_scheme(address)
-    if chosen_lab(args) is None and SERVER_SOCKET.exists():
-        return f"unix://{SERVER_SOCKET}"
+    if chosen_lab(args) is None:
+        if SERVER_SOCKET.exists():
+            return f"unix://{SERVER_SOCKET}"
+        if not state.labs():
+            raise TidegateError(
+                f"no intent server runs here: there is no {SERVER_SOCKET}, and no lab is up; expected --http-addr "
+                "with the address of one, or a lab: `tidegate lab up`"
+            )
     return f"unix://{state.LabPaths(the_lab(args)).server_socket}"
 
 
@@ -142,19 +154,34 @@ def _with_scheme(address: str) -> str:
 
 
 def agent_address(args: argparse.Namespace) -> str:
-    """Address of an agent that can answer for the whole mesh, as AgentClient takes it."""
+    """Address of an agent that can answer for the whole mesh, as AgentClient takes it. CannotAsk when none does."""
     addresses = agent_addresses(args)
-    return next(filter(_answers, addresses), addresses[0])
+    for address in addresses:
+        if _answers(address):
+            return address
+    raise CannotAsk(
+        f"no agent answers at {' or '.join(addresses)}: it has ended, or is just beginning; `tidegate doctor` says "
+        "what stands in its way, and its log (`journalctl -u tidegate-agent`, `kubectl logs`) why it ended"
+    )
 
 
 def agent_addresses(args: argparse.Namespace) -> tuple[str, ...]:
-    """Addresses of the agents of the chosen place: one, or in a lab one for each node."""
+    """Addresses of the agents of the chosen place: one, or in a lab one for each node.
+
+    CannotAsk where nothing of tidegate runs.
+    """
     named: str | None = args.socket
     path = named or ("" if args.lab else os.environ.get("TIDEGATE_SOCKET"))
     if path:
         return (f"unix://{path}",)
-    if chosen_lab(args) is None and AGENT_SOCKET.exists():
-        return (f"unix://{AGENT_SOCKET}",)
+    if chosen_lab(args) is None:
+        if AGENT_SOCKET.exists():
+            return (f"unix://{AGENT_SOCKET}",)
+        if not state.labs():
+            raise CannotAsk(
+                f"no agent runs here: there is no {AGENT_SOCKET}, and no lab is up; start the agent "
+                "(`systemctl start tidegate-agent`), name its socket with --socket, or try a lab: `tidegate lab up`"
+            )
     paths = state.LabPaths(the_lab(args))
     return tuple(f"unix://{paths.agent_socket(node)}" for node in state.read_spec(paths).nodes)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from tidegate.cli.arguments import add_json, source_of, text_of
+from tidegate.cli.arguments import ExamplesFormatter, add_json, source_of, text_of
 from tidegate.errors import InputError, InputErrors
 from tidegate.intent.documents import read_documents
 from tidegate.intent.entries import Entry, parse_entries
@@ -40,7 +40,15 @@ class _Found(msgspec.Struct, frozen=True, kw_only=True):
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command `validate` to the group `config`."""
     summary = "check files of config entries and service definitions; exits 1 if anything is wrong"
-    parser = commands.add_parser("validate", help=summary, description=summary, allow_abbrev=False)
+    parser = commands.add_parser(
+        "validate",
+        help=summary,
+        description="Checks files of config entries and service definitions without asking a server: every fault of "
+        "all files, with its line. Exits 0 when all is right, else 1.",
+        epilog="examples:\n  tidegate config validate entries/*.hcl\n  tidegate config validate --json web.yaml",
+        formatter_class=ExamplesFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="HCL, JSON or YAML; - for standard input"
     )

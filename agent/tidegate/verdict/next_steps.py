@@ -188,7 +188,7 @@ def _sidecars(facts: MeshFacts) -> Iterator[NextStep]:
             yield NextStep(
                 kind=StepKind.SIDECAR,
                 subject=one.service,
-                message=f"Put the sidecar of {each.workload} right: {each.problem}",
+                message=f"Put {each.workload} right: {each.problem}",
                 moves=(one.service,),
                 helps=(),
                 connections=0,

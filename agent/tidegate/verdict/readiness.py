@@ -7,6 +7,7 @@ decided once, in `effect_of`. Pure: everything is a function of the arguments, t
 """
 
 import enum
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
@@ -554,7 +555,7 @@ def _missing(evidence: ServiceEvidence, place: Place) -> Iterator[Reason]:
         if each.sidecar_problem:
             yield Reason(
                 kind=ReasonKind.EVIDENCE_MISSING,
-                message=f"sidecar of {each.instance.name}: {each.sidecar_problem}",
+                message=f"{each.instance.name}: {each.sidecar_problem}",
                 next_step=steps.for_sidecar(place, each.instance.name),
             )
         elif _has_witness(each) and each.witness.agrees is None:
@@ -678,7 +679,7 @@ def _gap_reasons(
             message=(
                 f"{each.workload} is not observed, for {span(window.end - last.start)} now"
                 if ongoing
-                else f"{each.workload} observed for {span(observed)} of {span(window_s)}"
+                else f"{each.workload} observed for {_part(observed, window_s)}"
                 if at_start and len(each.gaps) == 1
                 else f"{each.workload} was not observed for {span(missed)}, until {span(observed)} ago"
             ),
@@ -690,9 +691,14 @@ def _gap_reasons(
         observed = window.end - young_since
         yield Reason(
             kind=ReasonKind.COVERAGE_GAP,
-            message=f"{evidence.service} observed for {span(observed)} of {span(window_s)}",
+            message=f"{evidence.service} observed for {_part(observed, window_s)}",
             next_step=steps.for_coverage(window_s - observed),
         )
+
+
+def _part(observed_s: float, window_s: float) -> str:
+    """So much of a window, in whole seconds: what is missing is never rounded away."""
+    return f"{span(math.floor(observed_s))} of {span(window_s)}"
 
 
 def _coverage(

@@ -40,6 +40,9 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     environment: Environment = Environment.KUBERNETES
     lab: str = ""
     """Name of the lab, in a lab."""
+    injected_by: str = ""
+    """What pod templates say in Kubernetes so that the mesh's own injector gives pods a sidecar; empty: tidegate's
+    annotation says it."""
 
     def tidegate(self, *words: str) -> str:
         """A tidegate command, for a shell."""
@@ -57,14 +60,19 @@ def onboard(place: Place, caller: Caller) -> str:
     match place.environment:
         case Environment.LAB:
             return f"`{command}`"
+        case Environment.KUBERNETES if place.injected_by:
+            return command
         case Environment.KUBERNETES:
-            return f"`{command}` (and in its pod template, so that it stays)"
+            return (
+                f"`{command}` (and in its pod template, so that it stays), or, where Consul or Istio inject sidecars, "
+                "as they are told to"
+            )
         case Environment.VM:
             return command
 
 
 def onboard_all(place: Place, callers: Sequence[Caller]) -> tuple[str, ...]:
-    """The commands that give all these workloads sidecars; for a VM what is to be done in words."""
+    """The commands that give all these workloads sidecars; for a VM, or an injector, what is to be done in words."""
     match place.environment:
         case Environment.LAB:
             names = sorted({caller.workload for caller in callers})
@@ -73,6 +81,12 @@ def onboard_all(place: Place, callers: Sequence[Caller]) -> tuple[str, ...]:
             pods: dict[str, set[str]] = {}
             for caller in callers:
                 pods.setdefault(caller.namespace or "default", set()).add(caller.workload)
+            if place.injected_by:
+                return tuple(
+                    f"put {place.injected_by} into the pod template of {', '.join(sorted(names))} in the namespace "
+                    f"{namespace}, which makes the pods anew"
+                    for namespace, names in sorted(pods.items())
+                )
             return tuple(
                 shlex.join(
                     [
@@ -84,7 +98,8 @@ def onboard_all(place: Place, callers: Sequence[Caller]) -> tuple[str, ...]:
             )
         case Environment.VM:
             return tuple(
-                f'set the annotation tidegate.io/mesh: "true" of {caller.workload} on {caller.node}'
+                f"set meshed: true for {caller.workload} on {caller.node}, in its workload file or under `processes` "
+                "in the agent's configuration"
                 for caller in callers
             )
 
@@ -191,13 +206,13 @@ def for_intent_server() -> str:
 
 
 def for_sidecar(place: Place, instance: str) -> str:
-    return f"See how the sidecar of {instance} is doing: `{status_command(place)}`"
+    return f"See how {instance} is doing: `{status_command(place)}`"
 
 
 def status_command(place: Place) -> str:
-    """The command that shows how sidecars are doing."""
+    """The command that shows how workloads and their sidecars are doing."""
     in_lab = place.environment is Environment.LAB
-    return place.tidegate("lab", "status") if in_lab else "tidegate doctor"
+    return place.tidegate("lab", "status") if in_lab else "tidegate status"
 
 
 def for_loss(window_s: float) -> str:
