@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path("/root/tidegate")
 TIDEGATE = "/opt/tidegate/bin/tidegate"
@@ -33,6 +34,8 @@ processes:
   - service: web
     port: {PORT}
     network: {{addresses: [{ADDRESS}]}}
+  - service: job
+    unit: job.service
 """,
     "/etc/tidegate/mesh.yaml": """\
 Kind: mesh
@@ -51,6 +54,16 @@ Type=exec
 ExecStart=/usr/bin/python3 {CHECKOUT}/tests/vm/guest/application.py {PORT} {ACCEPTED}
 [Install]
 WantedBy=multi-user.target
+""",
+    # A service in a network of somebody else's: it is found by its unit.
+    "/etc/systemd/system/job.service": """\
+[Service]
+Type=exec
+ExecStartPre=+sh -c 'ip netns add job; ip -n job link set lo up; \
+    ip link add to-job type veth peer name eth0 netns job; ip -n job address add 10.12.0.2/30 dev eth0; \
+    ip -n job link set eth0 up; ip link set to-job up'
+ExecStart=+ip netns exec job sleep infinity
+ExecStopPost=+ip netns delete job
 """,
     # The service starts at once: it is closed, while its sidecar is not there yet, that is to be seen.
     "/etc/systemd/system/tidegate-sidecar@.service.d/at-once.conf": f"""\
@@ -151,6 +164,13 @@ def in_the_beginning() -> list[str]:
     run("systemctl", "restart", "tidegate-sidecar@web")
     until_answered("the place was made anew")
 
+    step("a service is found by its unit")
+    run("systemctl", "start", "job")
+    until("the service that has a unit is looked after", lambda: is_looked_after("job"))
+    before = (status_of("job") or {})["id"]
+    run("systemctl", "restart", "job")
+    until("it is, in its new network", lambda: is_looked_after("job", but=before))
+
     step("reboot")
     return steps
 
@@ -185,6 +205,22 @@ def until(what: str, holds: Callable[[], bool]) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {DEADLINE_S:.0f} s: {what}")
         time.sleep(0.5)
+
+
+def is_looked_after(name: str, but: str = "") -> bool:
+    """Whether a workload, but not that of this id, is redirected, observed, and has a sidecar."""
+    found = status_of(name)
+    return (
+        found is not None
+        and found["id"] != but
+        and (found["redirect"], found["state"], found["problem"]) == ("ok", "running", "")
+        and found["observed_since"] > 0
+    )
+
+
+def status_of(name: str) -> dict[str, Any] | None:
+    workloads = json.loads(run(TIDEGATE, "status", "--json", check=False))["workloads"]
+    return next((one for one in workloads if one["name"] == name), None)
 
 
 def sidecars() -> list[str]:
