@@ -8,6 +8,7 @@ import os
 import selectors
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,15 @@ _IP6T_SO_ORIGINAL_DST = 80
 
 _libc = ctypes.CDLL(None)
 _numbers = itertools.count()
+
+
+def needs_user_namespaces() -> None:
+    """Skips a test where they cannot be made, as in a chroot."""
+    tried = subprocess.run(
+        ["unshare", "--user", "true"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        pytest.skip(f"user namespaces cannot be made here: {tried.stderr.strip()}")
 
 
 def set_sysctl(path: str, name: str, value: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import consul_rules
 import pytest
-from namespaces import DEADLINE_S, landing, serving
+from namespaces import DEADLINE_S, landing, needs_user_namespaces, serving
 from readable import for_everybody
 from verifying import listening, nft
 
@@ -171,6 +171,7 @@ class TestWithNetAdminAlone:
 class TestElsewhere:
     def test_in_a_user_namespace_of_its_own_a_pod_is_redirected(self):
         """Such as a pod with hostUsers: false."""
+        needs_user_namespaces()
         script = 'ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec "$@"'
         environment = {"PATH": os.environ["PATH"]}
         unshare = ("unshare", "--user", "--map-root-user", "--net", "sh", "-ec", script, "sh")

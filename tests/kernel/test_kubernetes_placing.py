@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from namespaces import DEADLINE_S, eventually, landing, serving
+from namespaces import DEADLINE_S, eventually, landing, needs_user_namespaces, serving
 
 from tidegate.enforce.redirect.engine import BackendChoice, Engine
 from tidegate.intent.policy import DEFAULT
@@ -338,11 +338,7 @@ def test_processes_that_cannot_be_seen_are_told_with_what_the_agent_lacks(tmp_pa
 
 def run_in_user_namespace(node: Node) -> int:
     """A sandbox as of a pod with hostUsers: false: 65536 users of its own, from 100000 on."""
-    tried = subprocess.run(
-        ["unshare", "--user", "true"], capture_output=True, text=True, check=False
-    )
-    if tried.returncode:
-        pytest.skip(f"user namespaces cannot be made here: {tried.stderr.strip()}")
+    needs_user_namespaces()
     pid = node.run(f"{POD}/{SANDBOX}", "unshare", "--user", "--net")
     for kind in ("uid_map", "gid_map"):
         Path(f"/proc/{pid}/{kind}").write_text("0 100000 65536")

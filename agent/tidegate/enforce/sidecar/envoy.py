@@ -44,7 +44,7 @@ _PROGRAM = Path("bin", "envoy")
 _KILL_WAIT_S = 5.0
 _END_OF_LOG = 16 * 1024
 """Bytes in which the reason is found of an Envoy that ended, in front of its stack traces."""
-_TRACES = ("[backtrace]", "[envoy_bug]")
+_TRACES = ("[backtrace]", "[envoy_bug]", "[symbolize_elf.inc")
 _NO_INOTIFY = "inotify_fd_ >= 0"
 """In Envoy's words (source/common/filesystem/inotify/watcher_impl.cc): one instance for each file that it watches."""
 
