@@ -75,9 +75,12 @@ cni: packages
 demo: setup ## the whole story in a lab of two nodes; leaves nothing behind
 	@$(BIN)/python -m tidegate.lab.demo
 
+# Tests of the kernel wait most of their time: those that need nothing of it run meanwhile.
 test: setup packages-of-tests lint ## every test (needs root for the kernel and lab tests)
 	@[ "$$(id -u)" = 0 ] || { echo "the tests make network namespaces: run sudo make test" >&2; exit 1; }
-	@$(BIN)/pytest -q tests
+	@mkdir -p build; $(BIN)/pytest -q tests/unit >build/unit.txt 2>&1 & unit=$$!; trap "kill $$unit 2>/dev/null" EXIT; \
+	failed=0; $(BIN)/pytest -q tests/e2e tests/kernel || failed=1; \
+	wait $$unit || failed=1; trap - EXIT; cat build/unit.txt; exit $$failed
 
 unit: setup ## only the tests that need no root
 	@$(BIN)/pytest -q tests/unit
