@@ -6,13 +6,14 @@ import signal
 import socket
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from cni_agent import Agent, Runtime, process
+from cni_agent import DEADLINE_S, Agent, Runtime, process
 from namespaces import eventually, landing, namespace, pair_of, serving, tell
 from redirecting import APP, INBOUND, OUTBOUND, PORTS
 
@@ -21,6 +22,7 @@ from tidegate.errors import TidegateError
 from tidegate.intent.policy import DEFAULT, Policy
 from tidegate.kernel import links, netns, nftables
 from tidegate.model import Sidecar
+from tidegate.node import cni_calls
 from tidegate.node.metrics import CniResult
 from tidegate.workloads.attachments import Attachment, Attachments
 from tidegate.workloads.cni import AttachmentKey
@@ -393,7 +395,13 @@ class Kubernetes:
 
     def __init__(self, answer: Description | LeftAlone | Exception | None) -> None:
         self.answer = answer
+        self.known_by_now: Description | LeftAlone | None = None
         self.asked: list[tuple[str, str, str]] = []
+
+    def known(
+        self, namespace: str, name: str, uid: str, netns: str = ""
+    ) -> Description | LeftAlone | None:
+        return self.known_by_now
 
     async def look_up(
         self, namespace: str, name: str, uid: str, netns: str = ""
@@ -440,6 +448,123 @@ def test_what_kubernetes_says_of_a_pod_is_obeyed_and_recorded(
     assert again.find("uid-1", "shop", "web-0") == pod
     assert again.find("", "shop", "web-0") == pod
     assert again.find("another", "shop", "web-0") is None
+
+
+def test_a_pod_that_kubernetes_has_told_of_starts_without_a_question(
+    tmp_path: Path, new_namespace: Callable[[], str]
+) -> None:
+    pod = new_namespace()
+    pods = Kubernetes(TidegateError("the API server is away"))
+    pods.known_by_now = POD_OF_CONSUL
+    with Agent(tmp_path, pods=pods).running() as agent:
+        assert Runtime(agent.config.socket).call("ADD", pod, arguments=POD) == {}
+        (described,) = agent.attachments.list()
+    assert pods.asked == []
+    assert "8080" in rules(pod)
+    assert (described.netns, described.service) == (pod, "web")
+
+
+class Slow(Kubernetes):
+    """Has the event loop wait for each answer."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.may_answer = threading.Event()
+
+    async def look_up(
+        self, namespace: str, name: str, uid: str, netns: str = ""
+    ) -> Description | LeftAlone | None:
+        await super().look_up(namespace, name, uid, netns)
+        assert self.may_answer.wait(DEADLINE_S)
+        return self.answer
+
+
+def test_a_container_of_which_all_is_known_waits_for_nothing_else_that_the_agent_does(
+    tmp_path: Path, new_namespace: Callable[[], str]
+) -> None:
+    pods = Slow()
+    with Agent(tmp_path, pods=pods).running() as agent:
+        runtime = Runtime(agent.config.socket)
+        asking = runtime.start("ADD", new_namespace(), arguments=POD)
+        eventually(lambda: pods.asked)
+        other = new_namespace()
+        assert runtime.call("ADD", other, "c2") == {}
+        assert rules_of(DEFAULT, other) == ()
+        assert asking.process.poll() is None
+        pods.may_answer.set()
+        assert asking.error() == {}
+
+
+def test_a_del_waits_for_the_add_of_its_container(
+    tmp_path: Path, new_namespace: Callable[[], str]
+) -> None:
+    pod = new_namespace()
+    pods = Slow()
+    pods.answer = POD_OF_CONSUL
+    with Agent(tmp_path, pods=pods).running() as agent:
+        runtime = Runtime(agent.config.socket)
+        adding = runtime.start("ADD", pod, arguments=POD)
+        eventually(lambda: pods.asked)
+        ending = runtime.start("DEL", pod)
+        eventually(lambda: ending.waits)
+        # Whoever is taken in after it, and answered, shows that it was taken in.
+        assert runtime.call("ADD", new_namespace(), "c2") == {}
+        pods.may_answer.set()
+        assert (adding.error(), ending.error()) == ({}, {})
+        assert rules(pod) == ""
+        assert len(agent.attachments.list()) == 1
+
+
+def test_an_add_waits_for_the_del_of_its_container(
+    agent: Agent, runtime: Runtime, new_namespace: Callable[[], str]
+) -> None:
+    pod = new_namespace()
+    assert runtime.call("ADD", pod) == {}
+    agent.in_force[pod] = DEFAULT
+    ending = runtime.start("DEL", pod)
+    eventually(lambda: agent.attachments.list() == ())
+    adding = runtime.start("ADD", pod)
+    eventually(lambda: adding.waits)
+    assert runtime.call("ADD", new_namespace(), "c2") == {}
+    assert adding.process.poll() is None
+    del agent.in_force[pod]
+    assert (ending.error(), adding.error()) == ({}, {})
+    assert rules_of(DEFAULT, pod) == ()
+
+
+def test_calls_that_wait_when_the_agent_ends_are_broken_off(
+    tmp_path: Path, new_namespace: Callable[[], str]
+) -> None:
+    pod = new_namespace()
+    with socket.socket(socket.AF_UNIX) as silent:
+        with Agent(tmp_path).running() as agent:
+            runtime = Runtime(agent.config.socket, sidecar="tidegate")
+            silent.connect(str(agent.config.socket))
+            calls = [runtime.start("ADD", pod), runtime.start("DEL", pod)]
+            eventually(lambda: agent.attachments.list())
+            for one in calls:
+                eventually(lambda call=one: call.waits)
+        assert silent.recv(1) == b""
+        assert calls[0].error()["code"] == 11
+        assert calls[1].error() == {}
+    assert rules_of(DEFAULT, pod) == ()
+
+
+def test_a_request_may_come_in_pieces_but_not_for_ever(
+    agent: Agent, new_namespace: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b"\0".join((b"STATUS", b"", b"", b"", b"", b'{"name":"net"}'))
+    request = b"TGC1" + len(body).to_bytes(4) + body
+    with socket.socket(socket.AF_UNIX) as patient:
+        patient.connect(str(agent.config.socket))
+        for at in range(len(request)):
+            patient.sendall(request[at : at + 1])
+        assert patient.recv(4096) == b'{"done":true}'
+    monkeypatch.setattr(cni_calls, "REQUEST_S", 0.1)
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(agent.config.socket))
+        slow.sendall(request[:-1])
+        assert slow.recv(4096) == b""
 
 
 def test_a_pod_that_is_left_alone_starts_untouched(

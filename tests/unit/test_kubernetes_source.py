@@ -602,6 +602,8 @@ async def test_a_pod_is_looked_up_in_what_is_known_without_a_question(node):
         assert isinstance(found, Description)
         assert (found.id, found.netns, found.sidecar) == (uid, "/run/netns/cni-1", Sidecar.OWN)
         assert await node.source.look_up("shop", "frontend-7c4d8-b8x2v", "") is not None
+        assert node.source.known("shop", "frontend-7c4d8-b8x2v", uid, "/run/netns/cni-1") == found
+        assert node.source.known("shop", "frontend-7c4d8-b8x2v", "another") is None
         left = await node.source.look_up("monitoring", "node-exporter-9hq2k", "")
         assert isinstance(left, LeftAlone)
         assert left.treatment is Treatment.HOST_NETWORK

@@ -325,34 +325,32 @@ class Visitors:
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self._homes: list[int] = []
-        self._executor = concurrent.futures.ThreadPoolExecutor(threads, name, self._settle)
+        """They come back to where they are made."""
+        self._home = os.open(CURRENT, os.O_RDONLY | os.O_CLOEXEC)
+        self._executor = concurrent.futures.ThreadPoolExecutor(threads, name)
 
     def submit(
         self, netns_path: str, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
     ) -> "concurrent.futures.Future[_T]":
         """Have `function` called inside the namespace; KernelError when that is gone or may not be entered."""
+        return self._executor.submit(self.visit, netns_path, function, *args, **kwargs)
 
-        def visit() -> _T:
-            _enter(netns_path)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                # Whoever stays keeps the namespace alive.
-                _set(_this_thread.home, CURRENT)
-
-        return self._executor.submit(visit)
+    def visit(
+        self, netns_path: str, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T:
+        """The same in the calling thread, which is to be one that nothing else needs to be at home."""
+        _make_for_this()
+        _enter(netns_path)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            # Whoever stays keeps the namespace alive.
+            _set(self._home, CURRENT)
 
     def close(self) -> None:
         """Waits for the work that was begun; the rest is not done."""
         self._executor.shutdown(cancel_futures=True)
-        while self._homes:
-            os.close(self._homes.pop())
-
-    def _settle(self) -> None:
-        _make_for_this()
-        _this_thread.home = os.open(CURRENT, os.O_RDONLY | os.O_CLOEXEC)
-        self._homes.append(_this_thread.home)
+        os.close(self._home)
 
 
 _this_thread = threading.local()

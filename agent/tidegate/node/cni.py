@@ -3,7 +3,10 @@
 The plugin (init/cni) speaks the language of workloads/cni.py over a unix socket. What a container is, Kubernetes says
 where the agent knows it, otherwise the network configuration. ADD returns when the rules are proven in place; the
 daemon finds them as they should be, and looks after them from then on. Calls about one container come one after the
-other, others at the same time: kernel work has threads of its own, so that no round of the daemon holds it up.
+other. The ADD of a container of which all is known, into a namespace where nobody's rules are, is carried out at once
+in the thread that takes it in (node/cni_calls.py): of many that come together none waits for another thread. All else
+goes on in the event loop, at the same time; kernel work has threads of its own, so that no round of the daemon holds
+it up.
 """
 
 import asyncio
@@ -25,6 +28,7 @@ from tidegate.kernel import netns, sockets
 from tidegate.kernel.errors import KernelError
 from tidegate.model import Sidecar, Workload
 from tidegate.node.api import serving_at
+from tidegate.node.cni_calls import DEFECT, Call, Calls, Turns
 from tidegate.node.config import RedirectConfig
 from tidegate.node.log import Log
 from tidegate.node.metrics import CniResult, Metrics
@@ -34,11 +38,6 @@ from tidegate.workloads.attachments import Attachment, Attachments
 from tidegate.workloads.cni import CniConfig, CniError, CniRequest, Code, Command, OnAgentAbsent
 from tidegate.workloads.source import Description, LeftAlone, Origin, Treatment
 
-MAX_CALLS = 128
-"""Connections at a time; with the size of a request this bounds the memory that they take."""
-BACKLOG = 256
-REQUEST_S = 5.0
-"""How long the plugin may take to say what it wants."""
 LOOK_UP_S = 10.0
 """How long Kubernetes is asked about a pod."""
 SIDECAR_S = 10.0
@@ -46,7 +45,9 @@ SIDECAR_S = 10.0
 SIDECAR_PAUSE_S = 0.02
 THREADS = 4
 VISITORS = 2
-"""Threads for the rules of new containers: the kernel's part of two goes on at the same time, the rest never does."""
+"""Threads for the rules of containers that are not done at once: the kernel's part of two goes on at the same time, the
+rest never does.
+"""
 WAKE_S = 0.1
 """How long after a container the daemon is woken: of many that start at once it hears at once, and not between them."""
 LET_GO_S = 2.0
@@ -57,12 +58,6 @@ FAILURE_KEPT_S = 600.0
 """A runtime that goes on trying tries again long before that."""
 DIFFERENCES_TOLD = 10
 
-_WELCOMED = 8
-"""How many calls are taken in before those that were are gone on with."""
-_READ_BYTES = 1 << 16
-_NO_ROOM_S = 0.2
-"""How long calls wait where none can be taken in."""
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -71,6 +66,11 @@ log = Log("cni")
 
 class PodLookup(Protocol):
     """Who knows the pods of this node, such as KubernetesSource."""
+
+    def known(
+        self, namespace: str, name: str, uid: str, netns: str = ""
+    ) -> Description | LeftAlone | None:
+        """What is known of a pod without a question to anybody; None when nothing is. From any thread."""
 
     async def look_up(
         self, namespace: str, name: str, uid: str, netns: str = ""
@@ -108,8 +108,11 @@ class CniServer:
         self._metrics = metrics
         self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "cni")
         self._visitors = netns.Visitors(VISITORS, "cni-visitor")
-        self._turns: dict[str, _Turn] = {}
-        self._connections: set[_Connection] = set()
+        self._turns = Turns()
+        self._calls: set[Call] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop
+        """Since `running`."""
         self._is_open = False
         self._waking: asyncio.TimerHandle | None = None
         """When the daemon is woken next, or was last."""
@@ -123,84 +126,130 @@ class CniServer:
 
         Calls that are not answered at its end are broken off: the plugin repeats them, to the next agent.
         """
-        async with serving_at(self._config.socket, self._serve):
-            self._is_open = True
-            try:
+        self._loop = asyncio.get_running_loop()
+        self._is_open = True
+        try:
+            async with serving_at(self._config.socket, self._serve):
                 yield
-            finally:
-                self._is_open = False
-                calls = [one.call for one in self._connections if one.call is not None]
-                for connection in tuple(self._connections):
-                    connection.hang_up()
-                await asyncio.gather(*calls, return_exceptions=True)
-                await asyncio.to_thread(self._threads.shutdown)
-                await asyncio.to_thread(self._visitors.close)
+        finally:
+            self._is_open = False
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for call in tuple(self._calls):
+                call.hang_up()
+            await asyncio.to_thread(self._threads.shutdown)
+            await asyncio.to_thread(self._visitors.close)
 
     @contextlib.asynccontextmanager
     async def _serve(self, listener: socket.socket) -> AsyncIterator[None]:
-        listener.setblocking(False)
-        listener.listen(BACKLOG)
-        self._look_out(listener)
+        calls = Calls(listener, self._calls, self._take)
+        calls.begin()
         try:
             yield
         finally:
-            asyncio.get_running_loop().remove_reader(listener)
+            await asyncio.to_thread(calls.end)
 
     def problems(self) -> tuple[str, ...]:
         """One sentence for each container that could not be attached, as long as nothing better is known of it."""
         since = time.monotonic() - FAILURE_KEPT_S
         return tuple(problem for at, problem in tuple(self._failures.values()) if at > since)
 
-    async def answer(self, body: bytes) -> bytes:
-        """What the plugin is to be told; no exception comes out but that of being cancelled."""
+    def _take(self, call: Call, body: bytes) -> None:
+        """Carries out what a call asks at once, or has it begun in the loop. In the thread that takes calls in."""
         began = time.monotonic()
-        request: CniRequest | None = None
         try:
             request = cni.parse(body)
-            async with self._turn(request):
-                result = await self._carry_out(request)
         except CniError as error:
-            result, answer = self._note_failure(request, error), cni.failed(error)
+            self._answer(call, None, error, began)
+            return
+
+        def begin() -> None:
+            self._loop.call_soon_threadsafe(self._begin, call, request, began)
+
+        if not self._turns.take(request.key.container_id, begin):
+            return
+        result = self._carried_out_at_once(request)
+        if result is None:
+            begin()
+            return
+        self._turns.leave(request.key.container_id)
+        self._answer(call, request, result, began)
+
+    def _begin(self, call: Call, request: CniRequest, began: float) -> None:
+        if self._is_open:
+            task = self._loop.create_task(self._go_on(call, request, began))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _go_on(self, call: Call, request: CniRequest, began: float) -> None:
+        outcome: CniResult | CniError
+        try:
+            outcome = await self._carry_out(request)
+        except CniError as error:
+            outcome = error
         except Exception as defect:
             log.exception("a CNI call failed by a defect of the agent", defect)
-            result, answer = self._note_failure(request, _DEFECT), cni.failed(_DEFECT)
-        else:
-            answer = cni.done()
+            outcome = DEFECT
+        finally:
+            self._turns.leave(request.key.container_id)
+        self._answer(call, request, outcome, began)
+
+    def _answer(
+        self, call: Call, request: CniRequest | None, outcome: CniResult | CniError, began: float
+    ) -> None:
+        """Tells the plugin, and whoever counts calls."""
+        match outcome:
+            case CniError():
+                result, answer = self._note_failure(request, outcome), cni.failed(outcome)
+            case CniResult():
+                result, answer = outcome, cni.done()
+            case _:
+                assert_never(outcome)
+        call.answer(answer)
         command = "other" if request is None else request.command
         self._metrics.cni_call(command, result, time.monotonic() - began)
-        return answer
 
-    def _look_out(self, listener: socket.socket) -> None:
-        """Takes in who calls from now on, unless it has been closed."""
-        if listener.fileno() >= 0:
-            asyncio.get_running_loop().add_reader(listener, self._welcome, listener)
+    def _carried_out_at_once(self, request: CniRequest) -> CniResult | None:
+        """None for what takes longer, and for what fails: that is tried, and told, the long way."""
+        if request.command is not Command.ADD:
+            return None
+        try:
+            result = self._add_at_once(request)
+        except (_TakesLonger, CniError, TidegateError, KernelError, OSError):
+            return None
+        except Exception as defect:
+            log.exception("a CNI call takes longer by a defect of the agent", defect)
+            return None
+        self._failures.pop(request.key.container_id, None)
+        return result
 
-    def _welcome(self, listener: socket.socket) -> None:
-        """Takes in some of those who call."""
-        for _ in range(_WELCOMED):
-            try:
-                caller, _ = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # Too many files are open, and nothing tells when that is over.
-                log.warning("CNI calls have to wait", reason=str(error))
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(listener)
-                loop.call_later(_NO_ROOM_S, self._look_out, listener)
-                return
-            connection = _Connection(self, caller)
-            if not self._is_open:
-                connection.hang_up()
-            elif len(self._connections) >= MAX_CALLS:
-                busy = f"the agent works on {MAX_CALLS} calls already"
-                connection.refuse(Code.TRY_AGAIN, busy)
-            else:
-                self._connections.add(connection)
-                connection.read()
+    def _add_at_once(self, request: CniRequest) -> CniResult:
+        described = self._described_at_once(request)
+        match described:
+            case None:
+                raise _TakesLonger
+            case LeftAlone():
+                return CniResult.LEFT_ALONE
+            case Description():
+                pass
+            case _:
+                assert_never(described)
+        policy = self._policy(described)
+        if policy is not None and described.sidecar is Sidecar.TIDEGATE:
+            raise _TakesLonger
+        redirect = self._create_here
+        self._visitors.visit(request.netns, self._attach, request, described, policy, redirect)
+        if not self._wakes_soon:
+            self._loop.call_soon_threadsafe(self._wake_soon)
+        return CniResult.OK if policy is not None else CniResult.LEFT_ALONE
 
-    def disconnected(self, connection: "_Connection") -> None:
-        self._connections.discard(connection)
+    def _create_here(self, _request: CniRequest, policy: Policy) -> None:
+        """As _redirect_here, if that goes the short way."""
+        with self._metrics.applying():
+            is_created = self._engine.create(netns.CURRENT, policy)
+        if not is_created:
+            raise _TakesLonger
 
     async def _carry_out(self, request: CniRequest) -> CniResult:
         match request.command:
@@ -229,18 +278,24 @@ class CniServer:
             case _:
                 assert_never(described)
         policy = self._policy(described)
-        await self._inside(request.netns, self._attach, request, described, policy)
+        redirect = self._redirect_here
+        await self._inside(request.netns, self._attach, request, described, policy, redirect)
         self._wake_soon()
         if policy is not None and described.sidecar is Sidecar.TIDEGATE:
             await self._sidecar_listens(request, policy)
         return CniResult.OK if policy is not None else CniResult.LEFT_ALONE
 
-    def _wake_soon(self) -> None:
-        if self._waking is None or self._waking.when() < asyncio.get_running_loop().time():
-            self._waking = asyncio.get_running_loop().call_later(WAKE_S, self._wake)
+    @property
+    def _wakes_soon(self) -> bool:
+        waking = self._waking
+        return waking is not None and waking.when() >= self._loop.time()
 
-    async def _described(self, request: CniRequest) -> Description | LeftAlone:
-        """What is known of a container; CniError when nobody can say whether it is to be redirected."""
+    def _wake_soon(self) -> None:
+        if not self._wakes_soon:
+            self._waking = self._loop.call_later(WAKE_S, self._wake)
+
+    def _described_at_once(self, request: CniRequest) -> Description | LeftAlone | None:
+        """What is known of a container; None when Kubernetes has to be asked."""
         if request.pod_namespace in self._config.exclude_namespaces:
             return LeftAlone(
                 origin=Origin.CNI,
@@ -252,6 +307,17 @@ class CniServer:
             )
         if self._pods is None or not request.pod_namespace:
             return _as_its_network_says(request)
+        known = self._pods.known(
+            request.pod_namespace, request.pod_name, request.pod_uid, request.netns
+        )
+        return None if known is None else _attached(known, request)
+
+    async def _described(self, request: CniRequest) -> Description | LeftAlone:
+        """The same, when Kubernetes was asked; CniError when nobody can say whether it is to be redirected."""
+        described = self._described_at_once(request)
+        if described is not None:
+            return described
+        assert self._pods is not None  # noqa: S101 - without it all is known at once
         try:
             async with asyncio.timeout(LOOK_UP_S):
                 known = await self._pods.look_up(
@@ -263,21 +329,9 @@ class CniServer:
                 return _undecided(request, f"nobody could say what it is when it started: {why}")
             problem = f"nobody can say whether {request.shown} is to be redirected"
             raise CniError(Code.TRY_AGAIN, problem, why) from error
-        match known:
-            case LeftAlone():
-                return known
-            case None:
-                return _undecided(request, "Kubernetes did not know it when it started")
-            case Description():
-                return msgspec.structs.replace(
-                    known,
-                    origin=Origin.CNI,
-                    netns=request.netns,
-                    interface=known.interface or request.key.interface,
-                    created_at=known.created_at or time.time(),
-                )
-            case _:
-                assert_never(known)
+        if known is None:
+            return _undecided(request, "Kubernetes did not know it when it started")
+        return _attached(known, request)
 
     def _policy(self, described: Description) -> Policy | None:
         """What is redirected from the first packet on; None for a workload outside the mesh."""
@@ -290,7 +344,13 @@ class CniServer:
                 Code.INVALID_CONFIG, f"the annotations of {described.name} are wrong", str(error)
             ) from error
 
-    def _attach(self, request: CniRequest, described: Description, policy: Policy | None) -> None:
+    def _attach(
+        self,
+        request: CniRequest,
+        described: Description,
+        policy: Policy | None,
+        redirect: Callable[[CniRequest, Policy], None],
+    ) -> None:
         """In the container's network namespace."""
         place = netns.identity(netns.CURRENT)
         if place == self._own_network or netns.is_initial(netns.CURRENT):
@@ -300,7 +360,7 @@ class CniServer:
                 "expected that of a container",
             )
         if policy is not None:
-            self._redirect_here(request, policy)
+            redirect(request, policy)
         attachment = Attachment(
             key=request.key,
             place=place,
@@ -468,20 +528,6 @@ class CniServer:
         """What the work gives, done in a thread. CniError for what the kernel or a file system refuses."""
         return await _outcome(self._threads.submit(work, *args, **kwargs))
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, request: CniRequest) -> AsyncIterator[None]:
-        """While nothing else is done for the container: a runtime may give up waiting, and ask for the contrary."""
-        key = request.key.container_id
-        turn = self._turns.setdefault(key, _Turn())
-        turn.wanted += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.wanted -= 1
-            if not turn.wanted:
-                del self._turns[key]
-
     def _note_failure(self, request: CniRequest | None, error: CniError) -> CniResult:
         """Logs how a call failed, and keeps it for `problems` if a container waits for it."""
         shown = "" if request is None else request.shown
@@ -491,109 +537,18 @@ class CniServer:
             key = request.key.container_id
             self._failures.pop(key, None)
             self._failures[key] = (time.monotonic(), f"{shown} cannot start: {error}")
-            while len(self._failures) > FAILURES_KEPT:
-                del self._failures[next(iter(self._failures))]
+            for oldest in list(self._failures)[:-FAILURES_KEPT]:
+                self._failures.pop(oldest, None)
         return CniResult.REFUSED if error.code in _REFUSALS else CniResult.FAILED
 
-
-_DEFECT = CniError(
-    Code.NOT_REDIRECTED, "the tidegate agent has a defect", "see the log of the agent"
-)
 
 _REFUSALS = frozenset(
     {Code.UNKNOWN_CONTAINER, Code.INVALID_ENVIRONMENT, Code.DECODING, Code.INVALID_CONFIG}
 )
 
 
-class _Turn:
-    """Who has to wait for whom, of one container's calls."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.wanted = 0
-
-
-class _Connection:
-    """One call: a request, an answer. As a rule all of the request is there at once, and nothing is waited for."""
-
-    def __init__(self, server: CniServer, caller: socket.socket) -> None:
-        self.call: asyncio.Task[None] | None = None
-        self._server = server
-        self._caller = caller
-        self._received = bytearray()
-        self._patience: asyncio.TimerHandle | None = None
-        """While more is waited for."""
-
-    def read(self) -> None:
-        """Takes in what the plugin has said by now."""
-        try:
-            said = self._caller.recv(_READ_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            self._wait()
-            return
-        except OSError:
-            said = b""
-        if not said:
-            self.hang_up()
-            return
-        self._received += said
-        head = len(cni.MAGIC) + cni.LENGTH_BYTES
-        if self._received[: len(cni.MAGIC)] != cni.MAGIC[: len(self._received)]:
-            self.refuse(
-                Code.TRY_AGAIN,
-                "the tidegate-cni plugin speaks another language than the agent",
-                "install the plugin of the agent's version: tidegate cni install",
-            )
-            return
-        if len(self._received) < head:
-            self._wait()
-            return
-        length = int.from_bytes(self._received[len(cni.MAGIC) : head])
-        if length > cni.MAX_REQUEST_BYTES:
-            self.refuse(Code.DECODING, "the plugin's request is too large")
-        elif len(self._received) < head + length:
-            self._wait()
-        else:
-            self._wait_no_longer()
-            body = bytes(self._received[head : head + length])
-            self._received.clear()
-            self.call = asyncio.get_running_loop().create_task(self._answer(body))
-
-    def refuse(self, code: Code, message: str, details: str = "") -> None:
-        """Says why, and hangs up."""
-        self._say(cni.failed(CniError(code, message, details)))
-
-    def hang_up(self) -> None:
-        """Without an answer."""
-        if self.call is not None:
-            self.call.cancel()
-        self._close()
-
-    async def _answer(self, body: bytes) -> None:
-        self._say(await self._server.answer(body))
-
-    def _say(self, answer: bytes) -> None:
-        # Answers are shorter than what a socket takes without waiting, and who has gone away is told nothing.
-        with contextlib.suppress(OSError):
-            self._caller.send(answer, socket.MSG_DONTWAIT)
-        self._close()
-
-    def _wait(self) -> None:
-        if self._patience is None:
-            loop = asyncio.get_running_loop()
-            self._patience = loop.call_later(REQUEST_S, self.hang_up)
-            loop.add_reader(self._caller, self.read)
-
-    def _wait_no_longer(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
-            asyncio.get_running_loop().remove_reader(self._caller)
-
-    def _close(self) -> None:
-        self._wait_no_longer()
-        self._server.disconnected(self)
-        self._caller.close()
+class _TakesLonger(Exception):
+    """A call cannot be carried out at once."""
 
 
 def _as_its_network_says(request: CniRequest) -> Description:
@@ -607,6 +562,23 @@ def _as_its_network_says(request: CniRequest) -> Description:
         sidecar=Sidecar.OWN if request.is_consuls else request.plugin.sidecar,
         annotations=request.annotations,
     )
+
+
+def _attached(known: Description | LeftAlone, request: CniRequest) -> Description | LeftAlone:
+    """What Kubernetes says of a container, where the call says that it is."""
+    match known:
+        case LeftAlone():
+            return known
+        case Description():
+            return msgspec.structs.replace(
+                known,
+                origin=Origin.CNI,
+                netns=request.netns,
+                interface=known.interface or request.key.interface,
+                created_at=known.created_at or time.time(),
+            )
+        case _:
+            assert_never(known)
 
 
 def _undecided(request: CniRequest, reason: str) -> Description:

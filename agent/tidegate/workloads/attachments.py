@@ -191,8 +191,12 @@ class Attachments:
             del self._known[attachment.key]
 
     def _write(self, attachment: Attachment) -> None:
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(self._path(attachment.key), msgspec.json.encode(attachment))
+        path, content = self._path(attachment.key), msgspec.json.encode(attachment)
+        try:
+            write_atomically(path, content)
+        except FileNotFoundError:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(path, content)
 
     def _path(self, key: AttachmentKey) -> Path:
         digest = hashlib.sha256("\n".join(key).encode(errors="surrogateescape")).hexdigest()

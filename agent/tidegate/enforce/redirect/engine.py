@@ -176,10 +176,13 @@ class Engine:
             *map(str, found.foreign),
         )
 
+    def create(self, netns_path: str, policy: Policy) -> bool:
+        """`establish` where nobody's rules are, as long as that goes the short way; whether all is as it should be."""
+        return netns.run_in(netns_path, self._create, _rules(policy))
+
     def establish(self, netns_path: str, policy: Policy, *, adopt: bool = False) -> Established:
         """`apply`, and `check` whether it is as it should be then; at once in a namespace where nobody's rules are."""
-        rules = _rules(policy)
-        if netns.run_in(netns_path, self._create, rules):
+        if self.create(netns_path, policy):
             return Established(Applied(change=Change.CREATED, backend=self._backend.name), ())
         applied = self.apply(netns_path, policy, adopt=adopt)
         told = {str(left.found) for left in applied.foreign}
