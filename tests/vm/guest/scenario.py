@@ -219,8 +219,8 @@ def is_looked_after(name: str, but: str = "") -> bool:
 
 
 def status_of(name: str) -> dict[str, Any] | None:
-    workloads = json.loads(run(TIDEGATE, "status", "--json", check=False))["workloads"]
-    return next((one for one in workloads if one["name"] == name), None)
+    (node,) = json.loads(run(TIDEGATE, "status", "--json", check=False))["nodes"]
+    return next((one for one in node["workloads"] if one["name"] == name), None)
 
 
 def sidecars() -> list[str]:
