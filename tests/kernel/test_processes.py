@@ -202,6 +202,29 @@ def unit(at: Path, *pids: int) -> None:
     (at / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
 
 
+def test_a_service_that_has_not_entered_its_namespace_yet_stays_where_it_was(
+    serving: Serving, slices: Path
+) -> None:
+    group = slices / "system.slice" / "web.service"
+    with namespace() as place:
+        process = serving(place, 7327)
+        unit(group, process.pid)
+        found = looking({"unit": "web.service"})
+        before = only(found)
+        # As what `ip netns exec` starts, before it has entered the namespace.
+        (group / "cgroup.procs").write_text(f"{os.getpid()}\n")
+        assert found.list() == (before,)
+        assert found.left_alone() == ()
+        assert found.problems() == (
+            f"web shares the host's network namespace, and {place} is kept for it",
+        )
+        (group / "cgroup.procs").write_text(f"{process.pid}\n")
+        assert only(found) == before
+        (group / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    assert found.list() == ()
+    assert [one.name for one in found.left_alone()] == ["web"]
+
+
 @pytest.mark.parametrize(
     "where", ["system.slice", "a.slice/a-b.slice", "system.slice/system-web.slice"]
 )

@@ -19,9 +19,9 @@ from tests.vm import installed, machine
 from tests.vm.machine import Done, Told
 
 REPOSITORY = installed.REPOSITORY
-LIMIT_S = 2400.0
-DEADLINE_S = 300.0
-WAIT = "300s"
+LIMIT_S = 5400.0
+DEADLINE_S = 900.0
+WAIT = "900s"
 TIDEGATE, AGENT = "tidegate", "/etc/tidegate/agent.yaml"
 KNOCK, KNOCKS = "/root/guest/knock.py", "/root/knocks"
 OUR_UNITS = "--unit=tidegate-*"

@@ -21,7 +21,7 @@ KNOCKS, ACCEPTED, SEEN = STATE / "knocks", STATE / "accepted", STATE / "seen.jso
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 ADDRESS, PORT, PROBER, ROUTER = "10.11.0.2", 8080, "10.99.0.2", "10.99.0.1"
-DEADLINE_S = 400.0
+DEADLINE_S = 600.0
 
 FILES = {
     "/etc/sysctl.d/90-tidegate.conf": "net.ipv4.ip_forward = 1\n",
@@ -63,7 +63,7 @@ ExecStartPre=+sh -c 'ip netns add job; ip -n job link set lo up; \
     ip link add to-job type veth peer name eth0 netns job; ip -n job address add 10.12.0.2/30 dev eth0; \
     ip -n job link set eth0 up; ip link set to-job up'
 ExecStart=+ip netns exec job sleep infinity
-ExecStopPost=+ip netns delete job
+ExecStopPost=+sh -c 'ip link delete to-job; ip netns delete job'
 """,
     # The service starts at once: it is closed, while its sidecar is not there yet, that is to be seen.
     "/etc/systemd/system/tidegate-sidecar@.service.d/at-once.conf": f"""\

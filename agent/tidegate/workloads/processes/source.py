@@ -114,9 +114,16 @@ class ProcessSource:
         else:
             # Another process in it does not make it another workload.
             if former is not None and former.namespace == found.namespace:
-                found = msgspec.structs.replace(found, since=former.since)
-            return found, ""
+                return msgspec.structs.replace(found, since=former.since), ""
+            if former is None or not self._only_starts(one, found):
+                return found, ""
+            problem = f"{one.service} shares the host's network namespace, and {former.path} is kept for it"
+            return (former, problem) if _is_there(former) else (found, "")
         return former if former is not None and _is_there(former) else None, problem
+
+    def _only_starts(self, one: ProcessConfig, found: _Place) -> bool:
+        """Whether it may have to enter its own namespace yet, as what `ip netns exec` and ExecStartPre start."""
+        return one.host_network is None and found.namespace in self._finder.host
 
     def left_alone(self) -> tuple[LeftAlone, ...]:
         """Those that share the host's network namespace, and may not be redirected there."""
