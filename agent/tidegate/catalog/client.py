@@ -7,6 +7,7 @@ user's decision.
 """
 
 import calendar
+import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -109,6 +110,8 @@ class CatalogClient:
         self._known: tuple[Instance, ...] = ()
         self._transport = Transport(address, access)
         self._last: tuple[str, Snapshot] | None = None
+        self._said: dict[bytes, Instance] = {}
+        """The instances, by a digest of what the server said of each."""
         self._consul: ConsulView | None = None
         self._is_tidegate: bool | None = None
 
@@ -181,11 +184,17 @@ class CatalogClient:
 
     # Catalog.
 
-    async def register(self, node: NodeInfo, instances: Sequence[Instance]) -> None:
-        """Publishes a node and instances on it, as far as the catalog does not have them already."""
-        snapshot = await self.snapshot()
-        living = snapshot.living()
-        if node not in snapshot.nodes:
+    async def register(
+        self, node: NodeInfo, instances: Sequence[Instance], known: Snapshot | None = None
+    ) -> None:
+        """Publishes a node and instances on it, as far as the catalog does not have them already.
+
+        `known` is what the caller has just been told that the catalog has; without it, it is asked for.
+        """
+        if known is None:
+            known = await self.snapshot()
+        living = known.living()
+        if node not in known.nodes:
             await self._put("/v1/catalog/register", _node_body(node))
         for instance in instances:
             if is_published(instance, living):
@@ -193,11 +202,11 @@ class CatalogClient:
             for service in services_of(instance):
                 body = _node_body(node, service.partition)
                 await self._put("/v1/catalog/register", body | {"Service": service})
-            known = living.get(instance.id)
-            if known is not None:
+            before = living.get(instance.id)
+            if before is not None:
                 still = _parts(instance)
-                gone = {key: name for key, name in _parts(known).items() if key not in still}
-                await self._withdraw(node.name, known, gone)
+                gone = {key: name for key, name in _parts(before).items() if key not in still}
+                await self._withdraw(node.name, before, gone)
 
     async def register_service(self, node: str, address: str, service: Service) -> None:
         """Registers one service. Without an `address` the node has to be known, and stays as it is."""
@@ -211,12 +220,14 @@ class CatalogClient:
         body = {"Node": node, "ServiceID": service.id} | _said_tenancy(service)
         await self._put("/v1/catalog/deregister", body)
 
-    async def deregister(self, node: str, instance_id: str) -> None:
-        """Takes an instance out of the catalog, and remembers that it was there."""
-        known = (await self.snapshot()).living().get(instance_id)
+    async def deregister(self, node: str, instance_id: str, known: Snapshot | None = None) -> None:
+        """Takes an instance out of the catalog, and remembers that it was there. `known` as of `register`."""
         if known is None:
-            known = Instance(id=instance_id, name=instance_id, service="", node=node, meshed=True)
-        await self._withdraw(node, known, {instance_id: known.service} | _parts(known))
+            known = await self.snapshot()
+        found = known.living().get(instance_id)
+        if found is None:
+            found = Instance(id=instance_id, name=instance_id, service="", node=node, meshed=True)
+        await self._withdraw(node, found, {instance_id: found.service} | _parts(found))
 
     async def instances(self) -> tuple[Instance, ...]:
         """Living and recently departed instances (`seen_until` above 0), with their times."""
@@ -288,7 +299,7 @@ class CatalogClient:
         snapshot = Snapshot(
             index=raw.index,
             entries=tuple(from_server(entry, self.address) for entry in raw.entries),
-            instances=raw.instances,
+            instances=self._instances(raw.instances),
             nodes=raw.nodes,
             default_allow=raw.default_allow,
             trust_domain=raw.trust_domain,
@@ -297,6 +308,18 @@ class CatalogClient:
         )
         self._last = (answer.tag, snapshot)
         return snapshot
+
+    def _instances(self, told: Iterable[msgspec.Raw]) -> tuple[Instance, ...]:
+        """What is said in the same words is the same object: most have departed, and never change any more."""
+        before, self._said = self._said, {}
+        for one in told:
+            words = hashlib.sha256(one).digest()
+            try:
+                known = before.get(words) or msgspec.json.decode(one, type=Instance)
+            except msgspec.DecodeError as error:
+                raise not_understood(self.address, str(error)) from error
+            self._said[words] = known
+        return tuple(self._said.values())
 
     async def wait(self, index: int, timeout: float) -> int:  # noqa: ASYNC109 - the server waits
         """Returns the server's index as soon as it is not `index`, or after `timeout` seconds."""
@@ -417,7 +440,7 @@ class _Snapshot(msgspec.Struct, rename="pascal"):
     default_allow: bool
     entries: list[dict[str, Any]]
     nodes: tuple[NodeInfo, ...]
-    instances: tuple[Instance, ...]
+    instances: tuple[msgspec.Raw, ...]
     root_id: str = msgspec.field(default="", name="ActiveRootID")
 
 

@@ -141,9 +141,9 @@ class Exchange:
             for keeper in kept.values():
                 # What a former agent said holds until this one has looked: callers would leave the mesh meanwhile.
                 if keeper.has_looked or keeper.workload.id not in known:
-                    await self._publish_one(node, keeper, known)
+                    await self._publish_one(node, keeper, snapshot, known)
             for instance_id in gone:
-                await self._catalog.deregister(self._config.node, instance_id)
+                await self._catalog.deregister(self._config.node, instance_id, snapshot)
         except TidegateError as error:
             self._problems.tell(
                 "publish", f"the catalog does not have the latest of this node: {error}"
@@ -152,13 +152,15 @@ class Exchange:
             self._problems.clear("publish")
 
     async def _publish_one(
-        self, node: NodeInfo, keeper: Keeper, known: dict[str, Instance]
+        self, node: NodeInfo, keeper: Keeper, snapshot: Snapshot, known: dict[str, Instance]
     ) -> None:
         """One by one, so that an instance that the server does not take stops no other."""
         instance = published(keeper, self._config)
         try:
             if not is_published(instance, known):
-                await self._catalog.register(node, [instance])
+                # Until the server has the node, each answer may be the one that has it.
+                told = snapshot if node in snapshot.nodes else None
+                await self._catalog.register(node, [instance], told)
         except CatalogRefused as error:
             problem = f"the catalog does not take {instance.name}: {error}"
             self._problems.tell("publish", problem, keeper.workload.id)
