@@ -54,11 +54,14 @@ def test_a_defect_is_told_once_with_the_workload_that_it_came_out_of(pool):
     assert pool.defects() == {}
 
 
-def test_what_is_forgotten_is_not_waited_for(pool):
-    pool.submit("a", lambda: None)
-    pool.forget("a")
-    pool.wait(["a", "never there"], DEADLINE_S)
-    assert not pool.is_busy("a")
+def test_nothing_is_kept_of_work_that_has_ended(pool):
+    def fail():
+        raise RuntimeError
+
+    for number in range(20):
+        pool.submit(f"{number}", fail if number % 2 else lambda: None)
+    pool.wait([*map(str, range(20)), "never there"], DEADLINE_S)
+    assert pool._begun == {}
 
 
 def test_closing_ends_what_goes_on_and_begins_nothing_that_waited():

@@ -113,7 +113,6 @@ class Keepers:
             del self._kept[key]
             self._directories.pop(key, None)
             self._leaving.remove(key)
-            self._pool.forget(key)
             self._problems.forget(key)
         return gone
 
@@ -140,7 +139,6 @@ class Keepers:
             key = str(directory)
             if not self._pool.is_busy(key) and (directory in claimed or not directory.exists()):
                 del self._abandoned[directory]
-                self._pool.forget(key)
                 self._problems.clear("defect", key)
 
     def take_in(self, workload: Workload) -> None:

@@ -19,12 +19,13 @@ class Pool:
         self._executor = concurrent.futures.ThreadPoolExecutor(threads, "workload")
         self._lock = threading.Lock()
         self._begun: dict[str, concurrent.futures.Future[None]] = {}
+        """What goes on, or waits for a thread."""
         self._defects: dict[str, Exception] = {}
 
     def submit(self, key: str, work: Callable[[], None]) -> bool:
         """Have the work done for a workload; False, and it is not done, while other work for it goes on."""
         with self._lock:
-            if self._is_busy(key):
+            if key in self._begun:
                 return False
             self._begun[key] = self._executor.submit(self._run, key, work)
         return True
@@ -32,18 +33,13 @@ class Pool:
     def is_busy(self, key: str) -> bool:
         """Whether work for a workload goes on, or waits for a thread."""
         with self._lock:
-            return self._is_busy(key)
+            return key in self._begun
 
     def wait(self, keys: Iterable[str], timeout_s: float) -> None:
         """Wait until nothing goes on for these workloads, `timeout_s` seconds at most."""
         with self._lock:
             begun = [self._begun[key] for key in keys if key in self._begun]
         concurrent.futures.wait(begun, timeout_s)
-
-    def forget(self, key: str) -> None:
-        """There will be no more work for this workload."""
-        with self._lock:
-            self._begun.pop(key, None)
 
     def defects(self) -> dict[str, Exception]:
         """What came out of the work for workloads since that was asked last: the latest exception of each."""
@@ -55,13 +51,12 @@ class Pool:
         """Begin nothing any more, and wait for what goes on."""
         self._executor.shutdown(cancel_futures=True)
 
-    def _is_busy(self, key: str) -> bool:
-        begun = self._begun.get(key)
-        return begun is not None and not begun.done()
-
     def _run(self, key: str, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as defect:  # noqa: BLE001 - whoever asks for defects is told
             with self._lock:
                 self._defects[key] = defect
+        finally:
+            with self._lock:
+                del self._begun[key]

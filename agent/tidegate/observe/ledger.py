@@ -114,6 +114,7 @@ class Ledger:
         """The date of the latest round."""
         self._losses: dict[str, int] = {}
         self._covered: dict[int, tuple[Workload, Interval]] = {}
+        """What the file says of those that were observed in the latest round."""
         self._db = self._connect()
 
     @classmethod
@@ -492,7 +493,7 @@ class Ledger:
         if done.folded:
             self._counting.forget_left(self._recent)
         self._stored_generation = self._generation
-        self._covered.update(self._staged.covered)
+        self._covered = self._staged.covered
         self._staged = _Staged()
 
     def _folded(self) -> None:
@@ -562,10 +563,6 @@ class Ledger:
         for number in gone & self._recent.keys():
             del self._recent[number]
         self._counting.forget_rows(gone)
-        for key in [
-            key for key, (_, last) in self._covered.items() if now - last.end > ROUNDS_KEPT_S
-        ]:
-            del self._covered[key]
         self._limit_problem = (
             f"more than {self._limits.edges} edges: {evicted} of the oldest were forgotten"
             if evicted

@@ -131,7 +131,7 @@ class NftablesBackend:
         self._made = twins
         self._twins: Recent[bytes, _Twin] = Recent(64)
         self._exchanges: Recent[bytes, Exchange] = Recent(64)
-        self._seen: Recent[int, _Seen] = Recent(4096)
+        self._seen: Recent[int, _Seen] = Recent(1024)
 
     def render(self, rules: Rules) -> str:
         """The transaction that loads the rules where none are; "" when nothing is redirected.
