@@ -1,6 +1,7 @@
 """The server as Consul's own tools see it: a client library, tenancy, filters, tokens, TLS, error bodies."""
 
 import asyncio
+import hashlib
 import json
 import socket
 
@@ -320,6 +321,41 @@ def test_all_that_an_instance_is_survives_the_catalog_and_its_further_ports_are_
         assert await get(config, "/v1/catalog/services?ns=*&partition=*") == {}
         (departed,) = await client.instances()
         assert departed.seen_until
+
+    with_server(config, scenario)
+
+
+def test_what_has_not_changed_is_the_same_object_and_what_has_departed_is_kept_once(config):
+    async def scenario(client):
+        await client.register(NODE, [pod("a", "10.1.0.1"), pod("b", "10.1.0.2")])
+        await client.deregister("n1", "a")
+        before = {one.id: one for one in await client.instances()}
+        await client.register(NODE, [pod("b", "10.1.0.2", upstreams=("db",))])
+        after = {one.id: one for one in await client.instances()}
+        assert after["a"] is before["a"]
+        assert (before["b"].upstreams, after["b"].upstreams) == ((), ("db",))
+        assert client._said.keys() == {*map(_digest, after.values())}
+
+    def _digest(instance):
+        return hashlib.sha256(msgspec.json.encode(instance)).digest()
+
+    with_server(config, scenario)
+
+
+def test_whoever_knows_what_the_catalog_has_is_not_sent_it_again(config, monkeypatch):
+    async def scenario(client):
+        await client.register(NODE, [pod("a", "10.1.0.1")])
+        known = await client.snapshot()
+
+        async def nothing():
+            raise AssertionError("it was asked for")
+
+        monkeypatch.setattr(client, "snapshot", nothing)
+        await client.register(NODE, [pod("a", "10.1.0.1"), pod("b", "10.1.0.2")], known)
+        await client.deregister("n1", "a", known)
+        monkeypatch.undo()
+        found = {one.id: bool(one.seen_until) for one in await client.instances()}
+        assert found == {"a": True, "b": False}
 
     with_server(config, scenario)
 

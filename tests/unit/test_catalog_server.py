@@ -545,7 +545,10 @@ EMPTY = (
 )
 
 
-@pytest.mark.parametrize("answer", ["not JSON", '{"Index": "x"}', EMPTY + " " * 5000])
+ODD = EMPTY.replace('"Instances": []', '"Instances": [{"id": 7}]')
+
+
+@pytest.mark.parametrize("answer", ["not JSON", '{"Index": "x"}', ODD, EMPTY + " " * 5000])
 def test_an_answer_that_makes_no_sense_or_is_too_long_is_refused(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(transport_module, "MAX_ANSWER_BYTES", 1000)
 

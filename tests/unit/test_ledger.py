@@ -579,6 +579,18 @@ def test_an_attachment_that_comes_and_goes_has_a_bounded_number_of_intervals(pat
     ledger.close()
 
 
+def test_memory_is_of_the_workloads_of_the_latest_round_and_the_file_goes_on_with_all(ledger):
+    api = workload()
+    for now in range(1, 20):
+        ledger.extend(workload(f"web-{now}", "web"), T0 + now, T0 + now)
+        if now != 10:
+            ledger.extend(api, T0, T0 + now)
+        ledger.record(T0 + now, "g", [], {})
+    assert ledger._covered.keys() == {api.key, workload("web-19", "web").key}
+    assert ledger.coverage(api.key) == (Interval(T0, T0 + 19),)
+    assert len(ledger.workloads("web")) == 19
+
+
 # Faults
 
 
