@@ -22,6 +22,8 @@ REPOSITORY = installed.REPOSITORY
 LIMIT_S = 5400.0
 DEADLINE_S = 900.0
 WAIT = "900s"
+PAUSE_S = 10.0
+"""Each look has a machine busy for as long."""
 TIDEGATE, AGENT = "tidegate", "/etc/tidegate/agent.yaml"
 KNOCK, KNOCKS = "/root/guest/knock.py", "/root/knocks"
 OUR_UNITS = "--unit=tidegate-*"
@@ -135,7 +137,7 @@ def until(what: str, holds: Callable[[], Any], limit_s: float = DEADLINE_S) -> N
     deadline = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < deadline, f"not within {limit_s:.0f} s: {what}"
-        time.sleep(1)
+        time.sleep(PAUSE_S)
 
 
 def flows(one: Told) -> set[tuple[str, str, str]]:
