@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,28 @@ class Mesh(Lab):
 
     def begin(self) -> None:
         """From now on no request may fail; of two that call each other one is there before the other."""
+        self._have_told()
+        eventually(
+            lambda: all(
+                target["ok"]
+                for one in self._statistics()
+                for target in one["targets"]
+                if (one["pod"], target["target"]) in EDGES
+            ),
+            "everybody to be answered",
+        )
+        self._have_told()
         self._before = self.failed()
+
+    def _have_told(self) -> None:
+        now = time.time()
+        eventually(
+            lambda: all(one["written_at"] > now for one in self._statistics()),
+            "everybody to have told what happened until now",
+        )
+
+    def _statistics(self) -> list[dict[str, Any]]:
+        return [pod["statistics"] for pod in self.status()["pods"] if pod["statistics"]]
 
     def status(self) -> Any:
         return msgspec.to_builtins(runtime.status(self.name))

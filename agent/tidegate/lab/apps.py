@@ -5,7 +5,6 @@ application does is in traffic.py, which runs in the pods.
 """
 
 import datetime
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -146,7 +145,7 @@ def configuration(
 
 def _start_app(spec: LabSpec, paths: LabPaths, layout: Layout, pod: PodSpec) -> bool:
     config = msgspec.json.encode(configuration(spec, paths, layout, pod))
-    argv = (sys.executable, "-m", "tidegate.lab.traffic", str(paths.app(pod.name)))
+    argv = (processes.PYTHON, "-m", "tidegate.lab.traffic", str(paths.app(pod.name)))
     name, digest = process_name(pod.name), processes.digest(*argv, config)
     if processes.runs_just_so(paths, name, digest):
         return False

@@ -6,7 +6,6 @@ them through their sockets alone; what they do is theirs.
 
 import asyncio
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -282,7 +281,7 @@ def _wait_for_rounds(spec: LabSpec, paths: LabPaths, rounds: int) -> None:
 
 
 def _tidegate(*args: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "tidegate.cli.main", *args)
+    return (processes.PYTHON, "-m", "tidegate.cli.main", *args)
 
 
 def _url(path: Path) -> str:

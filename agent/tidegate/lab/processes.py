@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ import psutil
 from tidegate.kernel import netns
 from tidegate.lab.state import LabError, LabPaths, ProcessRecord, read, write
 
+PYTHON = str(Path(sys.prefix, "bin", "python3"))
+"""This interpreter, by whichever of its names it was called: another name is no reason to start a process anew."""
+
 POLL_S = 0.02
 GRACE_S = 2.0
 """How long a process may take to end before it is forced to."""
-
 FORCED_S = 10.0
 MAX_LOG_TAIL_BYTES = 16 << 10
 
