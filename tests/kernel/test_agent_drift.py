@@ -25,7 +25,7 @@ from tidegate.node import redirection
 from tidegate.node.config import AgentConfig
 from tidegate.node.daemon import Daemon
 
-DEADLINE_S = 60.0
+DEADLINE_S = 30.0
 NEVER_S = 3600.0
 
 

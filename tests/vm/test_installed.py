@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 from tests.vm import installed, machine
 
-LIMIT_S = 3600.0
+LIMIT_S = 2400.0
 PROBER = "10.99.0.2"
 
 pytestmark = pytest.mark.timeout(LIMIT_S + 600)

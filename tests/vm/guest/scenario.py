@@ -21,7 +21,7 @@ KNOCKS, ACCEPTED, SEEN = STATE / "knocks", STATE / "accepted", STATE / "seen.jso
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 ADDRESS, PORT, PROBER, ROUTER = "10.11.0.2", 8080, "10.99.0.2", "10.99.0.1"
-DEADLINE_S = 600.0
+DEADLINE_S = 400.0
 
 FILES = {
     "/etc/sysctl.d/90-tidegate.conf": "net.ipv4.ip_forward = 1\n",
